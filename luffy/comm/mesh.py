@@ -1,0 +1,96 @@
+"""The mesh of ranks: who shares experts with whom, and which ranks sit on the same node.
+
+Ranks form a grid of `dp` x `ep`. Within an expert-parallel (EP) group the experts of a layer are split; the groups
+are copies of each other (data parallel, DP). Every rank, in either dimension, trains on sequences of its own, so
+parameters outside the experts are replicated over the whole world. EP is the inner dimension: an EP group sits on
+as few nodes as it can, because its traffic is the heavy one.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from luffy.errors import UserError
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The ranks of one job as seen from one of them.
+
+    `node_of_rank[r]` is the node of world rank r. `ep_ranks` are the world ranks of this EP group, in order.
+    """
+
+    device: torch.device
+    device_mesh: DeviceMesh
+    world_group: dist.ProcessGroup
+    ep_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    rank: int
+    world_size: int
+    ep_rank: int
+    ep_size: int
+    dp_rank: int
+    dp_size: int
+    node_of_rank: tuple[int, ...]
+
+    @property
+    def ep_ranks(self) -> list[int]:
+        return [self.dp_rank * self.ep_size + r for r in range(self.ep_size)]
+
+    @property
+    def dp_ranks(self) -> list[int]:
+        return [d * self.ep_size + self.ep_rank for d in range(self.dp_size)]
+
+
+def init_distributed(backend: str, device: torch.device, timeout_seconds: float = 600.0) -> None:
+    """Join the world that torchrun (or `run_ranks`) describes in the environment.
+
+    `backend` is "nccl" or "gloo". A rank that never answers ends the job after `timeout_seconds` with an error
+    instead of a hang.
+    """
+    if dist.is_initialized():
+        return
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise UserError(f"{name} is not set: start with `luffy train --ranks N` or under torchrun")
+    dist.init_process_group(
+        backend,
+        timeout=datetime.timedelta(seconds=timeout_seconds),
+        device_id=device if backend == "nccl" else None,
+    )
+
+
+def build_mesh(device: torch.device, ep_size: int | None = None, ranks_per_node: int | None = None) -> Mesh:
+    """Arrange the initialised world as dp x ep.
+
+    `ep_size` None puts the whole world in one EP group; it must divide the world. `ranks_per_node` None takes
+    torchrun's LOCAL_WORLD_SIZE, or one node for all.
+    """
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    ep_size = ep_size or world_size
+    if world_size % ep_size:
+        raise UserError(f"--ep-size {ep_size} does not divide the {world_size} ranks")
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    ranks_per_node = ranks_per_node or local
+    dp_size = world_size // ep_size
+    device_mesh = init_device_mesh(device.type, (dp_size, ep_size), mesh_dim_names=("dp", "ep"))
+    return Mesh(
+        device=device,
+        device_mesh=device_mesh,
+        world_group=dist.group.WORLD,
+        ep_group=device_mesh.get_group("ep"),
+        dp_group=device_mesh.get_group("dp"),
+        rank=rank,
+        world_size=world_size,
+        ep_rank=rank % ep_size,
+        ep_size=ep_size,
+        dp_rank=rank // ep_size,
+        dp_size=dp_size,
+        node_of_rank=tuple(r // ranks_per_node for r in range(world_size)),
+    )

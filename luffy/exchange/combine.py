@@ -1,0 +1,27 @@
+"""Combine: partial sums back to the rank of the token's sequence, added to its residual."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from luffy.comm import all_to_all_rows
+from luffy.exchange.copies import Copies
+
+
+def combine(hidden: Tensor, partial: Tensor, copies: Copies) -> Tensor:
+    """hidden [T, D] (the residual), partial [R, D] from this rank's experts -> new stream [T, D].
+
+    Rows return in the order in which dispatch sent them, so their tokens are known without being told.
+    """
+    n = copies.num_local
+    (remote,) = all_to_all_rows(
+        [partial[n:]],
+        copies.exchange.reversed(),
+        directions=("combine",),
+        backward_directions=("combine_backward",),
+    )
+    rows = torch.cat([partial[:n], remote])  # [C, D]
+    # Up to K partial sums meet in a token; adding them in bfloat16 would round K times.
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    return hidden.to(wide).index_add(0, copies.token, rows.to(wide)).to(hidden.dtype)

@@ -1,0 +1,42 @@
+"""Permute: bring received rows into expert order, and add the experts' answers up again.
+
+A received row may serve several experts of this rank, a (row, expert) pair each. `pairs_by_expert` sorts the pairs by
+expert, so that one grouped matrix product serves them all; `weighted_sum` multiplies each answer by its weight and
+adds it to its row: the partial sum that goes back is one row however many experts worked on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from luffy.exchange.copies import ExpertMap
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """(row, expert) pairs sorted by local expert: `row` and `choice` int64 [P]; `num_tokens_per_expert` int64 [n]."""
+
+    row: Tensor
+    choice: Tensor
+    num_tokens_per_expert: Tensor
+
+
+def pairs_by_expert(expert_ids: Tensor, experts: ExpertMap, ep_rank: int, num_pairs: int) -> Pairs:
+    """expert_ids: int64 [R, K] of received rows. `num_pairs` is known from the counts, so nothing is read back."""
+    n, K = experts.num_local_experts, expert_ids.shape[1]
+    local = experts.local_slot(expert_ids, ep_rank).flatten()  # [R * K], n = not here
+    order = torch.argsort(local, stable=True)[:num_pairs]
+    counts = torch.zeros(n + 1, dtype=torch.int64, device=local.device)
+    counts.index_add_(0, local, torch.ones_like(local))
+    return Pairs(order // K, order % K, counts[:n])
+
+
+def weighted_sum(answers: Tensor, weights: Tensor, pairs: Pairs, num_rows: int) -> Tensor:
+    """answers [P, D], weights [R, K] -> partial sums [num_rows, D], added in float32 at least."""
+    wide = weights.dtype  # float32, or float64 for a float64 model
+    scaled = answers.to(wide) * weights[pairs.row, pairs.choice][:, None]
+    total = scaled.new_zeros(num_rows, answers.shape[1]).index_add(0, pairs.row, scaled)
+    return total.to(answers.dtype)

@@ -1,0 +1,6 @@
+"""The model: blocks that map a TokenBatch to a TokenBatch, and the one MoE layer."""
+
+from luffy.model.moe_layer import MoELayer, Runtime
+from luffy.model.transformer import MicroBatch, ModelOutput, Transformer, build_model, is_expert
+
+__all__ = ["MicroBatch", "ModelOutput", "MoELayer", "Runtime", "Transformer", "build_model", "is_expert"]

@@ -1,0 +1,49 @@
+"""Experts: many small feed-forward networks, run as one grouped matrix product.
+
+A rank owns `num_local` experts, stored stacked. Rows arrive sorted by expert; on a GPU `F.grouped_mm` multiplies
+each group by its own matrix without a host round trip, elsewhere one matrix product per expert does. An expert that
+received no row still takes part and gets a zero gradient: a missing gradient would leave its optimizer state behind
+that of its copies on other ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from luffy.config import ModelConfig
+from luffy.model.layers import activate
+
+
+class GroupedExperts(nn.Module):
+    """[P, D] sorted by expert -> [P, D]. Weights are [num_local, in, out], biases [num_local, out]."""
+
+    def __init__(self, config: ModelConfig, num_local: int) -> None:
+        super().__init__()
+        D, F_ = config.hidden_size, config.expert_hidden_size
+        width = 2 * F_ if config.activation == "swiglu" else F_
+        self.num_local, self.activation = num_local, config.activation
+        self.w_in = nn.Parameter(torch.empty(num_local, D, width))
+        self.w_out = nn.Parameter(torch.empty(num_local, F_, D))
+        self.b_in = nn.Parameter(torch.empty(num_local, width)) if config.bias else None
+        self.b_out = nn.Parameter(torch.empty(num_local, D)) if config.bias else None
+
+    def forward(self, x: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
+        """x: [P, D] sorted by expert; num_tokens_per_expert: int64 [num_local]."""
+        hidden = activate(self._linear(x, self.w_in, self.b_in, num_tokens_per_expert), self.activation)
+        return self._linear(hidden, self.w_out, self.b_out, num_tokens_per_expert)
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
+        y = grouped_linear(x, weight.to(x.dtype), counts)
+        if bias is None:
+            return y
+        return y + torch.repeat_interleave(bias.to(x.dtype), counts, dim=0, output_size=x.shape[0])
+
+
+def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """x: [P, in] sorted by group, weight: [groups, in, out], counts: int64 [groups] -> [P, out]."""
+    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and x.shape[0] > 0:
+        return F.grouped_mm(x, weight, offs=counts.cumsum(0).to(torch.int32))
+    groups = x.split(counts.tolist())
+    return torch.cat([g @ w for g, w in zip(groups, weight.unbind(0), strict=True)])

@@ -1,0 +1,69 @@
+"""Small parts: linear maps that follow the stream's dtype, norms, dense feed-forward, activations.
+
+Parameters are kept in float32 (or float64) while the residual stream may be bfloat16. Each layer casts its own
+weights to the stream's dtype where it uses them, so mixed precision is visible in the code, behaves alike on every
+device, and needs no autocast state; gradients arrive in the parameters' dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from luffy.config import ModelConfig
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` that computes in its input's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm with its statistics in float32 at least; output in the input's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.bias, self.eps).to(
+            x.dtype
+        )
+
+
+class RMSNorm(nn.RMSNorm):
+    """Root-mean-square norm (arXiv 1910.07467), statistics in float32 at least; output in the input's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(self.weight.dtype)
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * scale * self.weight).to(x.dtype)
+
+
+def make_norm(config: ModelConfig, size: int | None = None) -> nn.Module:
+    size = size or config.hidden_size
+    if config.norm == "rmsnorm":
+        return RMSNorm(size, eps=config.norm_eps)
+    return LayerNorm(size, eps=config.norm_eps)
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """"gelu": [.., F] -> [.., F]. "swiglu": [.., 2F] (gate, then value) -> [.., F] (arXiv 2002.05202)."""
+    if activation == "swiglu":
+        gate, value = x.chunk(2, dim=-1)
+        return F.silu(gate) * value
+    return F.gelu(x, approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    """A dense feed-forward network: the blocks without experts, and the experts that all tokens share."""
+
+    def __init__(self, config: ModelConfig, hidden_size: int) -> None:
+        super().__init__()
+        self.activation = config.activation
+        width = 2 * hidden_size if config.activation == "swiglu" else hidden_size
+        self.w_in = Linear(config.hidden_size, width, bias=config.bias)
+        self.w_out = Linear(hidden_size, config.hidden_size, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w_out(activate(self.w_in(x), self.activation))

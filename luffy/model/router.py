@@ -1,0 +1,96 @@
+"""The router: which experts a token goes to, with what weight, and what that says to the auxiliary losses.
+
+Scores are computed in float32 at least. The auxiliary losses are *global*: their statistics run over all tokens of
+a micro-batch on all ranks, so that they do not depend on which rank holds a sequence (a per-rank balance loss would
+fight sequence migration, which gathers alike sequences on purpose). Each rank therefore keeps local sums; one small
+all-reduce after the last layer turns the sums of all layers into the losses (`luffy.model.aux_loss`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from luffy.config import RouterConfig
+from luffy.data.batch import Layout
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Per token of this rank: the chosen experts and their weights.
+
+    topk_expert_ids: int64 [T, K]; -1 where capacity dropped the choice.
+    topk_weights: [T, K] in float32 or float64; 0 where dropped.
+    """
+
+    topk_expert_ids: Tensor
+    topk_weights: Tensor
+
+
+@dataclass(frozen=True)
+class RouterStats:
+    """Local sums of one layer over this rank's tokens; those that carry gradient are marked.
+
+    probability_sum [E] (gradient): normalised scores. assigned [E]: choices. z_sum [] (gradient): sum of
+    logsumexp^2. dropped []: choices beyond capacity.
+    """
+
+    probability_sum: Tensor
+    assigned: Tensor
+    z_sum: Tensor
+    dropped: Tensor
+
+
+class Router(nn.Module):
+    """Linear scores, top-k choice: normed rows [T, D] -> Routing, RouterStats."""
+
+    def __init__(self, config: RouterConfig, hidden_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size))
+        # Loss-free balancing: added to the scores for the choice only, moved by the trainer after each step.
+        self.register_buffer("choice_bias", torch.zeros(config.num_experts))
+        self.choice_bias: Tensor
+
+    def forward(self, x: Tensor, layout: Layout) -> tuple[Routing, RouterStats]:
+        cfg, E, K = self.config, self.config.num_experts, self.config.top_k
+        logits = x.to(self.weight.dtype) @ self.weight.t()  # [T, E]
+        scores = logits.softmax(-1) if cfg.score == "softmax" else logits.sigmoid()
+        choice = scores + self.choice_bias.to(scores.dtype) if cfg.bias_update_rate > 0 else scores
+        ids = choice.topk(K, dim=-1).indices  # [T, K]
+        weights = scores.gather(-1, ids)
+        if cfg.normalize_topk:
+            weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
+        probabilities = scores if cfg.score == "softmax" else scores / scores.sum(-1, keepdim=True)
+        assigned = scores.new_zeros(E).index_add_(0, ids.flatten(), scores.new_ones(ids.numel()))
+        dropped = scores.new_zeros(())
+        if cfg.capacity_factor is not None:
+            keep = within_capacity(ids, layout, E, cfg.capacity_factor)
+            dropped = (~keep).sum().to(scores.dtype)
+            ids, weights = ids.masked_fill(~keep, -1), weights * keep
+        stats = RouterStats(probabilities.sum(0), assigned, logits.logsumexp(-1).square().sum(), dropped)
+        return Routing(ids, weights), stats
+
+
+def within_capacity(ids: Tensor, layout: Layout, num_experts: int, factor: float) -> Tensor:
+    """True where a choice fits its expert's capacity for its sequence: bool [T, K].
+
+    Capacity is ceil(factor * length * K / E), filled in token order: a later token never displaces an earlier one
+    (no leak from the future), and neither placement nor the other sequences matter.
+    """
+    T, K = ids.shape
+    sequence = layout.sequence_of_token
+    lengths = torch.tensor(layout.lengths, device=ids.device, dtype=torch.float64)
+    capacity = (factor * lengths * K / num_experts).ceil().to(torch.int64)  # [S]
+    group = (sequence[:, None] * num_experts + ids).flatten()  # one group per (sequence, expert)
+    order = torch.argsort(group, stable=True)
+    grouped = group[order]
+    index = torch.arange(T * K, device=ids.device)
+    first = torch.ones_like(grouped, dtype=torch.bool)
+    first[1:] = grouped[1:] != grouped[:-1]
+    start = torch.where(first, index, 0).cummax(0).values  # where each group begins in the sorted order
+    place = torch.empty_like(index)
+    place[order] = index - start
+    return place.unflatten(0, (T, K)) < capacity[sequence][:, None]

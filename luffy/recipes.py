@@ -1,0 +1,50 @@
+"""Recipes: named points on the axes along which an expert-parallel exchange can be changed.
+
+There is one MoE layer; a recipe says what it does on each axis:
+
+* `copies`: what one row on the wire stands for. "pairs": a (token, expert) pair, as in the classic systems;
+  "ranks": a (token, rank) copy, sent once however many experts of that rank the token chose, answered with one
+  partial sum.
+* `placement`: where a sequence lives after the layer ("stay": where it came from).
+
+Lossless recipes compute the same function as a dense model on one device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from luffy.errors import UserError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to run the exchange of every MoE layer."""
+
+    name: str
+    summary: str
+    copies: str = "ranks"
+    placement: str = "stay"
+
+
+RECIPES: dict[str, Recipe] = {
+    r.name: r
+    for r in (
+        Recipe(
+            "vanilla",
+            "every (token, expert) pair travels on its own, as in GShard and DeepSpeed-MoE",
+            copies="pairs",
+        ),
+        Recipe(
+            "vanilla_dedup",
+            "a token travels once to each rank that holds any of its experts; partial sums come back",
+        ),
+    )
+}
+
+
+def get_recipe(name: str) -> Recipe:
+    """The recipe called `name`; raises `UserError` with the known names otherwise."""
+    if name not in RECIPES:
+        raise UserError(f"--recipe {name!r} is unknown; choose one of {', '.join(RECIPES)}")
+    return RECIPES[name]

@@ -1,0 +1,81 @@
+"""Run a function on several real ranks: forked processes that talk over gloo.
+
+Forking keeps the start cheap (torch is loaded once), so a test can afford real processes; a test does well to assert
+much in one launch.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import queue
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class RankFailedError(AssertionError):
+    """A rank raised: carries its number and its traceback."""
+
+
+def _child(fn: Callable[..., Any], rank: int, world: int, store: str, args: tuple, results: Any) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+        value = fn(rank, *args)
+        dist.barrier()
+        results.put((rank, True, value))
+    except BaseException:
+        results.put((rank, False, traceback.format_exc()))
+    finally:
+        results.close()
+        results.join_thread()
+        # Skip the interpreter's shutdown: a forked child must not run its parent's exit handlers.
+        os._exit(0)
+
+
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 300.0) -> list[Any]:
+    """Call `fn(rank, *args)` on `world_size` gloo ranks; the results (picklable, no live tensors) in rank order.
+
+    Raises `RankFailedError` with the traceback of the first rank that failed, or that one did not answer in time.
+    """
+    context = mp.get_context("fork")
+    results = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        store = os.path.join(folder, "store")
+        children = [
+            context.Process(target=_child, args=(fn, r, world_size, store, args, results), daemon=True)
+            for r in range(world_size)
+        ]
+        for child in children:
+            child.start()
+        answers: dict[int, Any] = {}
+        deadline = time.monotonic() + timeout_seconds
+        try:
+            while len(answers) < world_size:
+                try:
+                    rank, ok, value = results.get(timeout=0.5)
+                except queue.Empty:
+                    dead = [r for r, c in enumerate(children) if not c.is_alive() and r not in answers]
+                    if dead and results.empty():
+                        raise RankFailedError(f"rank {dead[0]} died without a word") from None
+                    if time.monotonic() > deadline:
+                        missing = [r for r in range(world_size) if r not in answers]
+                        raise RankFailedError(f"no answer from ranks {missing}") from None
+                    continue
+                if not ok:
+                    raise RankFailedError(f"rank {rank} failed:\n{value}")
+                answers[rank] = value
+        finally:
+            for child in children:
+                if len(answers) < world_size:
+                    child.kill()
+                child.join()
+    return [answers[r] for r in range(world_size)]
