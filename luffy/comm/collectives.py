@@ -43,6 +43,13 @@ class Comm:
             self.meter.all_reduce(direction, list(range(self.mesh.world_size)), tensor.nbytes)
         return tensor
 
+    def all_reduce_ep(self, tensor: Tensor, direction: str = "control") -> Tensor:
+        """Sum over the EP group, in place."""
+        if self.mesh.ep_size > 1:
+            dist.all_reduce(tensor, group=self.mesh.ep_group)
+            self.meter.all_reduce(direction, self.mesh.ep_ranks, tensor.nbytes)
+        return tensor
+
     def all_gather_world(self, tensor: Tensor) -> Tensor:
         """[n...] on each rank -> [world_size, n...] on all ranks of the world. Shapes must agree."""
         return self._all_gather(tensor, self.mesh.world_group, range(self.mesh.world_size))

@@ -24,8 +24,8 @@ from luffy.model.router import RouterStats
 class AuxLoss:
     """`local`: this rank's part of balance_loss * balance + z_loss * z, summed over layers ([], gradient).
 
-    For the metrics, without gradient and global: `balance` [] and `z` [] (mean over layers, unweighted; balance is
-    1 when all experts are used evenly), `load` [layers, E] (share of choices), `dropped` [] (share of choices).
+    For the metrics, without gradient and global: `balance` [] (mean over layers, unweighted; 1 when all experts are
+    used evenly), `z` [layers], `load` [layers, E] (share of choices), `dropped` [] (share of choices).
     """
 
     local: Tensor
@@ -54,7 +54,7 @@ def auxiliary_loss(
     return AuxLoss(
         local=local,
         balance=E * (load * probability_total).sum(1).mean() / T,
-        z=z_total.mean() / T,
+        z=z_total.flatten() / T,
         load=load,
         dropped=dropped.mean() / (T * config.top_k),
     )

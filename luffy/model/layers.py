@@ -26,9 +26,9 @@ class LayerNorm(nn.LayerNorm):
     """Layer norm with its statistics in float32 at least; output in the input's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.bias, self.eps).to(
-            x.dtype
-        )
+        return F.layer_norm(
+            x.to(self.weight.dtype), self.normalized_shape, self.weight, self.bias, self.eps
+        ).to(x.dtype)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -48,7 +48,7 @@ def make_norm(config: ModelConfig, size: int | None = None) -> nn.Module:
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
-    """"gelu": [.., F] -> [.., F]. "swiglu": [.., 2F] (gate, then value) -> [.., F] (arXiv 2002.05202)."""
+    """ "gelu": [.., F] -> [.., F]. "swiglu": [.., 2F] (gate, then value) -> [.., F] (arXiv 2002.05202)."""
     if activation == "swiglu":
         gate, value = x.chunk(2, dim=-1)
         return F.silu(gate) * value

@@ -136,9 +136,7 @@ class Transformer(nn.Module):
         for i, block in enumerate(self.blocks):
             batch = block(batch, None if micro.memory is None else micro.memory[i])
         token_loss = self._token_loss(batch.hidden, micro.labels) / max(micro.step_labels, 1)
-        aux = auxiliary_loss(
-            batch.router_stats, self.config.router, self.runtime.comm, micro.num_tokens
-        )
+        aux = auxiliary_loss(batch.router_stats, self.config.router, self.runtime.comm, micro.num_tokens)
         loss = token_loss
         if aux is not None:
             loss = loss + aux.local * (micro.num_tokens / max(micro.step_tokens, 1))

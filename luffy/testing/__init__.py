@@ -1,5 +1,28 @@
 """Real ranks for tests, and the slow dense oracle that exactness is measured against."""
 
+from luffy.testing.oracle import OracleOutput
+from luffy.testing.oracle_tools import (
+    gather_full,
+    largest_error,
+    load_full,
+    random_sequences,
+    relative_error,
+    vivid_parameters,
+)
+from luffy.testing.oracle_train import OracleStep, oracle_step, oracle_train
 from luffy.testing.ranks import RankFailedError, run_ranks
 
-__all__ = ["RankFailedError", "run_ranks"]
+__all__ = [
+    "OracleOutput",
+    "OracleStep",
+    "RankFailedError",
+    "gather_full",
+    "largest_error",
+    "load_full",
+    "oracle_step",
+    "oracle_train",
+    "random_sequences",
+    "relative_error",
+    "run_ranks",
+    "vivid_parameters",
+]

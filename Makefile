@@ -1,0 +1,61 @@
+# Everything runs from a bare checkout: each target first makes the virtual environment in .venv, if need be.
+
+# The first Python on the path that is new enough; `make PYTHON=/path/to/python3.12 ...` names another one.
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$python; break; }; \
+	done)
+# Installed before the rest, so that it can be chosen: `make TORCH="torch --index-url https://..." ...` takes another build.
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+DEMO_OUT ?= runs/demo
+DEMO ?= --recipe vanilla_dedup --model moe-gpt2-tiny --ranks 4 --steps 150 --device cpu --data stdlib
+PYTEST_OPTIONS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-slow test-all check format clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(STAMP)  ## make the virtual environment in .venv
+
+# The stamp is touched last: an installation that broke off is begun again.
+$(STAMP): pyproject.toml
+	@test -n "$(PYTHON)" || { \
+		echo "luffy needs Python 3.11 or newer, and none is on the path: install one, or run 'make PYTHON=/path/to/python3.12'" >&2; \
+		exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "luffy needs Python 3.11 or newer, and PYTHON=$(PYTHON) is not: name another one" >&2; exit 2; }
+	@$(PYTHON) -m venv .venv || { \
+		echo "$(PYTHON) cannot make a virtual environment: install its venv module (Debian: apt install python3-venv)" >&2; \
+		exit 2; }
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## train a small model on 4 local ranks and write its report
+	$(BIN)/luffy train $(DEMO) --overwrite --out $(DEMO_OUT)
+
+test: $(STAMP)  ## run the fast tests
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_OPTIONS)
+
+test-slow: $(STAMP)  ## run only the longer tests
+	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_OPTIONS)
+
+test-all: $(STAMP)  ## run every test that needs no GPU
+	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_OPTIONS)
+
+check: $(STAMP)  ## lint, check the format, check the types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## put the code into its standard format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove caches and build products (runs and .venv stay)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

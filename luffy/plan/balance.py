@@ -1,0 +1,60 @@
+"""What a placement asks of each rank, and the budgets it is held to when lengths are uneven.
+
+Two loads count: tokens (memory, and every per-token layer) and attention operations (quadratic in length, and with
+padding dependent on the longest neighbour). Both are exact int64 so that all ranks agree to the last bit on what fits.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from luffy.plan.problem import PlacementProblem
+
+
+class RankLoads(NamedTuple):
+    """int64 [N] each: what every rank holds under some placement."""
+
+    sequences: np.ndarray
+    tokens: np.ndarray
+    longest: np.ndarray
+    attention_flops: np.ndarray
+
+
+class Budgets(NamedTuple):
+    """The most that any single rank may hold."""
+
+    tokens: int
+    attention_flops: int
+
+    def admit(self, loads: RankLoads) -> np.ndarray:
+        """bool [N]: ranks whose loads are within both budgets."""
+        return (loads.tokens <= self.tokens) & (loads.attention_flops <= self.attention_flops)
+
+
+def rank_loads(problem: PlacementProblem, new_home: np.ndarray) -> RankLoads:
+    """What each rank holds when sequence s lives at new_home[s]. new_home: int64 [S], every entry a valid rank."""
+    N, attention, lengths = problem.num_ranks, problem.attention, problem.lengths
+    sequences = np.bincount(new_home, minlength=N)
+    tokens = np.zeros(N, dtype=np.int64)
+    longest = np.zeros(N, dtype=np.int64)
+    np.add.at(tokens, new_home, lengths)
+    np.maximum.at(longest, new_home, lengths)
+    if problem.layout == "padded":
+        flops = attention.padded_flops(sequences, longest)
+    else:
+        flops = np.zeros(N, dtype=np.int64)
+        np.add.at(flops, new_home, attention.sequence_flops(lengths))
+    return RankLoads(sequences, tokens, longest, flops)
+
+
+def budgets(problem: PlacementProblem) -> Budgets:
+    """(1 + slack) * max(mean over ranks, busiest rank now), of tokens and of attention operations.
+
+    The busiest rank is never below the mean, so the maximum is the busiest rank; it is spelled out in `Balance`
+    because that is how people think of it. Staying is therefore always within budget.
+    """
+    now = rank_loads(problem, problem.home_rank)
+    slack = problem.balance.slack
+    # Slack is added to the integer, not multiplied in: a float product could round below what stay already uses.
+    tokens, flops = (int(load.max(initial=0)) for load in (now.tokens, now.attention_flops))
+    return Budgets(tokens + int(tokens * slack), flops + int(flops * slack))

@@ -1,0 +1,124 @@
+"""What attention costs: the model that keeps sequence migration from piling work on one rank.
+
+Luffy (arXiv 2411.15419, section on sequence migration) prices self-attention of a batch of B sequences, each padded
+to L tokens, on an accelerator of P operations per second and model width d as
+
+    T_att(B, L) = 3 B L d^2 / P  +  2 B L^2 d / P,
+
+the projections and the score/value products. Moving sequence i to a rank that holds a (B, L) batch costs that rank
+T_att(B + 1, max(L, length_i)) - T_att(B, L): with padding, one long sequence lengthens all its neighbours. Packed
+batches have no padding, and the cost is the plain sum of T_att(1, length) over the sequences.
+
+P is not read from a data sheet but fitted to measured times (`fit_attention_cost`). Operation counts are int64 and
+exact, and only they enter decisions; nanoseconds are for people and for adding to link times.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+@dataclass(frozen=True)
+class AttentionCost:
+    """T_att of the module docstring for width d = hidden_size and P = flops_per_second.
+
+    All methods take scalars or arrays that broadcast and return int64 of the broadcast shape. Lengths are tokens.
+    Operation counts are exact below 2**63: 4096 sequences of 131072 tokens at width 16384 still fit.
+    Raises ValueError for a width or rate that is not positive.
+    """
+
+    hidden_size: int = 1024
+    flops_per_second: float = 1e13
+
+    def __post_init__(self) -> None:
+        if self.hidden_size < 1 or not self.flops_per_second > 0:
+            raise ValueError(
+                f"attention cost: hidden_size {self.hidden_size} and flops_per_second {self.flops_per_second} "
+                "must be positive"
+            )
+
+    def padded_flops(self, num_sequences: ArrayLike, longest: ArrayLike) -> np.ndarray:
+        """Operations of a batch of num_sequences padded to `longest` tokens."""
+        B = np.asarray(num_sequences, dtype=np.int64)
+        L = np.asarray(longest, dtype=np.int64)
+        d = self.hidden_size
+        return B * L * (3 * d * d + 2 * d * L)
+
+    def sequence_flops(self, lengths: ArrayLike) -> np.ndarray:
+        """Operations of each sequence by itself: what it adds to a packed batch."""
+        return self.padded_flops(1, lengths)
+
+    def padded_growth_flops(self, num_sequences: ArrayLike, longest: ArrayLike, lengths: ArrayLike) -> np.ndarray:
+        """Operations that one more sequence of `lengths` tokens adds to a padded batch (num_sequences, longest)."""
+        B = np.asarray(num_sequences, dtype=np.int64)
+        grown = np.maximum(np.asarray(longest, dtype=np.int64), np.asarray(lengths, dtype=np.int64))
+        return self.padded_flops(B + 1, grown) - self.padded_flops(B, longest)
+
+    def nanoseconds(self, flops: ArrayLike) -> np.ndarray:
+        """Operations -> whole nanoseconds. One division and one product, correctly rounded on every processor."""
+        seconds = np.asarray(flops, dtype=np.float64) / float(self.flops_per_second)
+        return np.rint(seconds * 1e9).astype(np.int64)
+
+    def padded(self, num_sequences: ArrayLike, longest: ArrayLike) -> np.ndarray:
+        """T_att(B, L) in nanoseconds."""
+        return self.nanoseconds(self.padded_flops(num_sequences, longest))
+
+    def packed(self, lengths: ArrayLike) -> np.ndarray:
+        """Nanoseconds of a packed batch: the sum of T_att(1, length) over the last axis of lengths [..., S]."""
+        return self.nanoseconds(self.sequence_flops(lengths).sum(axis=-1))
+
+    def padded_growth(self, num_sequences: ArrayLike, longest: ArrayLike, lengths: ArrayLike) -> np.ndarray:
+        """T_att(B + 1, max(L, length)) - T_att(B, L) in nanoseconds: line 6 of Luffy's Algorithm 1."""
+        return self.nanoseconds(self.padded_growth_flops(num_sequences, longest, lengths))
+
+
+@dataclass(frozen=True)
+class CostFit:
+    """The result of `fit_attention_cost`: seconds = operations / flops_per_second + overhead_seconds.
+
+    The relative errors are |predicted - measured| / measured over the samples that were fitted.
+    """
+
+    flops_per_second: float
+    overhead_seconds: float
+    median_relative_error: float
+    max_relative_error: float
+    num_samples: int
+
+    def attention_cost(self, hidden_size: int) -> AttentionCost:
+        """The cost model at this rate. The overhead is left out: every rank pays it wherever sequences go."""
+        return AttentionCost(hidden_size, self.flops_per_second)
+
+
+def fit_attention_cost(hidden_size: int, samples: Sequence[tuple[int, int, float]]) -> CostFit:
+    """Fit P and a fixed overhead to measured (B, L, seconds) triples of padded attention.
+
+    Least squares on the *relative* error, so that a microsecond batch counts as much as a second-long one:
+    minimise sum((flops_i / P + overhead) / seconds_i - 1)^2 with overhead >= 0. Needs samples of at least two
+    operation counts to tell rate from overhead; with only one, the overhead is taken as zero. Raises ValueError
+    when there is no sample, a sample is not positive, or time does not grow with the work.
+    """
+    if not samples:
+        raise ValueError("attention fit: no measured (B, L, seconds) samples")
+    table = np.asarray(samples, dtype=np.float64)
+    if table.ndim != 2 or table.shape[1] != 3 or not (np.isfinite(table).all() and (table > 0).all()):
+        raise ValueError("attention fit: every sample must be (B, L, seconds), all positive and finite")
+    model = AttentionCost(hidden_size)
+    flops = model.padded_flops(table[:, 0].astype(np.int64), table[:, 1].astype(np.int64)).astype(np.float64)
+    seconds = table[:, 2]
+
+    ratio = flops / seconds
+    per_flop, overhead = float(ratio.sum() / (ratio @ ratio)), 0.0
+    if len(np.unique(flops)) > 1:
+        design = np.stack([ratio, 1 / seconds], axis=1)
+        # The columns differ by ten orders of magnitude: scale each to unit norm, or lstsq drops the smaller.
+        norm = np.linalg.norm(design, axis=0)
+        slope, intercept = np.linalg.lstsq(design / norm, np.ones(len(seconds)), rcond=None)[0] / norm
+        if slope <= 0:
+            raise ValueError("attention fit: measured time does not grow with the work; measure larger batches")
+        if intercept > 0:
+            per_flop, overhead = float(slope), float(intercept)
+    error = np.abs((flops * per_flop + overhead) / seconds - 1)
+    return CostFit(1 / per_flop, overhead, float(np.median(error)), float(error.max()), len(samples))

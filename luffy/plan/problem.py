@@ -1,0 +1,180 @@
+"""The question a placement strategy answers: where should each sequence be rebuilt?
+
+After dispatch, the rows of one sequence lie scattered over the ranks that own its experts. `counts[s, r]` says how
+many: the number of tokens of sequence s with at least one expert on rank r (after per-rank deduplication each such
+token has exactly one row there). Combine sends one row back for each of them, except those already on the rank where
+the sequence is rebuilt. So placing s at j costs
+
+    combine:        sum over r != j of counts[s, r]      * row_num_bytes
+    next dispatch:  sum over r != j of next_counts[s, r] * next_row_num_bytes      (only if a prediction is given)
+    residual:       lengths[s] * residual_num_bytes, home -> j                     (only if it moves)
+
+each byte weighted by the link class it crosses. The three have one form: a residual that must travel from home to j is
+a row "held at home". `PlacementProblem.rows` folds all three into a single matrix, and every strategy and every report
+of bytes starts there. (The backward pass moves the same rows again, a factor of two on both sides of any comparison.)
+
+A plan must keep ranks balanced, because one overloaded rank costs every rank time. `Balance` says how: equal sequence
+counts for batches of one length, or budgets of tokens and attention operations for uneven lengths. Staying put always
+satisfies it, by construction.
+"""
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+
+from luffy.plan.cost import AttentionCost
+from luffy.plan.topology import Topology
+
+# Sums over all rows must stay inside int64 with room for link weights; see PlacementProblem.
+_MAX_TOTAL_ROWS = 1 << 62
+
+
+@dataclass(frozen=True)
+class Balance:
+    """What every rank is held to.
+
+    mode "sequences": each rank keeps exactly as many sequences as `home_rank` gives it now.
+    mode "tokens": no rank may exceed (1 + slack) * max(mean over ranks, what the busiest rank has now), in tokens and
+    likewise in attention operations. Slack is ignored in mode "sequences".
+    """
+
+    mode: Literal["sequences", "tokens"] = "sequences"
+    slack: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("sequences", "tokens"):
+            raise ValueError(f"balance: mode is 'sequences' or 'tokens', not {self.mode!r}")
+        if not self.slack >= 0:
+            raise ValueError(f"balance: slack must be >= 0, not {self.slack}")
+
+    @classmethod
+    def for_lengths(cls, lengths: np.ndarray, slack: float = 0.1) -> "Balance":
+        """Sequence counts when all lengths are alike, token budgets otherwise."""
+        even = len(lengths) == 0 or int(lengths.min()) == int(lengths.max())
+        return cls("sequences" if even else "tokens", slack)
+
+
+@dataclass(frozen=True, eq=False)
+class PlacementProblem:
+    """Input of every strategy; S sequences, N ranks.
+
+    counts [S, N]: rows of each sequence held at each rank after dispatch. lengths [S]: tokens. home_rank [S]: where each
+    sequence is now. row_num_bytes: one combine row on the wire. residual_num_bytes: extra bytes home -> new home for each
+    token of a sequence that moves (0 when the carrier adds the residual). next_counts [S, N]: predicted rows at the next
+    layer's dispatch, of next_row_num_bytes each (None: as row_num_bytes). All arrays become int64.
+
+    Raises ValueError when shapes disagree, a count or length is negative, a rank is out of range, or the counts are so
+    large that their sum would leave 62 bits.
+    """
+
+    counts: np.ndarray
+    lengths: np.ndarray
+    home_rank: np.ndarray
+    topology: Topology
+    row_num_bytes: int
+    residual_num_bytes: int = 0
+    next_counts: np.ndarray | None = None
+    next_row_num_bytes: int | None = None
+    attention: AttentionCost = field(default_factory=AttentionCost)
+    layout: Literal["packed", "padded"] = "packed"
+    balance: Balance = field(default_factory=Balance)
+
+    def __post_init__(self) -> None:
+        for name in ("counts", "lengths", "home_rank", "next_counts"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, _as_int64(name, value))
+        S, N = self.lengths.size, self.topology.world_size
+        _require(self.counts.shape == (S, N), f"counts is {self.counts.shape}, not [{S} sequences, {N} ranks]")
+        _require(self.lengths.shape == (S,), f"lengths is {self.lengths.shape}, not [{S}]")
+        _require(self.home_rank.shape == (S,), f"home_rank is {self.home_rank.shape}, not [{S}]")
+        if self.next_counts is not None:
+            _require(self.next_counts.shape == (S, N), f"next_counts is {self.next_counts.shape}, not [{S}, {N}]")
+        _require(self.layout in ("packed", "padded"), f"layout is 'packed' or 'padded', not {self.layout!r}")
+        _require(self.row_num_bytes > 0, f"row_num_bytes {self.row_num_bytes} must be positive")
+        _require(self.residual_num_bytes >= 0, f"residual_num_bytes {self.residual_num_bytes} must be >= 0")
+        _require(
+            self.next_row_num_bytes is None or self.next_row_num_bytes > 0,
+            f"next_row_num_bytes {self.next_row_num_bytes} must be positive",
+        )
+        if S:
+            _require(int(self.lengths.min()) >= 0, "lengths must be >= 0")
+            _require(
+                0 <= int(self.home_rank.min()) and int(self.home_rank.max()) < N,
+                f"home_rank must lie in 0..{N - 1}",
+            )
+            self._check_counts(S, N)
+
+    def _check_counts(self, S: int, N: int) -> None:
+        combine, dispatch, residual = self._row_factors
+        largest = int(self.counts.max()) * combine
+        smallest = int(self.counts.min())
+        if self.next_counts is not None:
+            largest += int(self.next_counts.max()) * dispatch
+            smallest = min(smallest, int(self.next_counts.min()))
+        _require(smallest >= 0, "counts must be >= 0")
+        total = S * (N * largest + int(self.lengths.max()) * residual)
+        _require(total < _MAX_TOTAL_ROWS, "counts are too large: their sum must stay below 2**62 rows")
+
+    @property
+    def num_sequences(self) -> int:
+        return self.lengths.size
+
+    @property
+    def num_ranks(self) -> int:
+        return self.topology.world_size
+
+    @property
+    def unit_num_bytes(self) -> int:
+        """Bytes of one unit of `rows`: the greatest common divisor of the row sizes in play."""
+        sizes = [self.row_num_bytes, self.residual_num_bytes]
+        if self.next_counts is not None:
+            sizes.append(self.next_row_num_bytes or self.row_num_bytes)
+        return math.gcd(*sizes)
+
+    @property
+    def _row_factors(self) -> tuple[int, int, int]:
+        """How many units one combine row, one predicted dispatch row and one residual are."""
+        unit = self.unit_num_bytes
+        dispatch = (self.next_row_num_bytes or self.row_num_bytes) if self.next_counts is not None else 0
+        return self.row_num_bytes // unit, dispatch // unit, self.residual_num_bytes // unit
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """int64 [S, N]: units of `unit_num_bytes` that stay off the wire when s is placed at j.
+
+        The whole of a row of this matrix, less the entry at j, is what placing s at j puts on the wire.
+        """
+        combine, dispatch, residual = self._row_factors
+        rows = self.counts if combine == 1 else self.counts * combine
+        if self.next_counts is not None:
+            rows = rows + (self.next_counts if dispatch == 1 else self.next_counts * dispatch)
+        if residual:
+            rows = rows.copy() if rows is self.counts else rows
+            rows[np.arange(self.num_sequences), self.home_rank] += self.lengths * residual
+        return rows
+
+    @cached_property
+    def total_rows(self) -> int:
+        """The sum of `rows`."""
+        return int(self.rows.sum())
+
+    @cached_property
+    def quotas(self) -> np.ndarray:
+        """int64 [N]: sequences that each rank holds now, and keeps under balance by sequences."""
+        return np.bincount(self.home_rank, minlength=self.num_ranks)
+
+
+def _as_int64(name: str, value: Any) -> np.ndarray:
+    array = np.asarray(value)
+    if array.dtype.kind not in "iu" and array.size:
+        raise ValueError(f"placement: {name} must be integers, not {array.dtype}")
+    return np.ascontiguousarray(array, dtype=np.int64)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(f"placement: {message}")

@@ -1,0 +1,111 @@
+"""The command line. Every field of TrainOptions is an option; a user's mistake is one line and exit status 2."""
+
+from __future__ import annotations
+
+import sys
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from luffy.config import PRESETS
+from luffy.errors import UserError
+from luffy.recipes import RECIPES
+from luffy.train.options import TrainOptions, option_name
+from luffy.version import __version__
+
+
+def _click_type(annotation: Any) -> Any:
+    """int for `int` and `int | None`, and so on."""
+    if isinstance(annotation, types.UnionType):
+        return next(a for a in typing.get_args(annotation) if a is not type(None))
+    return annotation
+
+
+def train_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a click command one option for each field of TrainOptions, in their order."""
+    hints = typing.get_type_hints(TrainOptions)
+    for f in reversed(fields(TrainOptions)):
+        kind, name = _click_type(hints[f.name]), option_name(f)
+        settings: dict[str, Any] = {"default": f.default, "help": f.metadata["help"]}
+        if f.default is not None:
+            settings["show_default"] = True
+        if kind is bool:
+            command = click.option(f"{name}/--no-{name[2:]}", f.name, **settings)(command)
+        else:
+            command = click.option(name, f.name, type=kind, **settings)(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="luffy")
+def cli() -> None:
+    """Train Mixture-of-Experts models across slow links by moving fewer bytes."""
+
+
+@cli.command()
+@train_options
+def train(**values: Any) -> None:
+    """Train a model on --ranks local ranks, or join the world of torchrun."""
+    from luffy.train.run import start
+
+    start(TrainOptions(**values))
+
+
+@cli.command()
+def recipes() -> None:
+    """List the recipes."""
+    width = max(map(len, RECIPES))
+    for recipe in RECIPES.values():
+        click.echo(f"{recipe.name:<{width}}  {recipe.summary}")
+
+
+@cli.command()
+def models() -> None:
+    """List the model presets."""
+    width = max(map(len, PRESETS))
+    for name, c in PRESETS.items():
+        click.echo(
+            f"{name:<{width}}  {c.num_layers} blocks x {c.hidden_size}, {c.router.num_experts} experts of "
+            f"{c.expert_hidden_size}, top-{c.router.top_k}, {'decoder' if c.causal else 'encoder'}, "
+            f"{c.position} positions, {c.norm_placement}-norm, length {c.max_sequence_length}"
+        )
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+def report(run: Path) -> None:
+    """Write the HTML report of the run in folder RUN again."""
+    from luffy.report.html import write_run_report
+
+    click.echo(write_run_report(run))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: prints one line and exits 2 on a user's mistake, 130 on Ctrl-C, 1 on a defect."""
+    try:
+        cli.main(args=arguments, prog_name="luffy", standalone_mode=False)
+    except UserError as error:
+        _fail(str(error), 2)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        sys.exit(2)
+    except click.ClickException as error:
+        _fail(error.format_message().replace("\n", " "), 2)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("stopped", 130)
+    except RuntimeError as error:
+        _fail(str(error), 1)
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"luffy: error: {message}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Gradients between ranks: what is replicated is summed over the world, experts over their copies.
+
+Replicated parameters go through DistributedDataParallel: buckets, overlapped with the backward pass. Its hook sums
+instead of averaging, because the loss is already divided by the labels of all ranks. Experts of an EP group received
+their rows' gradients from every rank of the group, so only their copies in other data-parallel groups are added,
+each stacked tensor being a bucket of its own, as soon as its gradient is complete.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from luffy.comm import Comm
+from luffy.model import Transformer, is_expert
+
+
+class GradientSync:
+    """Wraps a model for training. Call it for a forward pass; call `finish` after the last backward of a step."""
+
+    def __init__(self, model: Transformer, comm: Comm, compress: bool = False) -> None:
+        self.model, self.comm = model, comm
+        self._works: list[Any] = []
+        self._last = True
+        self.module: nn.Module = model
+        mesh = comm.mesh
+        experts = [(n, p) for n, p in model.named_parameters() if is_expert(n)]
+        if mesh.world_size > 1:
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+                model, [n for n, _ in experts]
+            )
+            with warnings.catch_warnings():
+                # `broadcast_buffers` is on its way out, but its successor does not exist in every release yet.
+                warnings.simplefilter("ignore", FutureWarning)
+                self.module = DistributedDataParallel(
+                    model,
+                    process_group=mesh.world_group,
+                    broadcast_buffers=False,
+                    init_sync=False,  # every rank initialised the same weights from (seed, name)
+                    gradient_as_bucket_view=True,
+                )
+            self.module.register_comm_hook(compress, self._sum_bucket)
+        if mesh.dp_size > 1:
+            for _, p in experts:
+                p.register_post_accumulate_grad_hook(self._sum_expert)
+
+    def __call__(self, *args: Any, last: bool = True) -> Any:
+        """Forward. `last` says that this micro-batch's backward completes the step's gradients."""
+        self._last = last
+        with self._no_sync() if not last else contextlib.nullcontext():
+            return self.module(*args)
+
+    @contextlib.contextmanager
+    def _no_sync(self) -> Iterator[None]:
+        if isinstance(self.module, DistributedDataParallel):
+            with self.module.no_sync():
+                yield
+        else:
+            yield
+
+    def _sum_bucket(self, compress: bool, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        buffer = bucket.buffer()
+        sent = buffer.to(torch.bfloat16) if compress else buffer
+        mesh = self.comm.mesh
+        self.comm.meter.all_reduce("gradients", range(mesh.world_size), sent.nbytes)
+        future = dist.all_reduce(sent, group=mesh.world_group, async_op=True).get_future()
+
+        def done(fut: torch.futures.Future[Any]) -> Tensor:
+            value = fut.value()[0]
+            return buffer.copy_(value) if compress else value
+
+        return future.then(done)
+
+    def _sum_expert(self, parameter: Tensor) -> None:
+        if not self._last:
+            return
+        mesh, grad = self.comm.mesh, parameter.grad
+        assert grad is not None
+        self.comm.meter.all_reduce("gradients", mesh.dp_ranks, grad.nbytes)
+        self._works.append(dist.all_reduce(grad, group=mesh.dp_group, async_op=True))
+
+    def finish(self) -> None:
+        for work in self._works:
+            work.wait()
+        self._works.clear()
+
+    @torch.no_grad()
+    def clip(self, max_norm: float) -> Tensor:
+        """Scale all gradients to a global norm of at most `max_norm` (0: never); returns the norm before, [].
+
+        The norm is that of the whole model: replicated gradients once, the experts of all ranks of the EP group.
+        """
+        replicated, experts = [], []
+        for name, p in self.model.named_parameters():
+            if p.grad is None:
+                raise RuntimeError(f"{name} received no gradient")
+            (experts if is_expert(name) else replicated).append(p.grad)
+        squares = torch.stack(torch._foreach_norm(replicated)).square().sum()
+        if experts:
+            squares = squares + self.comm.all_reduce_ep(
+                torch.stack(torch._foreach_norm(experts)).square().sum()
+            )
+        norm = squares.sqrt()
+        if max_norm > 0:
+            torch._foreach_mul_(replicated + experts, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Weight decay acts on matrices: not on norms, biases, or (stacked) expert biases."""
+    return parameter.dim() >= 2 and not name.endswith(("b_in", "b_out", "content_bias", "position_bias"))
+
+
+def make_optimizer(model: nn.Module, lr: float, weight_decay: float, fused: bool) -> torch.optim.AdamW:
+    """AdamW with betas (0.9, 0.95), decay on matrices only."""
+    named = list(model.named_parameters())
+    return torch.optim.AdamW(
+        [
+            {"params": [p for n, p in named if decays(n, p)], "weight_decay": weight_decay},
+            {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
+        ],
+        lr=lr,
+        betas=(0.9, 0.95),
+        fused=fused,
+    )

@@ -1,0 +1,154 @@
+"""Launch: join the world that torchrun describes, or start local ranks through torch's own launcher.
+
+A user's mistake on any rank ends the job with one line and status 2; a rank that dies takes the others down within
+seconds, and the cause is printed, whichever of them noticed first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from luffy.comm import Mesh, build_mesh, init_distributed
+from luffy.errors import UserError
+
+_ERROR_FOLDER = "LUFFY_ERROR_FOLDER"  # set by this module for its own children only
+
+
+def under_torchrun() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def choose_device(device: str, backend: str, local_ranks: int) -> tuple[str, str]:
+    """("cpu" or "cuda", "gloo" or "nccl") for `local_ranks` ranks on this machine.
+
+    Raises UserError when a GPU is asked for that is not there, or NCCL for more ranks than GPUs (NCCL refuses two
+    ranks on one device; gloo does not).
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
+    gpus = torch.cuda.device_count() if device == "cuda" else 0
+    if backend == "nccl":
+        if device == "cpu":
+            raise UserError("--backend nccl needs --device cuda; use --backend gloo on the CPU")
+        if local_ranks > gpus:
+            raise UserError(
+                f"--backend nccl: {local_ranks} ranks but {gpus} GPUs; use --ranks {gpus}, or --backend gloo to "
+                "share a GPU"
+            )
+    if backend == "auto":
+        backend = "nccl" if device == "cuda" and local_ranks <= gpus else "gloo"
+    return device, backend
+
+
+def join_world(
+    device: str, backend: str, ep_size: int | None, ranks_per_node: int | None, timeout_seconds: float
+) -> Mesh:
+    """Initialise this rank from torchrun's environment and arrange the mesh."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    device, backend = choose_device(device, backend, local_ranks)
+    if device == "cuda":
+        where = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(where)
+    else:
+        where = torch.device("cpu")
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
+    init_distributed(backend, where, timeout_seconds)
+    return build_mesh(where, ep_size, ranks_per_node)
+
+
+def run_rank(work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Run `work(*args)` as one rank; a UserError leaves its line for the launcher (or prints it) and exits 2."""
+    try:
+        work(*args)
+    except UserError as error:
+        folder = os.environ.get(_ERROR_FOLDER)
+        rank = os.environ.get("RANK", "0")
+        if folder:
+            Path(folder, f"user-{rank}").write_text(str(error), encoding="utf-8")
+        elif rank == "0" or dist.is_initialized():
+            print(f"luffy: error: {error}", file=sys.stderr, flush=True)
+        _leave(2)
+    except BaseException:
+        folder = os.environ.get(_ERROR_FOLDER)
+        if folder:
+            rank = os.environ.get("RANK", "0")
+            Path(folder, f"crash-{rank}").write_text(traceback.format_exc(), encoding="utf-8")
+            _leave(1)
+        raise
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _leave(status: int) -> None:
+    """End this rank at once: waiting for peers that are stuck in a collective would be the hang itself."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def launch(work: Callable[..., Any], args: tuple[Any, ...], ranks: int, device: str) -> None:
+    """Start `ranks` local ranks, each running `work(*args)`; or run it here when torchrun already started us.
+
+    Raises UserError with the line of the first rank that had one, RuntimeError with the first traceback otherwise.
+    """
+    if under_torchrun():
+        run_rank(work, args)
+        return
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    with tempfile.TemporaryDirectory(prefix="luffy-") as folder:
+        os.environ[_ERROR_FOLDER] = folder
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=ranks,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            run_id=f"luffy-{os.getpid()}",
+            max_restarts=0,
+            monitor_interval=0.1,
+            # A forked rank need not import torch again; a GPU's driver does not survive a fork.
+            start_method="spawn" if device == "cuda" else "fork",
+        )
+        try:
+            elastic_launch(config, run_rank)(work, args)
+        except ChildFailedError as error:
+            _explain(Path(folder), error)
+        finally:
+            with contextlib.suppress(KeyError):
+                del os.environ[_ERROR_FOLDER]
+
+
+def _explain(folder: Path, error: ChildFailedError) -> None:
+    """Raise what a person should read about a failed job."""
+    user = sorted(folder.glob("user-*"), key=lambda p: p.stat().st_mtime_ns)
+    if user:
+        raise UserError(user[0].read_text(encoding="utf-8")) from None
+    crashes = sorted(folder.glob("crash-*"), key=lambda p: p.stat().st_mtime_ns)
+    failed = {int(p.name.split("-")[1]) for p in crashes}
+    # A rank that was killed says nothing; its peers then fail in a collective, which is a consequence.
+    killed = [(r, f.exitcode) for r, f in error.failures.items() if r not in failed and f.exitcode < 0]
+    by_signal = [(r, -code) for r, code in killed if -code not in (15,)]
+    if by_signal:
+        rank, number = by_signal[0]
+        raise RuntimeError(f"rank {rank} was ended by signal {number}; the other ranks were stopped")
+    if crashes:
+        text = crashes[0].read_text(encoding="utf-8")
+        raise RuntimeError(f"rank {crashes[0].name.split('-')[1]} failed:\n{text}")
+    raise RuntimeError(f"the ranks failed: {error}")

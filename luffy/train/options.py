@@ -1,0 +1,167 @@
+"""The options of a training run: one frozen dataclass, which is also the command line.
+
+Every field is an option (`batch_size` is `--batch-size`), its help text beside it. What can be checked without
+touching data or devices is checked when the object is made, so a mistake costs a second, not a launch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import Field, asdict, dataclass, field, fields
+from typing import Any
+
+from luffy.config import DTYPES, ModelConfig, _one_of, _require, model_preset
+from luffy.recipes import Recipe, get_recipe
+
+
+def option(default: Any, help: str, group: str) -> Any:  # noqa: A002
+    return field(default=default, metadata={"help": help, "group": group})
+
+
+def option_name(f: Field[Any]) -> str:
+    return "--" + f.name.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What `luffy train` was asked to do. None in a model setting means: as in the preset."""
+
+    recipe: str = option("vanilla_dedup", "How rows are exchanged; `luffy recipes` lists them.", "Run")
+    model: str = option("moe-gpt2-tiny", "Model preset; `luffy models` lists them.", "Run")
+    ranks: int = option(1, "Local ranks to start (ignored under torchrun).", "Run")
+    steps: int = option(200, "Optimizer steps in total, including those before a resume.", "Run")
+    device: str = option("auto", "cpu, cuda, or auto.", "Run")
+    backend: str = option("auto", "nccl, gloo, or auto: nccl where each rank has a GPU of its own.", "Run")
+    out: str = option("runs/train", "Folder for metrics, checkpoints and the report.", "Run")
+    seed: int = option(0, "Seed of the weights and of the order of the data.", "Run")
+    resume: bool = option(False, "Continue from the newest checkpoint in --out.", "Run")
+    overwrite: bool = option(False, "Replace a run that is already in --out.", "Run")
+    ep_size: int | None = option(None, "Ranks that share one set of experts (default: all).", "Run")
+    ranks_per_node: int | None = option(None, "For the link classes of the traffic meter.", "Run")
+    timeout_seconds: float = option(600.0, "A rank that is silent for so long ends the job.", "Run")
+
+    data: str = option("stdlib", "File or folder of .txt, .jsonl[.gz], .parquet; or stdlib.", "Data")
+    text_field: str = option("text", "Field that holds the text (.jsonl, .parquet).", "Data")
+    tokenizer: str | None = option(None, "A tokenizer.json; otherwise one is trained.", "Data")
+    vocab_size: int | None = option(None, "Size of a trained tokenizer (default: the model's).", "Data")
+    cache_dir: str | None = option(None, "Where token shards are kept (default ~/.cache/luffy).", "Data")
+    valid_fraction: float = option(0.02, "Held-out share, unless files are named valid/test.", "Data")
+    sequence_length: int | None = option(None, "Longest sequence (default: the model's).", "Data")
+    sequence_mode: str = option("documents", "documents, fixed (all equally long), or streams.", "Data")
+    layout: str = option("packed", "Attention over packed or padded batches.", "Data")
+
+    batch_size: int = option(32, "Sequences per optimizer step over all ranks.", "Training")
+    accumulate: int = option(1, "Micro-batches per step.", "Training")
+    lr: float = option(1e-3, "Peak learning rate.", "Training")
+    min_lr: float = option(0.1, "Final learning rate, as a share of --lr.", "Training")
+    warmup_steps: int | None = option(None, "Default: 5% of the steps, 200 at most.", "Training")
+    weight_decay: float = option(0.1, "On matrices only.", "Training")
+    clip_norm: float = option(1.0, "Largest global gradient norm; 0 turns clipping off.", "Training")
+    dtype: str = option("auto", "bfloat16, float32, float64; auto: bfloat16 on GPUs.", "Training")
+    recompute: bool = option(False, "Recompute attention and experts in the backward pass.", "Training")
+    gradient_dtype: str = option("model", "model, or bfloat16: halves gradient traffic.", "Training")
+    eval_every: int = option(50, "Steps between held-out evaluations; 0: only at the end.", "Training")
+    eval_batches: int = option(8, "Batches of an evaluation.", "Training")
+    checkpoint_every: int = option(100, "Steps between checkpoints; 0: only at the end.", "Training")
+    keep_checkpoints: int = option(2, "Checkpoints to keep.", "Training")
+    export: bool = option(False, "Write model.safetensors at the end.", "Training")
+    tensorboard: bool = option(True, "Write TensorBoard curves.", "Training")
+
+    layers: int | None = option(None, "Blocks.", "Model")
+    hidden_size: int | None = option(None, "Width of the stream.", "Model")
+    heads: int | None = option(None, "Attention heads.", "Model")
+    experts: int | None = option(None, "Experts per MoE layer.", "Model")
+    top_k: int | None = option(None, "Experts per token.", "Model")
+    expert_hidden_size: int | None = option(None, "Inner width of an expert.", "Model")
+    dense_hidden_size: int | None = option(None, "Inner width of a dense block.", "Model")
+    shared_experts: int | None = option(None, "Experts that see every token.", "Model")
+    moe_every: int | None = option(None, "Experts in every n-th block.", "Model")
+    max_sequence_length: int | None = option(None, "Longest sequence the model can take.", "Model")
+    memory_length: int | None = option(
+        None,
+        "Segment recurrence (moe-transformer-xl): states kept of the previous segment. They stay on the rank "
+        "that read the segment, so it needs --sequence-mode streams and a recipe that moves no sequence.",
+        "Model",
+    )
+    router_score: str | None = option(None, "softmax or sigmoid.", "Model")
+    normalize_topk: bool | None = option(None, "Chosen weights sum to one.", "Model")
+    balance_loss: float | None = option(None, "Weight of the load-balance loss.", "Model")
+    z_loss: float | None = option(None, "Weight of the router z-loss.", "Model")
+    bias_update_rate: float | None = option(None, "Loss-free balancing; 0 is off.", "Model")
+    capacity_factor: float | None = option(None, "Drop choices beyond capacity (default: dropless).", "Model")
+
+    def __post_init__(self) -> None:
+        _one_of("--device", self.device, ("auto", "cpu", "cuda"))
+        _one_of("--backend", self.backend, ("auto", "nccl", "gloo"))
+        _one_of("--dtype", self.dtype, ("auto", *DTYPES))
+        _one_of("--gradient-dtype", self.gradient_dtype, ("model", "bfloat16"))
+        _one_of("--layout", self.layout, ("packed", "padded"))
+        _one_of("--sequence-mode", self.sequence_mode, ("documents", "fixed", "streams"))
+        for name in ("ranks", "steps", "batch_size", "accumulate", "eval_batches", "keep_checkpoints"):
+            value = getattr(self, name)
+            _require(value >= 1, f"--{name.replace('_', '-')} {value} must be at least 1")
+        for name in ("eval_every", "checkpoint_every", "clip_norm", "weight_decay", "lr", "timeout_seconds"):
+            value = getattr(self, name)
+            _require(value >= 0, f"--{name.replace('_', '-')} {value} must not be negative")
+        _require(not (self.resume and self.overwrite), "--resume and --overwrite exclude each other")
+        config = self.model_config()
+        _require(
+            self.sequence_length is None or 1 <= self.sequence_length <= config.max_sequence_length,
+            f"--sequence-length {self.sequence_length} is more than {config.name} allows "
+            f"({config.max_sequence_length}); raise --max-sequence-length",
+        )
+        if config.memory_length:
+            _require(self.sequence_mode == "streams", "--memory-length needs --sequence-mode streams")
+            _require(
+                self.get_recipe().placement == "stay",
+                f"--memory-length cannot be combined with --recipe {self.recipe}: the states of a segment stay on "
+                "the rank that read it, and moving them with their sequence would cost more than it saves; "
+                "use --recipe vanilla_dedup",
+            )
+
+    def get_recipe(self) -> Recipe:
+        return get_recipe(self.recipe)
+
+    def model_config(self) -> ModelConfig:
+        """The preset with this run's changes."""
+        return model_preset(self.model).override(
+            num_layers=self.layers,
+            hidden_size=self.hidden_size,
+            num_heads=self.heads,
+            expert_hidden_size=self.expert_hidden_size,
+            dense_hidden_size=self.dense_hidden_size,
+            num_shared_experts=self.shared_experts,
+            moe_every=self.moe_every,
+            max_sequence_length=self.max_sequence_length,
+            memory_length=self.memory_length,
+            num_experts=self.experts,
+            top_k=self.top_k,
+            score=self.router_score,
+            normalize_topk=self.normalize_topk,
+            balance_loss=self.balance_loss,
+            z_loss=self.z_loss,
+            bias_update_rate=self.bias_update_rate,
+            capacity_factor=self.capacity_factor,
+        )
+
+    def check_world(self, world_size: int) -> None:
+        """What can only be checked once the number of ranks is known."""
+        ep_size = self.ep_size or world_size
+        _require(world_size % ep_size == 0, f"--ep-size {ep_size} does not divide the {world_size} ranks")
+        self.model_config().check_ranks(ep_size)
+        share = world_size * self.accumulate
+        _require(
+            self.batch_size % share == 0,
+            f"--batch-size {self.batch_size} must be a multiple of ranks x --accumulate "
+            f"({world_size} x {self.accumulate})",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def groups() -> dict[str, list[Field[Any]]]:
+    """Options by group, in order of appearance."""
+    out: dict[str, list[Field[Any]]] = {}
+    for f in fields(TrainOptions):
+        out.setdefault(f.metadata["group"], []).append(f)
+    return out

@@ -1,0 +1,73 @@
+"""A training run from the outside: check what can be checked, launch the ranks, report."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import click
+
+from luffy.data.corpus import list_source_files
+from luffy.errors import UserError
+from luffy.train.checkpoint import list_checkpoints
+from luffy.train.launch import choose_device, join_world, launch, under_torchrun
+from luffy.train.options import TrainOptions
+
+
+def start(options: TrainOptions) -> None:
+    """Run `luffy train`. Raises UserError before any rank starts for whatever can be seen by then."""
+    if under_torchrun():
+        launch(_rank, (options,), 0, options.device)
+        return
+    device, _ = choose_device(options.device, options.backend, options.ranks)
+    options.check_world(options.ranks)
+    list_source_files(options.data)
+    _check_out(options)
+    launch(_rank, (options,), options.ranks, device)
+
+
+def _check_out(options: TrainOptions) -> None:
+    """Never write over a run that nobody said was to be replaced."""
+    out = Path(options.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; choose a folder")
+    if (out / "metrics.jsonl").exists() and not (options.resume or options.overwrite):
+        step = list_checkpoints(out / "checkpoints")
+        has = f" (checkpoint {step[-1].name})" if step else ""
+        raise UserError(
+            f"--out {out} already holds a run{has}; add --resume, --overwrite, or choose another folder"
+        )
+    if options.overwrite:
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made: {error.strerror}") from error
+    if not os.access(out, os.W_OK):
+        raise UserError(f"--out {out} is not writable")
+
+
+def _rank(options: TrainOptions) -> None:
+    from luffy.train.trainer import Trainer
+
+    mesh = join_world(
+        options.device, options.backend, options.ep_size, options.ranks_per_node, options.timeout_seconds
+    )
+    summary = Trainer(options, mesh).run()
+    if summary is None:
+        return
+    from luffy.report.html import write_run_report
+
+    page = write_run_report(options.out)
+    loss = "" if summary.valid_loss is None else f", held-out loss {summary.valid_loss:.4f}"
+    click.echo(f"{summary.steps} steps, {summary.tokens_per_second:,.0f} tokens/s{loss}")
+    for label, path in (
+        ("metrics", Path(options.out) / "metrics.jsonl"),
+        ("curve", Path(options.out) / "loss.png"),
+        ("report", page),
+        ("tensorboard", Path(options.out) / "tensorboard"),
+        ("checkpoints", Path(options.out) / "checkpoints"),
+    ):
+        if Path(path).exists():
+            click.echo(f"{label + ':':<13}{path}")

@@ -1,0 +1,366 @@
+"""The trainer: a run from its options to its summary, the same code on one rank and on many.
+
+    step:  read sequences -> agree on their lengths -> forward, backward (exchange inside) -> sum gradients
+           -> clip -> AdamW -> move the loss-free bias -> write metrics
+
+A run is a pure function of its options and its data: weights come from (seed, name), sequences from (seed, step), so
+a resumed run continues exactly where the checkpoint stood.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from luffy.comm import Comm, Mesh
+from luffy.comm.clock import PHASES, PhaseClock
+from luffy.comm.meter import DIRECTIONS, LINK_CLASSES, by_direction, by_link
+from luffy.data import SequenceLoader, mask_for_mlm, prepare_corpus
+from luffy.data.loader import Sequence
+from luffy.errors import UserError
+from luffy.model import ModelOutput, Runtime, build_model
+from luffy.model.aux_loss import AuxLoss
+from luffy.train.batching import gather_step, make_micro_batch
+from luffy.train.checkpoint import (
+    list_checkpoints,
+    load_checkpoint,
+    prepare_optimizer,
+    read_meta,
+    save_checkpoint,
+    training_state,
+)
+from luffy.train.export import export_safetensors
+from luffy.train.gradients import GradientSync, make_optimizer
+from luffy.train.metrics import MetricsWriter, RunSummary, describe_machine, read_metrics, write_json_atomic
+from luffy.train.options import TrainOptions
+from luffy.train.progress import TrainProgress, phase
+
+LOAD_EVERY = 10  # steps between records of the load of every expert of every layer
+
+
+class Trainer:
+    """One rank's part in a training run. Make it on every rank of an initialised world, then call `run`."""
+
+    def __init__(self, options: TrainOptions, mesh: Mesh) -> None:
+        self.options, self.mesh = options, mesh
+        self.out = Path(options.out)
+        self.comm = Comm.create(mesh)
+        self.clock = PhaseClock(mesh.device)
+        options.check_world(mesh.world_size)
+        config = options.model_config()
+        with phase("prepare data", enabled=mesh.rank == 0) as progress:
+            corpus = prepare_corpus(
+                options.data,
+                text_field=options.text_field,
+                tokenizer=options.tokenizer,
+                vocab_size=options.vocab_size or config.vocab_size,
+                cache_dir=options.cache_dir,
+                valid_fraction=options.valid_fraction,
+                progress=progress,
+            )
+        self.config = config.override(vocab_size=corpus.vocab_size)
+        self.mask_id = None if self.config.causal else corpus.mask_id
+        micro_size = options.batch_size // options.accumulate
+        length = options.sequence_length or self.config.max_sequence_length
+
+        def loader(split: Any, **changes: Any) -> SequenceLoader:
+            return SequenceLoader(
+                split,
+                sequence_length=length,
+                global_batch_size=micro_size,
+                seed=options.seed,
+                mode=options.sequence_mode,
+                eos_id=corpus.eos_id,
+                **changes,
+            )
+
+        self.loader, self.valid_loader = loader(corpus.train), loader(corpus.valid, shuffle=False)
+        self.runtime = Runtime(self.comm, self.clock, options.get_recipe(), options.recompute)
+        name = (
+            options.dtype
+            if options.dtype != "auto"
+            else "bfloat16"
+            if mesh.device.type == "cuda"
+            else "float32"
+        )
+        self.dtype_name = name
+        self.model = build_model(self.config, self.runtime, dtype=getattr(torch, name), seed=options.seed)
+        fused = mesh.device.type == "cuda"
+        self.optimizer = make_optimizer(self.model, options.lr, options.weight_decay, fused)
+        self.sync = GradientSync(self.model, self.comm, options.gradient_dtype == "bfloat16")
+        self.memory = self._empty_memory(micro_size // mesh.world_size)
+        self.step = 0
+        self.valid_loss: float | None = None
+
+    def _empty_memory(self, num_sequences: int) -> tuple[torch.Tensor, ...] | None:
+        """Zeros for segment recurrence: one [S, M, D] per block."""
+        cfg = self.config
+        if not cfg.memory_length:
+            return None
+        shape = (num_sequences, cfg.memory_length, cfg.hidden_size)
+        dtype, device = self.model.stream_dtype, self.mesh.device
+        return tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(cfg.num_layers))
+
+    # ---------------------------------------------------------------- one step
+
+    def _read(self, loader_step: int) -> list[Sequence]:
+        sequences = self.loader.batch(loader_step, self.mesh.rank, self.mesh.world_size)
+        return [self._mask(s) for s in sequences]
+
+    def _mask(self, sequence: Sequence) -> Sequence:
+        if self.mask_id is None:
+            return sequence
+        return mask_for_mlm(
+            sequence, mask_id=self.mask_id, vocab_size=self.config.vocab_size, seed=self.options.seed
+        )
+
+    def _memory_for(self, sequences: list[Sequence]) -> tuple[torch.Tensor, ...] | None:
+        """The lanes' states, cleared where a lane begins anew."""
+        if self.memory is None:
+            return None
+        keep = [float(not s.starts_stream) for s in sequences]
+        mask = torch.tensor(keep, device=self.mesh.device, dtype=self.memory[0].dtype)[:, None, None]
+        return tuple(m * mask for m in self.memory)
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, then cosine down to `min_lr` x `lr` at the last step. `step` counts from 1."""
+        o = self.options
+        warmup = o.warmup_steps if o.warmup_steps is not None else min(200, max(1, o.steps // 20))
+        if step <= warmup:
+            return o.lr * step / warmup
+        progress = (step - warmup) / max(1, o.steps - warmup)
+        return o.lr * (o.min_lr + (1 - o.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+    def train_step(self) -> dict[str, Any]:
+        """One optimizer step on all ranks; the record for `metrics.jsonl`, the same on every rank."""
+        begin, A = time.perf_counter(), self.options.accumulate
+        self.clock.start()
+        micro_batches = [self._read(self.step * A + m) for m in range(A)]
+        announced = gather_step(micro_batches, self.comm)
+        token_loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        aux: AuxLoss | None = None
+        for m, sequences in enumerate(micro_batches):
+            micro = make_micro_batch(
+                sequences, m, announced, self.comm,
+                padded=self.options.layout == "padded", memory=self._memory_for(sequences),
+            )  # fmt: skip
+            output: ModelOutput = self.sync(micro, last=m == A - 1)
+            output.loss.backward()
+            token_loss += output.token_loss
+            aux = output.aux
+            if self.memory is not None:
+                self.memory = output.memory
+        self.sync.finish()
+        norm = self.sync.clip(self.options.clip_norm)
+        lr = self.learning_rate(self.step + 1)
+        totals = self._share(token_loss, aux, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._move_choice_bias(aux)
+        self.step += 1
+        record = {"step": self.step, **totals, "lr": lr, "seconds": time.perf_counter() - begin}
+        record["tokens"] = int(announced[:, :, 1:].sum())
+        return record
+
+    def _share(self, token_loss: torch.Tensor, aux: AuxLoss | None, norm: torch.Tensor) -> dict[str, Any]:
+        """Sum what ranks counted, in one small all-reduce, and stop everywhere if a number is not finite."""
+        seconds, counts = self.clock.take(), self.comm.meter.take()
+        mine = np.concatenate([[seconds[p] for p in PHASES], counts.reshape(-1)]).astype(np.float64)
+        packed = torch.cat([token_loss[None], torch.from_numpy(mine).to(self.mesh.device)])
+        # The sum's own bytes belong to the next step: its counts are already on their way.
+        values = self.comm.all_reduce(packed).tolist()
+        grad_norm = float(norm)
+        if not math.isfinite(values[0]) or not math.isfinite(grad_norm):
+            self._stop_not_finite(values[0], grad_norm, aux)
+        split = dict(
+            zip(PHASES, (v / self.mesh.world_size for v in values[1 : 1 + len(PHASES)]), strict=True)
+        )
+        shape = (len(DIRECTIONS), len(LINK_CLASSES))
+        traffic = np.array(values[1 + len(PHASES) :]).round().astype(np.int64).reshape(shape)
+        record: dict[str, Any] = {
+            "loss": values[0],
+            "grad_norm": grad_norm,
+            "bytes": by_direction(traffic),
+            "bytes_by_link": by_link(traffic),
+            "seconds_split": split,
+        }
+        if aux is not None:
+            record |= {
+                "balance": float(aux.balance),
+                "router_z": float(aux.z.mean()),
+                "dropped": float(aux.dropped),
+            }
+            if (self.step + 1) % LOAD_EVERY == 0 or self.step + 1 == self.options.steps:
+                record["expert_load"] = [[round(x, 5) for x in row] for row in aux.load.tolist()]
+        return record
+
+    def _stop_not_finite(self, loss: float, grad_norm: float, aux: AuxLoss | None) -> None:
+        where = ""
+        if aux is not None:
+            bad = [i for i, z in enumerate(aux.z.tolist()) if not math.isfinite(z)]
+            where = f"; first seen in the router of MoE layer {bad[0]}" if bad else ""
+        raise UserError(
+            f"step {self.step + 1}: loss {loss}, gradient norm {grad_norm}{where}. No update was made; lower --lr "
+            "or set --clip-norm, and continue from the last checkpoint with --resume"
+        )
+
+    def _move_choice_bias(self, aux: AuxLoss | None) -> None:
+        """Loss-free balancing (arXiv 2408.15664): raise the bias of experts that were chosen too rarely."""
+        rate = self.config.router.bias_update_rate
+        if aux is None or rate == 0:
+            return
+        for layer, load in zip(self.model.moe_layers, aux.load, strict=True):
+            bias = layer.router.choice_bias
+            bias.add_(rate * torch.sign(load.mean() - load).to(bias.dtype))
+
+    # ---------------------------------------------------------------- evaluation
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Mean held-out loss over `eval_batches` batches, each weighted by its labels."""
+        total, labels = 0.0, 0
+        memory = self._empty_memory(self.loader.global_batch_size // self.mesh.world_size)
+        batches = self.valid_loader.eval_batches(
+            self.options.eval_batches, self.mesh.rank, self.mesh.world_size
+        )
+        for batch in batches:
+            sequences = [self._mask(s) for s in batch]
+            announced = gather_step([sequences], self.comm)
+            padded = self.options.layout == "padded"
+            micro = make_micro_batch(sequences, 0, announced, self.comm, padded=padded, memory=memory)
+            output = self.model(micro)
+            memory = output.memory if memory is not None else None
+            loss = self.comm.all_reduce(output.token_loss.to(torch.float64).clone())
+            total += float(loss) * micro.step_labels
+            labels += micro.step_labels
+        self.comm.meter.take()  # evaluation is not part of a step's traffic
+        return total / max(labels, 1)
+
+    # ---------------------------------------------------------------- checkpoints
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.out / "checkpoints"
+
+    def _state(self) -> dict[str, Any]:
+        return training_state(self.model, self.optimizer, self.memory)
+
+    def save(self) -> None:
+        meta = {
+            "model": self.config.to_dict(),
+            "options": self.options.to_dict(),
+            "ep_size": self.mesh.ep_size,
+            "world_size": self.mesh.world_size,
+            "valid_loss": self.valid_loss,
+        }
+        keep = self.options.keep_checkpoints
+        save_checkpoint(self.checkpoints, self.step, self._state(), meta, self.mesh, keep)
+
+    def restore(self, path: Path) -> None:
+        """Continue from `path`. Raises UserError when it is damaged or belongs to another model or data order."""
+        meta = read_meta(path)
+        if meta["model"] != self.config.to_dict():
+            new, old = self.config.to_dict(), meta["model"]
+            differing = sorted(k for k in new if new[k] != old.get(k))
+            raise UserError(f"--resume: {path} holds a model with other settings ({', '.join(differing)})")
+        for name in ("seed", "batch_size", "accumulate", "sequence_length", "sequence_mode"):
+            before, now = meta["options"][name], getattr(self.options, name)
+            if before != now:
+                option = "--" + name.replace("_", "-")
+                raise UserError(
+                    f"--resume: the run began with {option} {before}, not {now}; give it again as it was"
+                )
+        prepare_optimizer(self.optimizer)
+        load_checkpoint(path, self._state(), self.mesh)
+        self.step, self.valid_loss = meta["step"], meta["valid_loss"]
+
+    # ---------------------------------------------------------------- the run
+
+    def run(self) -> RunSummary | None:
+        """Train to the last step, writing as it goes; the summary on rank 0, None elsewhere."""
+        o, first = self.options, self.mesh.rank == 0
+        found = list_checkpoints(self.checkpoints) if o.resume else []
+        if found:
+            self.restore(found[-1])
+        writer = None
+        if first:
+            writer = MetricsWriter(self.out, self.step if found else None, tensorboard=o.tensorboard)
+            write_json_atomic(
+                self.out / "config.json", {"options": o.to_dict(), "model": self.config.to_dict()}
+            )
+        try:
+            with TrainProgress(o.steps, start_step=self.step, enabled=first) as progress:
+                if o.resume and first:
+                    note = (
+                        f"resuming after step {self.step}"
+                        if found
+                        else "no checkpoint in --out: starting anew"
+                    )
+                    progress.message(note)
+                self._loop(writer, progress)
+        finally:
+            if writer is not None:
+                writer.close()
+        if o.export:
+            export_safetensors(self.model, self.out / "model.safetensors")
+        return self._summarise()
+
+    def _loop(self, writer: MetricsWriter | None, progress: TrainProgress) -> None:
+        o = self.options
+        saved = self.step
+        while self.step < o.steps:
+            record = self.train_step()
+            last = self.step == o.steps
+            note = ""
+            if last or (o.eval_every and self.step % o.eval_every == 0):
+                self.valid_loss = record["valid_loss"] = self.evaluate()
+                note = f"held-out loss {self.valid_loss:.4f}"
+            if writer is not None:
+                writer.write(record)
+            moved = sum(record["bytes"].values())
+            progress.step(
+                self.step, loss=record["loss"], tokens=record["tokens"], seconds=record["seconds"],
+                num_bytes=moved, note=note,
+            )  # fmt: skip
+            if last or (o.checkpoint_every and self.step % o.checkpoint_every == 0):
+                if writer is not None:
+                    writer.sync()
+                self.save()
+                saved = self.step
+        if saved != self.step:
+            self.save()
+
+    def _peak_memory(self) -> int:
+        if self.mesh.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.mesh.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def _summarise(self) -> RunSummary | None:
+        peak = torch.zeros(self.mesh.world_size, dtype=torch.int64, device=self.mesh.device)
+        peak[self.mesh.rank] = self._peak_memory()
+        highest = int(self.comm.all_reduce(peak).max())
+        if self.mesh.rank != 0:
+            return None
+        summary = RunSummary.from_records(
+            read_metrics(self.out / "metrics.jsonl"),
+            recipe=self.options.recipe,
+            model=self.options.model,
+            world_size=self.mesh.world_size,
+            peak_memory_bytes=highest,
+            extra={
+                "seed": self.options.seed,
+                "ep_size": self.mesh.ep_size,
+                "dtype": self.dtype_name,
+                "environment": describe_machine(self.mesh.device.type),
+            },
+        )
+        summary.write(self.out)
+        return summary

@@ -1,0 +1,210 @@
+"""Train a small model on real ranks, and by the oracle, from one description of the case.
+
+`train_on_ranks` is what the ranks do, with nothing of luffy's trainer: forward, backward, gradients summed,
+a plain `torch.optim.AdamW`. `assert_exact` runs both and asserts that they agree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from luffy.comm import Comm, build_mesh
+from luffy.comm.clock import PhaseClock
+from luffy.config import ModelConfig, model_preset
+from luffy.data.loader import Sequence
+from luffy.model import Runtime, Transformer, build_model, is_expert
+from luffy.recipes import get_recipe
+from luffy.testing import (
+    OracleStep,
+    gather_full,
+    largest_error,
+    load_full,
+    oracle_step,
+    oracle_train,
+    random_sequences,
+    run_ranks,
+    vivid_parameters,
+)
+from luffy.train.batching import gather_step, make_micro_batch
+
+TINY_PRESETS = ("moe-gpt2-tiny", "moe-bert-large-tiny", "moe-transformer-xl-tiny", "moe-llm-tiny")
+DECODERS = tuple(name for name in TINY_PRESETS if model_preset(name).causal)
+TOLERANCE = 1e-10  # of the largest element of a tensor; summation order alone makes about 1e-15
+
+
+def shrunk(preset: str, **changes: Any) -> ModelConfig:
+    """`preset` small enough to meet the oracle: the balance and z losses weigh enough to be felt."""
+    small = {
+        "vocab_size": 97,
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_heads": 4,
+        "dense_hidden_size": 40,
+        "expert_hidden_size": 24,
+        "max_sequence_length": 40,
+        "num_experts": 8,
+        "top_k": 2,
+        "balance_loss": 0.05,
+        "z_loss": 0.01,
+    }
+    return model_preset(preset).override(**(small | changes))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, how it is spread and run, and the data: `steps` of `micro_batches` of `batch` sequences."""
+
+    config: ModelConfig
+    world: int = 1
+    ep_size: int | None = None
+    recipe: str = "vanilla_dedup"
+    padded: bool = False
+    recompute: bool = False
+    lengths: str = "uneven"
+    labelled: float = 1.0
+    batch: int = 4
+    micro_batches: int = 1
+    steps: int = 1
+    clip_norm: float | None = None
+    dtype: torch.dtype = torch.float64
+
+    def data(self) -> list[list[list[Sequence]]]:
+        """Sequences by [step][micro-batch]; the same at every number of ranks."""
+        return [
+            [
+                random_sequences(
+                    self.batch,
+                    self.config.vocab_size,
+                    seed=1000 * step + micro,
+                    lengths=self.lengths,  # type: ignore[arg-type]
+                    labelled=self.labelled,
+                )
+                for micro in range(self.micro_batches)
+            ]
+            for step in range(self.steps)
+        ]
+
+
+OPTIMIZER: dict[str, Any] = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8}
+WEIGHT_DECAY = 0.1
+
+
+def decays(name: str) -> bool:
+    return name.endswith(("weight", "w_in", "w_out", "head")) and "norm" not in name
+
+
+def build(case: Case, ranks_per_node: int | None = None) -> tuple[Transformer, Comm]:
+    """The case's model on this rank with vivid weights."""
+    comm = Comm.create(build_mesh(torch.device("cpu"), case.ep_size, ranks_per_node))
+    runtime = Runtime(comm, PhaseClock(comm.mesh.device), get_recipe(case.recipe), case.recompute)
+    model = build_model(case.config, runtime, dtype=case.dtype)
+    load_full(model, vivid_parameters(model))
+    return model, comm
+
+
+def share_of(sequences: list[Sequence], comm: Comm) -> list[Sequence]:
+    """The slice of a batch that falls to this rank."""
+    n = len(sequences) // comm.mesh.world_size
+    return sequences[comm.mesh.rank * n : (comm.mesh.rank + 1) * n]
+
+
+def run_step(model: Transformer, comm: Comm, case: Case, step: list[list[Sequence]]) -> torch.Tensor:
+    """Accumulate the gradients of one step; the step's loss over all ranks, [2]: with and without
+    auxiliaries."""
+    model.zero_grad()
+    mine = [share_of(micro, comm) for micro in step]
+    announced = gather_step(mine, comm)
+    total = torch.zeros(2, dtype=torch.float64)
+    for i, sequences in enumerate(mine):
+        out = model(make_micro_batch(sequences, i, announced, comm, padded=case.padded))
+        out.loss.backward()
+        total += torch.stack([out.loss.detach(), out.token_loss]).double()
+    return comm.all_reduce(total)
+
+
+def reduce_gradients(model: Transformer, clip_norm: float | None) -> None:
+    """Sum replicated gradients over the world, an expert's over its copies if there are any; then clip."""
+    mesh = model.runtime.comm.mesh
+    squares = []
+    for experts, group in ((False, mesh.world_group), (True, mesh.dp_group)):
+        grads = [p.grad for n, p in model.named_parameters() if is_expert(n) == experts]
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat, group=group)
+        for g, reduced in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            g.copy_(reduced.view_as(g))
+        squares.append(flat.square().sum())
+    dist.all_reduce(squares[1], group=mesh.ep_group)
+    if clip_norm is not None:
+        norm = float(sum(squares)) ** 0.5
+        for p in model.parameters():
+            p.grad *= min(1.0, clip_norm / (norm + 1e-6))
+
+
+def train_on_ranks(rank: int, case: Case) -> dict[str, Any]:
+    """All steps of a case: the losses, the first step's gradients, the parameters before and after."""
+    model, comm = build(case)
+    initial = gather_full(model) | {n: b for n, b in model.named_buffers() if n.endswith("choice_bias")}
+    initial = {name: value.clone() for name, value in initial.items()}
+    named = list(model.named_parameters())
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for n, p in named if decays(n)], "weight_decay": WEIGHT_DECAY},
+            {"params": [p for n, p in named if not decays(n)], "weight_decay": 0.0},
+        ],
+        **OPTIMIZER,
+    )
+    losses: list[list[float]] = []
+    first: dict[str, torch.Tensor] = {}
+    for step in case.data():
+        losses.append(run_step(model, comm, case, step).tolist())
+        first = first or gather_full(model, "grad")
+        reduce_gradients(model, case.clip_norm)
+        optimizer.step()
+    final = gather_full(model)
+    if rank != 0:
+        return {}
+    return {"losses": losses} | {
+        kind: {name: value.numpy() for name, value in values.items()}
+        for kind, values in (("initial", initial), ("gradients", first), ("final", final))
+    }
+
+
+def tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(a) for name, a in arrays.items()}
+
+
+def oracle_of(case: Case, initial: dict[str, torch.Tensor]) -> OracleStep:
+    return oracle_step(case.config, initial, case.data()[0])
+
+
+def assert_exact(case: Case, tolerance: float = TOLERANCE) -> None:
+    """Run the case on ranks and by the oracle: loss, every gradient, every weight after the last step."""
+    result = run_ranks(train_on_ranks, case.world, case)[0]
+    initial = tensors(result["initial"])
+    first = oracle_of(case, initial)
+    loss, token_loss = result["losses"][0]
+    assert abs(loss - first.loss) <= tolerance * abs(first.loss)
+    oracle_token_loss = sum(float(out.token_loss.detach()) for out in first.outputs)
+    assert abs(token_loss - oracle_token_loss) <= tolerance * abs(oracle_token_loss)
+    error, name = largest_error(tensors(result["gradients"]), first.gradients)
+    assert error <= tolerance, f"gradient of {name}: relative error {error:.1e}"
+    if case.steps == 1:
+        return
+    losses, final = oracle_train(
+        case.config,
+        initial,
+        case.data(),
+        weight_decay=WEIGHT_DECAY,
+        decays=decays,
+        clip_norm=case.clip_norm,
+        **OPTIMIZER,
+    )
+    np.testing.assert_allclose([total for total, _ in result["losses"]], losses, rtol=tolerance)
+    trained = {name: p for name, p in final.items() if name in result["final"]}
+    error, name = largest_error(tensors(result["final"]), trained)
+    assert error <= tolerance, f"{name} after {case.steps} steps: relative error {error:.1e}"
