@@ -66,9 +66,7 @@ class RouterConfig:
         ):
             _require(value >= 0, f"{option} {value} must not be negative")
         if self.capacity_factor is not None:
-            _require(
-                self.capacity_factor > 0, "--capacity-factor must be positive (leave it out for dropless)"
-            )
+            _require(self.capacity_factor > 0, "--capacity-factor must be positive (leave it out for dropless)")
 
 
 @dataclass(frozen=True)
@@ -125,9 +123,7 @@ class ModelConfig:
             self.hidden_size % self.num_heads == 0,
             f"--hidden-size {self.hidden_size} must be a multiple of --heads {self.num_heads}",
         )
-        _require(
-            self.position != "rope" or self.head_size % 2 == 0, "rotary positions need an even head size"
-        )
+        _require(self.position != "rope" or self.head_size % 2 == 0, "rotary positions need an even head size")
         _require(self.num_shared_experts >= 0, "--shared-experts must not be negative")
         _require(
             self.memory_length == 0 or (self.position == "relative" and self.causal),
@@ -159,9 +155,7 @@ class ModelConfig:
     def from_dict(cls, data: Mapping[str, Any]) -> ModelConfig:
         known = {f.name for f in fields(cls)}
         unknown = set(data) - known
-        _require(
-            not unknown, f"unknown model settings {sorted(unknown)}: written by another version of luffy?"
-        )
+        _require(not unknown, f"unknown model settings {sorted(unknown)}: written by another version of luffy?")
         values = dict(data)
         if isinstance(values.get("router"), Mapping):
             values["router"] = RouterConfig(**values["router"])

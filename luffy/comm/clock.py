@@ -54,13 +54,13 @@ class PhaseClock:
 
 class _Boundary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, clock, before, after):  # type: ignore[override]
+    def forward(ctx, x, clock, before, after):
         ctx.clock, ctx.before = clock, before
         clock.switch(after)
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[override]
+    def backward(ctx, grad):
         ctx.clock.switch(ctx.before)
         return grad, None, None, None
 

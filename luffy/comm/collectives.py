@@ -20,7 +20,6 @@ from torch import Tensor
 from luffy.comm.mesh import Mesh
 from luffy.comm.meter import TrafficMeter
 
-
 # Renamed between releases of torch.
 _all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -129,7 +128,7 @@ def _move(
 
 class _AllToAllRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, exchange, forward_directions, backward_directions, meanwhile, *tensors):  # type: ignore[override]
+    def forward(ctx, exchange, forward_directions, backward_directions, meanwhile, *tensors):
         ctx.exchange = exchange
         ctx.backward_directions = backward_directions
         # Decided from dtypes, which all ranks share, not from requires_grad, which they might not.
@@ -139,7 +138,7 @@ class _AllToAllRows(torch.autograd.Function):
         return tuple(moved)
 
     @staticmethod
-    def backward(ctx, *grads):  # type: ignore[override]
+    def backward(ctx, *grads):
         picked = [i for i, yes in enumerate(ctx.differentiable) if yes]
         moved = _move(
             [grads[i] for i in picked],
@@ -167,6 +166,4 @@ def all_to_all_rows(
     meanwhile: host work to do while the rows travel (planning).
     Returns tensors of [sum(output_splits), ...], rows ordered by source rank.
     """
-    return list(
-        _AllToAllRows.apply(exchange, tuple(directions), tuple(backward_directions), meanwhile, *tensors)
-    )
+    return list(_AllToAllRows.apply(exchange, tuple(directions), tuple(backward_directions), meanwhile, *tensors))

@@ -66,6 +66,12 @@ def init_distributed(backend: str, device: torch.device, timeout_seconds: float 
     )
 
 
+def _world_group() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None, "call init_distributed first"
+    return group
+
+
 def build_mesh(device: torch.device, ep_size: int | None = None, ranks_per_node: int | None = None) -> Mesh:
     """Arrange the initialised world as dp x ep.
 
@@ -83,7 +89,7 @@ def build_mesh(device: torch.device, ep_size: int | None = None, ranks_per_node:
     return Mesh(
         device=device,
         device_mesh=device_mesh,
-        world_group=dist.group.WORLD,
+        world_group=_world_group(),
         ep_group=device_mesh.get_group("ep"),
         dp_group=device_mesh.get_group("dp"),
         rank=rank,

@@ -66,9 +66,7 @@ def list_source_files(source: str | os.PathLike[str]) -> list[SourceFile]:
         root = Path(sysconfig.get_paths()["stdlib"])
         paths = _walk(root, (".py",), _STDLIB_EXCLUDED) if root.is_dir() else []
         if not paths:
-            raise UserError(
-                f"--data stdlib: this Python has no library sources in {root}; give a path to --data"
-            )
+            raise UserError(f"--data stdlib: this Python has no library sources in {root}; give a path to --data")
         return [_source_file(path, root) for path in paths]
 
     root = Path(source).expanduser()
@@ -118,9 +116,7 @@ def _iter_files(
             tally.num_documents += 1
             yield Document(text, file.split)
     if tally.num_documents == 0:
-        raise UserError(
-            f"--data {source}: all {tally.num_empty} documents are empty, there is no text to train on"
-        )
+        raise UserError(f"--data {source}: all {tally.num_empty} documents are empty, there is no text to train on")
 
 
 def _read_python(path: Path) -> Iterator[str]:
@@ -149,14 +145,8 @@ def _walk(root: Path, suffixes: tuple[str, ...], excluded: frozenset[str] = froz
             subfolders.clear()
             continue
         seen.add(real)
-        subfolders[:] = sorted(
-            name for name in subfolders if not name.startswith(".") and name not in excluded
-        )
-        found += [
-            Path(folder, name)
-            for name in names
-            if name.lower().endswith(suffixes) and not name.startswith(".")
-        ]
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name not in excluded)
+        found += [Path(folder, name) for name in names if name.lower().endswith(suffixes) and not name.startswith(".")]
     return sorted(found, key=lambda path: path.relative_to(root).parts)
 
 

@@ -49,9 +49,7 @@ def _read_text_file(path: Path) -> Iterator[str]:
     offset = 0
     with path.open("rb") as file:
         while data := file.read(block) + file.readline(block):
-            held_back = len(
-                decoder.getstate()[0]
-            )  # the first bytes of a character that the last block cut in two
+            held_back = len(decoder.getstate()[0])  # the first bytes of a character that the last block cut in two
             try:
                 text = decoder.decode(data)
             except UnicodeDecodeError as error:
@@ -93,9 +91,7 @@ def _text_of_line(line: bytes, where: str, text_field: str) -> str | None:
             f"{where} is not valid JSON ({error.msg}, column {error.colno}): a line must be one JSON object"
         ) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; nesting without end
-        raise UserError(
-            f"{where} is not usable JSON ({error}): every line must be one JSON object"
-        ) from error
+        raise UserError(f"{where} is not usable JSON ({error}): every line must be one JSON object") from error
     if not isinstance(record, dict):
         raise UserError(f"{where} is a JSON {_json_kind(record)}: every line must be one JSON object")
     if text_field not in record:
@@ -135,9 +131,7 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[str | None]:
         if isinstance(error, FileNotFoundError | PermissionError):
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"--data {path} is not a sound Parquet file ({reason}); fetch or write it again"
-        ) from error
+        raise UserError(f"--data {path} is not a sound Parquet file ({reason}); fetch or write it again") from error
 
 
 def _without_lone_surrogates(text: str) -> str:
@@ -156,12 +150,8 @@ def _json_kind(value: Any) -> str:
 
 def _no_field(where: str, text_field: str, fields: list[str]) -> UserError:
     shown = ", ".join(fields[:12]) + (", ..." if len(fields) > 12 else "") or "none"
-    return UserError(
-        f"{where} has no field '{text_field}': choose one with --text-field (fields here: {shown})"
-    )
+    return UserError(f"{where} has no field '{text_field}': choose one with --text-field (fields here: {shown})")
 
 
 def _not_utf8(path: Path | str, where: str) -> UserError:
-    return UserError(
-        f"--data {path} is not UTF-8 ({where}): convert it first, for example with iconv -t UTF-8"
-    )
+    return UserError(f"--data {path} is not UTF-8 ({where}): convert it first, for example with iconv -t UTF-8")

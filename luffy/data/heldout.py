@@ -115,9 +115,7 @@ def choose_held_out(survey: CorpusSurvey, valid_fraction: float) -> HeldOut:
 
     lengths = survey.num_characters
     total = int(lengths.sum())
-    budget = min(
-        max(1, int(valid_fraction * total)), total - 1
-    )  # a character on either side, if there are two
+    budget = min(max(1, int(valid_fraction * total)), total - 1)  # a character on either side, if there are two
     is_valid = np.zeros(len(lengths), dtype=bool)
     order = np.argsort(survey.keys, kind="stable")
     order = order[lengths[order] <= budget]

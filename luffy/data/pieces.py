@@ -29,14 +29,14 @@ class DocumentPieces:
     """Every document on its own: its tokens and the end-of-text token, cut every `sequence_length` inputs.
 
     A last piece of fewer than `min_length` inputs is dropped (a step's overhead is not worth a handful of
-    tokens), unless it is all there is of the document. `min_length` never exceeds `sequence_length`.
+    tokens), unless it is a full one or all there is of the document.
     """
 
     def __init__(self, split: TokenSplit, sequence_length: int, eos_id: int, min_length: int) -> None:
         self._split, self._sequence_length, self._eos_id = split, sequence_length, eos_id
         # A document of n tokens has n inputs, each with a label: the last one's is the end-of-text token.
         num_pieces, rest = np.divmod(split.document_lengths(), sequence_length)
-        num_pieces += (rest >= max(1, min(min_length, sequence_length))) | ((num_pieces == 0) & (rest > 0))
+        num_pieces += (rest >= max(1, min_length)) | ((num_pieces == 0) & (rest > 0))
         self._end = np.cumsum(num_pieces)  # [num_documents]: one past the document's last sequence
 
     @property
@@ -61,9 +61,7 @@ class _TokenStream:
 
     def __init__(self, split: TokenSplit, eos_id: int) -> None:
         self._split, self._eos_id = split, eos_id
-        self._end = np.cumsum(
-            split.document_lengths() + 1
-        )  # [num_documents]: one past the document's end-of-text
+        self._end = np.cumsum(split.document_lengths() + 1)  # [num_documents]: one past the document's end-of-text
 
     @property
     def num_labels(self) -> int:

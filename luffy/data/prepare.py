@@ -81,9 +81,7 @@ def _build(
     progress: Progress,
 ) -> None:
     prefix = f".{folder.name}.building-"
-    for leftover in folder.parent.glob(
-        f"{prefix}*"
-    ):  # of a killed build: we hold the lock, so nobody is in there
+    for leftover in folder.parent.glob(f"{prefix}*"):  # of a killed build: we hold the lock, so nobody is in there
         shutil.rmtree(leftover, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
     try:
@@ -122,9 +120,7 @@ def _fingerprint(
     inputs: dict[str, Any] = {
         "format": FORMAT_VERSION,
         "text_field": text_field,
-        "tokenizer": tokenizer.fingerprint()
-        if tokenizer
-        else f"byte-level BPE {vocab_size} {SAMPLE_CHARACTERS}",
+        "tokenizer": tokenizer.fingerprint() if tokenizer else f"byte-level BPE {vocab_size} {SAMPLE_CHARACTERS}",
         "valid_fraction": valid_fraction,
     }
     if source == STDLIB:  # the version says it all: modification times are those of the installation

@@ -151,9 +151,7 @@ def build_shards(
 
     def flush() -> None:
         nonlocal batch_characters, done, num_empty
-        for (split, _), token_ids in zip(
-            batch, tokenizer.encode_batch([text for _, text in batch]), strict=True
-        ):
+        for (split, _), token_ids in zip(batch, tokenizer.encode_batch([text for _, text in batch]), strict=True):
             if len(token_ids):
                 writers[split].append(token_ids)
             else:
@@ -194,9 +192,7 @@ def build_shards(
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write `manifest.json` with its own checksum, by way of a temporary name."""
     temporary = folder / f".{MANIFEST}"
-    temporary.write_text(
-        json.dumps({**manifest, "crc32": _manifest_crc32(manifest)}, indent=1), encoding="utf-8"
-    )
+    temporary.write_text(json.dumps({**manifest, "crc32": _manifest_crc32(manifest)}, indent=1), encoding="utf-8")
     os.replace(temporary, folder / MANIFEST)
 
 

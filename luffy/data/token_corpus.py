@@ -64,9 +64,7 @@ class TokenSplit(_CheapToPickle):
     def document_lengths(self) -> np.ndarray:
         """Tokens of every document: int64 [num_documents]."""
         lengths = [np.diff(offsets) for _, offsets in self._mapped]
-        return (
-            np.concatenate(lengths).astype(np.int64, copy=False) if lengths else np.zeros(0, dtype=np.int64)
-        )
+        return np.concatenate(lengths).astype(np.int64, copy=False) if lengths else np.zeros(0, dtype=np.int64)
 
     @cached_property
     def num_documents_before(self) -> list[int]:
@@ -126,13 +124,9 @@ def open_corpus(folder: str | os.PathLike[str], *, verify_checksums: bool = True
     try:
         manifest = read_manifest(folder)
         if manifest["version"] != FORMAT_VERSION:
-            raise UserError(
-                f"{folder} was written by another version of luffy; delete {folder} and run again"
-            )
+            raise UserError(f"{folder} was written by another version of luffy; delete {folder} and run again")
         splits = {
-            name: TokenSplit(
-                folder, name, manifest["dtype"], tuple(_shard_record(entry) for entry in entries)
-            )
+            name: TokenSplit(folder, name, manifest["dtype"], tuple(_shard_record(entry) for entry in entries))
             for name, entries in manifest["shards"].items()
         }
         files = {TOKENIZER: FileRecord(**manifest["tokenizer"])}
@@ -160,9 +154,7 @@ def open_corpus(folder: str | os.PathLike[str], *, verify_checksums: bool = True
 
 
 def _shard_record(entry: dict[str, Any]) -> ShardRecord:
-    return ShardRecord(
-        **{**entry, "tokens": FileRecord(**entry["tokens"]), "offsets": FileRecord(**entry["offsets"])}
-    )
+    return ShardRecord(**{**entry, "tokens": FileRecord(**entry["tokens"]), "offsets": FileRecord(**entry["offsets"])})
 
 
 def _verify(path: Path, expected: FileRecord, verify_checksum: bool) -> None:

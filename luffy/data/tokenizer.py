@@ -60,9 +60,7 @@ class Tokenizer:
         file = Path(path).expanduser()
         file = file / "tokenizer.json" if file.is_dir() else file
         if not file.is_file():
-            raise UserError(
-                f"--tokenizer {path} does not exist: give a tokenizer.json, or leave it out to train one"
-            )
+            raise UserError(f"--tokenizer {path} does not exist: give a tokenizer.json, or leave it out to train one")
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception for whatever it cannot parse
@@ -113,17 +111,13 @@ class Tokenizer:
 
 
 def no_mask_token(origin: str) -> UserError:
-    return UserError(
-        f"{origin} has no mask token, which a masked model needs: add one of {', '.join(_MASK_NAMES)}"
-    )
+    return UserError(f"{origin} has no mask token, which a masked model needs: add one of {', '.join(_MASK_NAMES)}")
 
 
 def check_vocab_size(vocab_size: int) -> None:
     """Raise `UserError` for a vocabulary that cannot hold all bytes, or has ids beyond 32 bits."""
     if not MIN_VOCAB_SIZE <= vocab_size <= 2**32:
-        raise UserError(
-            f"--vocab-size {vocab_size} is out of range: at least {MIN_VOCAB_SIZE} (256 bytes + specials)"
-        )
+        raise UserError(f"--vocab-size {vocab_size} is out of range: at least {MIN_VOCAB_SIZE} (256 bytes + specials)")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -29,9 +29,7 @@ class Received:
     weights: Tensor
 
 
-def dispatch(
-    hidden: Tensor, topk_expert_ids: Tensor, topk_weights: Tensor, copies: Copies, per: str
-) -> Received:
+def dispatch(hidden: Tensor, topk_expert_ids: Tensor, topk_weights: Tensor, copies: Copies, per: str) -> Received:
     """hidden [T, D], ids and weights [T, K] -> the rows that this rank's experts serve."""
     ids = topk_expert_ids[copies.token]
     if per == "pairs":

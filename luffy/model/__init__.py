@@ -3,4 +3,4 @@
 from luffy.model.moe_layer import MoELayer, Runtime
 from luffy.model.transformer import MicroBatch, ModelOutput, Transformer, build_model, is_expert
 
-__all__ = ["MicroBatch", "ModelOutput", "MoELayer", "Runtime", "Transformer", "build_model", "is_expert"]
+__all__ = ["MicroBatch", "MoELayer", "ModelOutput", "Runtime", "Transformer", "build_model", "is_expert"]

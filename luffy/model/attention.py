@@ -13,22 +13,19 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 
 from luffy.config import ModelConfig
 from luffy.data.batch import Layout, TokenBatch
 from luffy.model.layers import Linear, make_norm
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # pragma: no cover - present in every supported release
-    varlen_attn = None
-
 # The causal flag of varlen_attn became a window between releases.
-_VARLEN_TAKES_WINDOW = varlen_attn is not None and "window_size" in inspect.signature(varlen_attn).parameters
+_VARLEN_TAKES_WINDOW = "window_size" in inspect.signature(varlen_attn).parameters
 
 
 class Attention(nn.Module):
@@ -82,11 +79,12 @@ class Attention(nn.Module):
     def _packed(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
         """[T, H, hd] each -> [T, H, hd]; every sequence attends to itself alone."""
         flash = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and self.position != "relative"
-        if flash and varlen_attn is not None:
+        if flash:
             n, cu = layout.max_length, layout.cu_seqlens
+            causal: dict[str, Any] = {"is_causal": self.causal}
             if _VARLEN_TAKES_WINDOW:
-                return varlen_attn(q, k, v, cu, cu, n, n, window_size=(-1, 0) if self.causal else (-1, -1))
-            return varlen_attn(q, k, v, cu, cu, n, n, is_causal=self.causal)
+                causal = {"window_size": (-1, 0) if self.causal else (-1, -1)}
+            return cast(Tensor, varlen_attn(q, k, v, cu, cu, n, n, **causal))
         if layout.equal_lengths:
             return self._equal(q, k, v, layout.max_length)
         outputs, rows = [], []

@@ -35,9 +35,7 @@ class AuxLoss:
     dropped: Tensor
 
 
-def auxiliary_loss(
-    stats: tuple[RouterStats, ...], config: RouterConfig, comm: Comm, num_tokens: int
-) -> AuxLoss | None:
+def auxiliary_loss(stats: tuple[RouterStats, ...], config: RouterConfig, comm: Comm, num_tokens: int) -> AuxLoss | None:
     """Combine the layers' local sums. `num_tokens`: tokens of this micro-batch over all ranks, on the host."""
     if not stats:
         return None

@@ -26,9 +26,9 @@ class LayerNorm(nn.LayerNorm):
     """Layer norm with its statistics in float32 at least; output in the input's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(
-            x.to(self.weight.dtype), self.normalized_shape, self.weight, self.bias, self.eps
-        ).to(x.dtype)
+        return F.layer_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.bias, self.eps).to(
+            x.dtype
+        )
 
 
 class RMSNorm(nn.RMSNorm):
@@ -36,7 +36,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(self.weight.dtype)
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + (self.eps or 0.0))
         return (wide * scale * self.weight).to(x.dtype)
 
 

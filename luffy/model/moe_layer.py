@@ -95,14 +95,12 @@ class MoELayer(nn.Module):
 
     def _run_experts(self, received: Received, num_pairs: int, norm: nn.Module) -> Tensor:
         """Partial sums [R, D] over the experts of this rank, one for each received row."""
-        pairs = pairs_by_expert(
-            received.expert_ids, self.expert_map, self.runtime.comm.mesh.ep_rank, num_pairs
-        )
+        pairs = pairs_by_expert(received.expert_ids, self.expert_map, self.runtime.comm.mesh.ep_rank, num_pairs)
 
         def local_work(rows: Tensor, weights: Tensor) -> Tensor:
             answers = self.experts(norm(rows)[pairs.row], pairs.num_tokens_per_expert)
             return weighted_sum(answers, weights, pairs, rows.shape[0])
 
         if self.runtime.recompute and torch.is_grad_enabled():
-            return checkpoint(local_work, received.rows, received.weights, use_reentrant=False)  # type: ignore[no-any-return]
+            return checkpoint(local_work, received.rows, received.weights, use_reentrant=False)
         return local_work(received.rows, received.weights)

@@ -111,9 +111,7 @@ class Transformer(nn.Module):
         self.config, self.runtime, self.stream_dtype = config, runtime, dtype
         D, V = config.hidden_size, config.vocab_size
         self.token_embedding = nn.Embedding(V, D)
-        self.position_embedding = (
-            nn.Embedding(config.max_sequence_length, D) if config.position == "learned" else None
-        )
+        self.position_embedding = nn.Embedding(config.max_sequence_length, D) if config.position == "learned" else None
         self.embedding_norm = make_norm(config) if config.norm_placement == "post" else None
         self.blocks = nn.ModuleList(Block(config, i, runtime) for i in range(config.num_layers))
         self.final_norm = make_norm(config) if config.norm_placement == "pre" else None
@@ -124,7 +122,7 @@ class Transformer(nn.Module):
 
     @property
     def moe_layers(self) -> list[MoELayer]:
-        return [b.moe for b in self.blocks if b.moe is not None]  # type: ignore[union-attr, misc]
+        return [b.moe for b in self.blocks if b.moe is not None]  # type: ignore[misc]
 
     def forward(self, micro: MicroBatch) -> ModelOutput:
         hidden = self.token_embedding(micro.tokens)  # [T, D]
@@ -148,8 +146,7 @@ class Transformer(nn.Module):
             hidden = self.final_norm(hidden)
         if hidden.shape[0] <= LOSS_CHUNK or not torch.is_grad_enabled():
             chunks = [
-                self._chunk_loss(h, y)
-                for h, y in zip(hidden.split(LOSS_CHUNK), labels.split(LOSS_CHUNK), strict=True)
+                self._chunk_loss(h, y) for h, y in zip(hidden.split(LOSS_CHUNK), labels.split(LOSS_CHUNK), strict=True)
             ]
         else:
             chunks = [

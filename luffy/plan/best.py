@@ -57,7 +57,7 @@ def best(
     benefit = benefit_matrix(problem, _BITS, _row_weights(problem, bottleneck_weight))
     values, unit = benefit.values, benefit.unit_femtoseconds
     if problem.balance.mode == "tokens":
-        new_home = place_uneven(problem, values, default_rounds(problem.num_ranks) if rounds is None else rounds)
+        new_home = place_uneven(problem, values, rounds)
         return make_plan(problem, "best", new_home, never_above_stay=True)
 
     quotas = problem.quotas

@@ -103,7 +103,7 @@ class PlacementProblem:
         if S:
             _require(int(self.lengths.min()) >= 0, "lengths must be >= 0")
             _require(
-                0 <= int(self.home_rank.min()) and int(self.home_rank.max()) < N,
+                int(self.home_rank.min()) >= 0 and int(self.home_rank.max()) < N,
                 f"home_rank must lie in 0..{N - 1}",
             )
             self._check_counts(S, N)

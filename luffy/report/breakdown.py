@@ -68,9 +68,7 @@ def expert_load_figure(load: np.ndarray) -> Figure:
     num_layers, num_experts = load.shape
     figure, axes = style.new_figure(height=float(np.clip(2.0 + 0.2 * num_layers, 2.9, 6.0)))
     most = float(np.clip(np.nanmax(load), 2.0, 8.0))  # never a narrower scale: noise should look like noise
-    image = axes.imshow(
-        np.clip(load, 1 / most, most), aspect="auto", cmap="RdBu_r", norm=LogNorm(1 / most, most)
-    )
+    image = axes.imshow(np.clip(load, 1 / most, most), aspect="auto", cmap="RdBu_r", norm=LogNorm(1 / most, most))
     axes.set_xticks(np.arange(-0.5, num_experts), minor=True)
     axes.set_yticks(np.arange(-0.5, num_layers), minor=True)
     if num_experts <= 32:

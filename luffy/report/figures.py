@@ -119,10 +119,7 @@ def bytes_figure(run: Run) -> Figure:
     table = {kind: np.nan_to_num(column(run.records, "bytes", kind)) for kind in style.BYTE_COLOURS}
     table = {kind: values for kind, values in table.items() if values.sum() > 0}
     total = sum(float(values.mean()) for values in table.values())
-    labels = [
-        f"{style.label_of(kind)}: {format_share(float(values.mean()), total)}"
-        for kind, values in table.items()
-    ]
+    labels = [f"{style.label_of(kind)}: {format_share(float(values.mean()), total)}" for kind, values in table.items()]
     colours = [style.BYTE_COLOURS[kind] for kind in table]
     figure, axes = style.new_figure(height=3.7)
     if len(run.records) <= _BARS_UP_TO:

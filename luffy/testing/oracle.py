@@ -187,9 +187,7 @@ def mixture(config: ModelConfig, params: Params, name: str, x: Tensor, seen: Lay
     return total
 
 
-def block(
-    config: ModelConfig, params: Params, layer: int, x: Tensor, memory: Tensor, seen: LayerChoices
-) -> Tensor:
+def block(config: ModelConfig, params: Params, layer: int, x: Tensor, memory: Tensor, seen: LayerChoices) -> Tensor:
     """One sequence through block `layer`; memory [M, D] holds raw states, normed as this segment's are."""
     name = f"blocks.{layer}"
 

@@ -27,8 +27,7 @@ class OracleStep:
 def leaves(params: Params) -> dict[str, Tensor]:
     """Copies in float64 that ask for a gradient, except a router's `choice_bias`, which is not trained."""
     return {
-        name: p.detach().double().clone().requires_grad_(not name.endswith("choice_bias"))
-        for name, p in params.items()
+        name: p.detach().double().clone().requires_grad_(not name.endswith("choice_bias")) for name, p in params.items()
     }
 
 
@@ -52,9 +51,7 @@ def oracle_step(
     loss = torch.stack([out.loss for out in outputs]).sum()
     loss.backward()
     gradients = {
-        name: torch.zeros_like(p) if p.grad is None else p.grad
-        for name, p in variables.items()
-        if p.requires_grad
+        name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in variables.items() if p.requires_grad
     }
     return OracleStep(float(loss.detach()), gradients, outputs)
 

@@ -41,9 +41,7 @@ def _child(fn: Callable[..., Any], rank: int, world: int, store: str, args: tupl
         os._exit(0)
 
 
-def run_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 300.0
-) -> list[Any]:
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 300.0) -> list[Any]:
     """Call `fn(rank, *args)` on `world_size` gloo ranks; the results (picklable, no live tensors) in rank order.
 
     Raises `RankFailedError` with the traceback of the first rank that failed, or that one did not answer in time.

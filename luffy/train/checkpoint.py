@@ -161,9 +161,7 @@ def read_meta(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise _damaged(path, "meta.json cannot be read") from error
     if meta.get("format") != FORMAT_VERSION:
-        raise UserError(
-            f"--resume: {path} was written by another version of luffy (format {meta.get('format')})"
-        )
+        raise UserError(f"--resume: {path} was written by another version of luffy (format {meta.get('format')})")
     return meta
 
 
@@ -199,9 +197,7 @@ def load_checkpoint(path: Path, state: dict[str, Any], mesh: Mesh) -> dict[str, 
 
 
 def _damaged(path: Path, what: str) -> UserError:
-    return UserError(
-        f"--resume: checkpoint {path} is damaged ({what}); delete it to resume from the one before"
-    )
+    return UserError(f"--resume: checkpoint {path} is damaged ({what}); delete it to resume from the one before")
 
 
 def _fingerprint(path: Path) -> list[int]:

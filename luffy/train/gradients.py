@@ -31,9 +31,7 @@ class GradientSync:
         mesh = comm.mesh
         experts = [(n, p) for n, p in model.named_parameters() if is_expert(n)]
         if mesh.world_size > 1:
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-                model, [n for n, _ in experts]
-            )
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [n for n, _ in experts])
             with warnings.catch_warnings():
                 # `broadcast_buffers` is on its way out, but its successor does not exist in every release yet.
                 warnings.simplefilter("ignore", FutureWarning)
@@ -95,16 +93,15 @@ class GradientSync:
 
         The norm is that of the whole model: replicated gradients once, the experts of all ranks of the EP group.
         """
-        replicated, experts = [], []
+        replicated: list[Tensor] = []
+        experts: list[Tensor] = []
         for name, p in self.model.named_parameters():
             if p.grad is None:
                 raise RuntimeError(f"{name} received no gradient")
             (experts if is_expert(name) else replicated).append(p.grad)
         squares = torch.stack(torch._foreach_norm(replicated)).square().sum()
         if experts:
-            squares = squares + self.comm.all_reduce_ep(
-                torch.stack(torch._foreach_norm(experts)).square().sum()
-            )
+            squares = squares + self.comm.all_reduce_ep(torch.stack(torch._foreach_norm(experts)).square().sum())
         norm = squares.sqrt()
         if max_norm > 0:
             torch._foreach_mul_(replicated + experts, (max_norm / (norm + 1e-6)).clamp(max=1.0))

@@ -13,7 +13,7 @@ from luffy.config import DTYPES, ModelConfig, _one_of, _require, model_preset
 from luffy.recipes import Recipe, get_recipe
 
 
-def option(default: Any, help: str, group: str) -> Any:  # noqa: A002
+def option(default: Any, help: str, group: str) -> Any:
     return field(default=default, metadata={"help": help, "group": group})
 
 

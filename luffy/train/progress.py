@@ -115,9 +115,7 @@ class TrainProgress:
             return float("nan")
         return (self.total_steps - step) * (self._ticks[-1][1] - first_time) / (step - first_step)
 
-    def step(
-        self, step: int, *, loss: float, tokens: int, seconds: float, num_bytes: int = 0, note: str = ""
-    ) -> None:
+    def step(self, step: int, *, loss: float, tokens: int, seconds: float, num_bytes: int = 0, note: str = "") -> None:
         """One step is done. `num_bytes` is what it moved; `note` (a validation loss, say) is shown once."""
         if not self.enabled:
             return

@@ -35,9 +35,7 @@ def _check_out(options: TrainOptions) -> None:
     if (out / "metrics.jsonl").exists() and not (options.resume or options.overwrite):
         step = list_checkpoints(out / "checkpoints")
         has = f" (checkpoint {step[-1].name})" if step else ""
-        raise UserError(
-            f"--out {out} already holds a run{has}; add --resume, --overwrite, or choose another folder"
-        )
+        raise UserError(f"--out {out} already holds a run{has}; add --resume, --overwrite, or choose another folder")
     if options.overwrite:
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
     try:
@@ -51,9 +49,7 @@ def _check_out(options: TrainOptions) -> None:
 def _rank(options: TrainOptions) -> None:
     from luffy.train.trainer import Trainer
 
-    mesh = join_world(
-        options.device, options.backend, options.ep_size, options.ranks_per_node, options.timeout_seconds
-    )
+    mesh = join_world(options.device, options.backend, options.ep_size, options.ranks_per_node, options.timeout_seconds)
     summary = Trainer(options, mesh).run()
     if summary is None:
         return

@@ -82,13 +82,7 @@ class Trainer:
 
         self.loader, self.valid_loader = loader(corpus.train), loader(corpus.valid, shuffle=False)
         self.runtime = Runtime(self.comm, self.clock, options.get_recipe(), options.recompute)
-        name = (
-            options.dtype
-            if options.dtype != "auto"
-            else "bfloat16"
-            if mesh.device.type == "cuda"
-            else "float32"
-        )
+        name = options.dtype if options.dtype != "auto" else "bfloat16" if mesh.device.type == "cuda" else "float32"
         self.dtype_name = name
         self.model = build_model(self.config, self.runtime, dtype=getattr(torch, name), seed=options.seed)
         fused = mesh.device.type == "cuda"
@@ -116,9 +110,7 @@ class Trainer:
     def _mask(self, sequence: Sequence) -> Sequence:
         if self.mask_id is None:
             return sequence
-        return mask_for_mlm(
-            sequence, mask_id=self.mask_id, vocab_size=self.config.vocab_size, seed=self.options.seed
-        )
+        return mask_for_mlm(sequence, mask_id=self.mask_id, vocab_size=self.config.vocab_size, seed=self.options.seed)
 
     def _memory_for(self, sequences: list[Sequence]) -> tuple[torch.Tensor, ...] | None:
         """The lanes' states, cleared where a lane begins anew."""
@@ -180,9 +172,7 @@ class Trainer:
         grad_norm = float(norm)
         if not math.isfinite(values[0]) or not math.isfinite(grad_norm):
             self._stop_not_finite(values[0], grad_norm, aux)
-        split = dict(
-            zip(PHASES, (v / self.mesh.world_size for v in values[1 : 1 + len(PHASES)]), strict=True)
-        )
+        split = dict(zip(PHASES, (v / self.mesh.world_size for v in values[1 : 1 + len(PHASES)]), strict=True))
         shape = (len(DIRECTIONS), len(LINK_CLASSES))
         traffic = np.array(values[1 + len(PHASES) :]).round().astype(np.int64).reshape(shape)
         record: dict[str, Any] = {
@@ -228,9 +218,7 @@ class Trainer:
         """Mean held-out loss over `eval_batches` batches, each weighted by its labels."""
         total, labels = 0.0, 0
         memory = self._empty_memory(self.loader.global_batch_size // self.mesh.world_size)
-        batches = self.valid_loader.eval_batches(
-            self.options.eval_batches, self.mesh.rank, self.mesh.world_size
-        )
+        batches = self.valid_loader.eval_batches(self.options.eval_batches, self.mesh.rank, self.mesh.world_size)
         for batch in batches:
             sequences = [self._mask(s) for s in batch]
             announced = gather_step([sequences], self.comm)
@@ -275,9 +263,7 @@ class Trainer:
             before, now = meta["options"][name], getattr(self.options, name)
             if before != now:
                 option = "--" + name.replace("_", "-")
-                raise UserError(
-                    f"--resume: the run began with {option} {before}, not {now}; give it again as it was"
-                )
+                raise UserError(f"--resume: the run began with {option} {before}, not {now}; give it again as it was")
         prepare_optimizer(self.optimizer)
         load_checkpoint(path, self._state(), self.mesh)
         self.step, self.valid_loss = meta["step"], meta["valid_loss"]
@@ -293,17 +279,11 @@ class Trainer:
         writer = None
         if first:
             writer = MetricsWriter(self.out, self.step if found else None, tensorboard=o.tensorboard)
-            write_json_atomic(
-                self.out / "config.json", {"options": o.to_dict(), "model": self.config.to_dict()}
-            )
+            write_json_atomic(self.out / "config.json", {"options": o.to_dict(), "model": self.config.to_dict()})
         try:
             with TrainProgress(o.steps, start_step=self.step, enabled=first) as progress:
                 if o.resume and first:
-                    note = (
-                        f"resuming after step {self.step}"
-                        if found
-                        else "no checkpoint in --out: starting anew"
-                    )
+                    note = f"resuming after step {self.step}" if found else "no checkpoint in --out: starting anew"
                     progress.message(note)
                 self._loop(writer, progress)
         finally:

@@ -1,0 +1,142 @@
+"""The command line as a person meets it: mistakes are one line and status 2, a kill loses nothing."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from luffy.train.cli import main
+from luffy.train.metrics import read_metrics
+
+LUFFY = [sys.executable, "-m", "luffy.train.cli"]
+
+
+def _mistake(capfd, *arguments):
+    with pytest.raises(SystemExit) as caught:
+        main(list(arguments))
+    assert caught.value.code == 2
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("luffy: error: ")
+    return lines[0]
+
+
+def test_a_mistake_names_the_option_and_the_mend(capfd, tmp_path, small, as_arguments):
+    out = ["--out", str(tmp_path / "run")]
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    for arguments, words in (
+        (["--recipe", "magic"], ("--recipe 'magic'", "vanilla_dedup")),
+        (["--model", "gpt9"], ("--model 'gpt9'", "moe-gpt2-tiny")),
+        (["--no-such-option"], ("--no-such-option",)),
+        (["--steps", "many"], ("--steps", "many")),
+        (["--ranks", "3"], ("--experts 8", "multiple of 3")),
+        (["--ranks", "4", "--batch-size", "6"], ("--batch-size 6",)),
+        (["--ranks", "4", "--ep-size", "3"], ("--ep-size 3",)),
+        (["--top-k", "9"], ("--top-k 9",)),
+        (["--sequence-length", "300"], ("--sequence-length 300", "--max-sequence-length")),
+        (["--data", str(tmp_path / "nowhere")], ("--data", "nowhere")),
+        (["--backend", "nccl", "--device", "cpu"], ("--backend nccl",)),
+        (["--memory-length", "8"], ("--memory-length",)),
+        (["--resume", "--overwrite"], ("--resume", "--overwrite")),
+    ):
+        line = _mistake(capfd, "train", *out, *arguments)
+        assert all(word in line for word in words), line
+
+
+def test_mistakes_that_only_the_ranks_can_see_are_one_line_too(capfd, tmp_path, small, as_arguments):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    line = _mistake(capfd, "train", *as_arguments(small(data=str(empty), ranks=2)))
+    assert "--data" in line and "empty" in line
+
+
+def _start(settings, as_arguments):
+    return subprocess.Popen(
+        [*LUFFY, "train", *as_arguments(settings)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def _wait_for_step(out, step, process):
+    path = Path(out, "metrics.jsonl")
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.exists() and len(read_metrics(path)) >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError(process.communicate()[1])
+
+
+def _children(pid):
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    found = []
+    for task in path.parent.parent.iterdir():
+        found += [int(c) for c in (task / "children").read_text().split()]
+    return found
+
+
+def test_killed_and_resumed_equals_never_killed(small, as_arguments, tmp_path):
+    settings = small(ranks=2, steps=30, checkpoint_every=4, seed=3)
+    process = _start(settings, as_arguments)
+    _wait_for_step(settings["out"], 11, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    seen = len(read_metrics(Path(settings["out"], "metrics.jsonl")))
+    assert 11 <= seen < 30
+    subprocess.run([*LUFFY, "train", *as_arguments(settings | {"resume": True})], check=True, capture_output=True)
+    whole = settings | {"out": str(tmp_path / "whole"), "checkpoint_every": 0}
+    done = subprocess.run([*LUFFY, "train", *as_arguments(whole)], check=True, capture_output=True, text=True)
+    assert "report" in done.stdout
+    resumed = [(r["step"], r["loss"]) for r in read_metrics(Path(settings["out"], "metrics.jsonl"))]
+    assert resumed == [(r["step"], r["loss"]) for r in read_metrics(tmp_path / "whole" / "metrics.jsonl")]
+    # A finished folder is not silently written over.
+    again = subprocess.run([*LUFFY, "train", *as_arguments(settings)], capture_output=True, text=True)
+    assert again.returncode == 2
+    assert "--resume" in again.stderr and "--overwrite" in again.stderr
+
+
+def test_a_rank_that_dies_takes_the_job_down_with_its_cause(small, as_arguments):
+    settings = small(ranks=2, steps=100000, checkpoint_every=0)
+    process = _start(settings, as_arguments)
+    _wait_for_step(settings["out"], 2, process)
+    ranks = sorted(_children(process.pid))
+    os.kill(ranks[1], signal.SIGKILL)
+    begin = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - begin < 20
+    assert process.returncode == 1
+    assert "was ended by signal 9" in err.strip().splitlines()[-1], err
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+
+
+def test_it_joins_a_world_of_torchrun(small, as_arguments):
+    settings = small(steps=2)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "luffy.train.cli"]
+    done = subprocess.run([*command, "train", *as_arguments(settings)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(read_metrics(Path(settings["out"], "metrics.jsonl"))) == 2
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(small, as_arguments, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1800k", "none", disk]).returncode:
+        pytest.skip("needs root to mount a small disk")
+    try:
+        settings = small(out=str(disk / "run"), ranks=2, steps=8, checkpoint_every=2, keep_checkpoints=50)
+        done = subprocess.run([*LUFFY, "train", *as_arguments(settings)], capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        line = done.stderr.strip().splitlines()[-1]
+        assert "--out" in line and ("No space left" in line or "full" in line)
+        assert list(Path(settings["out"], "checkpoints").glob("step-0000000?"))
+        assert not list(Path(settings["out"], "checkpoints").glob("*.tmp"))
+    finally:
+        subprocess.run(["umount", disk], check=True)

@@ -1,0 +1,136 @@
+"""Runs on real ranks: resume bit for bit, another number of ranks, data parallel groups, recurrence, NaN."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from luffy.comm import build_mesh
+from luffy.errors import UserError
+from luffy.testing import run_ranks
+from luffy.train.metrics import read_metrics
+from luffy.train.options import TrainOptions
+from luffy.train.trainer import Trainer
+
+
+def _train(rank, options):
+    mesh = build_mesh(torch.device("cpu"), options.ep_size)
+    trainer = Trainer(options, mesh)
+    trainer.run()
+    return {n: p.detach().sum().item() for n, p in trainer.model.named_parameters()}
+
+
+def _losses(out):
+    return [r["loss"] for r in read_metrics(Path(out) / "metrics.jsonl")]
+
+
+def _run(settings, world):
+    options = TrainOptions(**settings)
+    run_ranks(_train, world, options)
+    return _losses(options.out)
+
+
+def _copy_with_checkpoint(out, target, step):
+    """A run folder as it was when `step` had been saved."""
+    shutil.copytree(out, target)
+    for path in Path(target, "checkpoints").iterdir():
+        if path.name != f"step-{step:08d}":
+            shutil.rmtree(path)
+    return str(target)
+
+
+def test_resume_continues_exactly_and_at_other_numbers_of_ranks(small, tmp_path):
+    settings = small(keep_checkpoints=5)
+    whole = _run(settings, 2)
+    assert whole[-1] < whole[0]
+    again = _run(settings | {"out": _copy_with_checkpoint(settings["out"], tmp_path / "same", 3), "resume": True}, 2)
+    assert again == whole  # bit for bit: the steps before the checkpoint kept, those after it computed again
+    for world, ep_size in ((4, None), (1, None), (4, 2)):
+        out = _copy_with_checkpoint(settings["out"], tmp_path / f"at-{world}-{ep_size}", 3)
+        other = _run(settings | {"out": out, "resume": True, "ep_size": ep_size}, world)
+        assert other == pytest.approx(whole, rel=1e-10)
+
+
+def test_the_mesh_and_the_number_of_ranks_do_not_change_the_run(small, tmp_path):
+    def run(world, **changes):
+        return _run(small(checkpoint_every=0, accumulate=2, steps=4, **changes) | {"out": str(tmp_path / f"{world}-{changes}")}, world)
+
+    one = run(1)
+    assert run(4, ep_size=2) == pytest.approx(one, rel=1e-10)
+    assert run(4, recipe="vanilla", layout="padded", recompute=True) == pytest.approx(one, rel=1e-10)
+    compressed = run(2, gradient_dtype="bfloat16")
+    assert compressed == pytest.approx(one, rel=2e-3)
+    assert compressed != pytest.approx(one, rel=1e-9)
+
+
+def test_recurrence_and_masked_models_resume_exactly(small, tmp_path):
+    for model, extra in (
+        ("moe-transformer-xl-tiny", {"memory_length": 16, "sequence_mode": "streams", "accumulate": 2, "batch_size": 4}),
+        ("moe-bert-large-tiny", {"bias_update_rate": 0.01}),
+    ):
+        settings = small(model=model, out=str(tmp_path / model), keep_checkpoints=5, **extra)
+        whole = _run(settings, 2)
+        copy = _copy_with_checkpoint(settings["out"], tmp_path / f"{model}-again", 3)
+        assert _run(settings | {"out": copy, "resume": True}, 2) == whole
+
+
+def _poisoned(rank, options):
+    trainer = Trainer(options, build_mesh(torch.device("cpu")))
+    if rank == 1:
+        with torch.no_grad():
+            trainer.model.moe_layers[1].router.weight[0, 0] = float("nan")
+    before = trainer.model.token_embedding.weight.clone()
+    with pytest.raises(UserError, match=r"step 1: .*router of MoE layer 1.*--lr"):
+        trainer.train_step()
+    assert torch.equal(before, trainer.model.token_embedding.weight)
+    return True
+
+
+def test_a_nan_in_one_ranks_router_stops_all_ranks_and_names_the_layer(small):
+    assert run_ranks(_poisoned, 2, TrainOptions(**small())) == [True, True]
+
+
+def _broken_checkpoint(rank, options):
+    with pytest.raises(UserError) as caught:
+        Trainer(options, build_mesh(torch.device("cpu"))).run()
+    return str(caught.value)
+
+
+def test_a_damaged_or_foreign_checkpoint_is_refused_in_one_line(small):
+    settings = small(steps=1)
+    _run(settings, 2)
+    checkpoint = Path(settings["out"], "checkpoints", "step-00000001")
+    resume = TrainOptions(**(settings | {"resume": True, "steps": 2}))
+    for options, message in (
+        (replace(resume, hidden_size=64), "other settings (hidden_size"),
+        (replace(resume, seed=5), "--seed 0, not 5"),
+    ):
+        answers = run_ranks(_broken_checkpoint, 2, options)
+        assert all(message in a and "\n" not in a for a in answers), answers
+    victim = max(checkpoint.glob("*.distcp"), key=lambda p: p.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    victim.write_bytes(content)
+    answers = run_ranks(_broken_checkpoint, 2, resume)
+    assert all("damaged" in a and victim.name in a and "\n" not in a for a in answers), answers
+
+
+def test_export_holds_every_expert_of_every_rank(small):
+    settings = small(steps=1, export=True)
+    _run(settings, 2)
+    path = Path(settings["out"], "model.safetensors")
+    with safe_open(str(path), "pt") as f:
+        assert f.get_tensor("blocks.0.moe.experts.w_in").shape == (4, 32, 32)
+        assert "luffy_config" in f.metadata()
+
+
+def test_the_summary_and_the_record_agree(small):
+    settings = small(steps=2)
+    _run(settings, 2)
+    records = read_metrics(Path(settings["out"], "metrics.jsonl"))
+    assert all(r["bytes"]["dispatch"] == r["bytes"]["dispatch_backward"] > 0 for r in records)
+    assert all(r["bytes"]["combine"] == r["bytes"]["dispatch"] for r in records)  # sequences stay
+    assert all(0 < sum(r["seconds_split"].values()) <= r["seconds"] * 1.05 for r in records)
