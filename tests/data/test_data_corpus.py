@@ -50,9 +50,7 @@ def test_every_format_gives_the_same_documents(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("column", [pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
 def test_parquet_string_like_columns(tmp_path: Path, column: pa.DataType) -> None:
-    pq.write_table(
-        pa.table({"text": pa.array(["a", None, "b"], pa.string()).cast(column)}), tmp_path / "a.parquet"
-    )
+    pq.write_table(pa.table({"text": pa.array(["a", None, "b"], pa.string()).cast(column)}), tmp_path / "a.parquet")
     assert texts_of(tmp_path / "a.parquet") == ["a", "b"]
 
 
@@ -95,18 +93,14 @@ def test_held_out_files_are_told_by_their_names(tmp_path: Path, name: str) -> No
     assert [document.split for document in iter_documents(str(tmp_path))] == [None]
 
 
-def test_a_large_text_file_is_read_in_blocks_that_end_at_lines(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_large_text_file_is_read_in_blocks_that_end_at_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formats, "MAX_TEXT_DOCUMENT_BYTES", 100)
     monkeypatch.setattr(formats, "TEXT_BLOCK_BYTES", 40)
     lines = "".join(f"line {index} is short\n" for index in range(30))
     (tmp_path / "a.txt").write_text(lines)
     blocks = texts_of(tmp_path / "a.txt")
     assert "".join(blocks) == lines and len(blocks) > 5 and all(block.endswith("\n") for block in blocks)
-    (tmp_path / "a.txt").write_text(
-        "汉字🙂" * 50, encoding="utf-8"
-    )  # no line ends: blocks cut characters in two
+    (tmp_path / "a.txt").write_text("汉字🙂" * 50, encoding="utf-8")  # no line ends: blocks cut characters in two
     assert "".join(texts_of(tmp_path / "a.txt")) == "汉字🙂" * 50
     (tmp_path / "a.txt").write_bytes(b"x" * 130 + b"\xff")
     assert "byte 130" in error_of(tmp_path / "a.txt")

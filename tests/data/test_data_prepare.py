@@ -14,32 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from luffy.data import TokenCorpus, Tokenizer, prepare, prepare_corpus, shards, train_tokenizer
-from luffy.data.heldout import choose_held_out, survey_corpus
+from luffy.data import Tokenizer, prepare, prepare_corpus, shards, train_tokenizer
 from luffy.errors import UserError
 
 from .conftest import sentences, write_jsonl
-
-OPTIONS = {"vocab_size": 300}
-
-
-class Steps(list[str]):
-    """Records what a build reports."""
-
-    def __call__(self, done: int, total: int | None, description: str, /) -> None:
-        assert total is None or 0 <= done <= total
-        if description not in self:
-            self.append(description)
-
-
-def build(source: Path | str, cache: Path, **options: object) -> tuple[TokenCorpus, list[str]]:
-    steps = Steps()
-    return prepare_corpus(source, cache_dir=cache, progress=steps, **{**OPTIONS, **options}), steps  # type: ignore[arg-type]
-
-
-def texts_of(corpus: TokenCorpus, split: str) -> list[str]:
-    documents = getattr(corpus, split)
-    return [corpus.tokenizer.decode(documents.document(index)) for index in range(documents.num_documents)]
+from .helpers import build, texts_of
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -67,17 +46,18 @@ def test_builds_are_identical(corpus_file: Path, tmp_path: Path) -> None:
 def test_whatever_changes_the_contents_changes_the_folder(corpus_file: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     base, _ = build(corpus_file, cache)
-    write_jsonl(tmp_path / "other.jsonl", sentences(40), "body")
+    (tmp_path / "other.jsonl").write_text('{"text": "some words", "body": "other words"}\n' * 3)
     folders = {
         base.folder,
         build(corpus_file, cache, vocab_size=301)[0].folder,
         build(corpus_file, cache, valid_fraction=0.1)[0].folder,
         build(corpus_file, cache, tokenizer=base.tokenizer_path)[0].folder,
+        build(tmp_path / "other.jsonl", cache)[0].folder,
         build(tmp_path / "other.jsonl", cache, text_field="body")[0].folder,
     }
     os.utime(corpus_file, (1, 1))
     folders.add(build(corpus_file, cache)[0].folder)
-    assert len(folders) == 6
+    assert len(folders) == 7
 
 
 def test_a_given_tokenizer_is_used(corpus_file: Path, tmp_path: Path) -> None:
@@ -115,54 +95,6 @@ def test_default_cache_folder(corpus_file: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert prepare_corpus(corpus_file, vocab_size=300).folder.parent == tmp_path / "home" / ".cache" / "luffy"
-
-
-# What is held out
-
-
-def test_named_files_decide(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "train.jsonl", sentences(10))
-    write_jsonl(tmp_path / "valid.jsonl", ["held out one", "", "held out two"])
-    corpus, _ = build(tmp_path, tmp_path / "cache")
-    assert texts_of(corpus, "valid") == ["held out one", "held out two"]
-    assert corpus.train.num_documents == 10 and corpus.num_empty_documents == 1
-
-
-def test_only_held_out_files_hold_text(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "train.jsonl", [""])
-    write_jsonl(tmp_path / "valid.jsonl", ["text"])
-    with pytest.raises(UserError, match="only the held-out files hold text"):
-        build(tmp_path, tmp_path / "cache")
-
-
-def test_a_single_document_is_cut_by_characters(tmp_path: Path) -> None:
-    text = " ".join(sentences(20))
-    corpus, _ = build(write_jsonl(tmp_path / "a.jsonl", [text]), tmp_path / "cache", valid_fraction=0.1)
-    (train,), (valid,) = texts_of(corpus, "train"), texts_of(corpus, "valid")
-    assert train + valid == text and len(valid) == int(0.1 * len(text))
-
-
-def test_few_and_uneven_documents(tmp_path: Path) -> None:
-    def lengths_held_out(lengths: list[int], fraction: float) -> tuple[list[int], tuple[int, int] | None]:
-        path = write_jsonl(tmp_path / "a.jsonl", ["x" * length for length in lengths])
-        chosen = choose_held_out(survey_corpus(path, "text"), fraction)
-        return [length for length, held in zip(lengths, chosen.is_valid, strict=True) if held], chosen.cut
-
-    assert lengths_held_out([50, 40, 60], 0.02) == ([40], None)  # the smallest, when all exceed the share
-    assert lengths_held_out([1000, 3], 0.1) == ([3], (0, 903))  # a crumb is topped up from the giant
-    assert lengths_held_out([1], 0.5) == ([], None)  # nothing to hold out
-    assert lengths_held_out([2], 0.01) == ([], (0, 1))
-    held, cut = lengths_held_out([10] * 200, 0.1)
-    assert len(held) == 20 and cut is None
-
-
-def test_the_sample_is_bounded_and_spread(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", sentences(300))
-    sample = survey_corpus(path, "text", sample_characters=5000).sample
-    assert 5000 <= sum(map(len, sample)) < 6000
-    places = [int(text.split(":")[0]) for text in sample]
-    assert places == sorted(places) and places[0] < 75 and places[-1] > 225
-    assert survey_corpus(path, "text", sample_characters=0).sample == []
 
 
 # One builder at a time, all or nothing
@@ -252,9 +184,7 @@ def test_source_that_changes_while_it_is_read(
         (errno.EROFS, "cannot be written"),
     ],
 )
-def test_disk_full(
-    corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, said: str
-) -> None:
+def test_disk_full(corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, said: str) -> None:
     def append(self: shards.SplitWriter, token_ids: np.ndarray) -> None:
         raise OSError(number, os.strerror(number))
 
@@ -265,9 +195,7 @@ def test_disk_full(
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_disk_that_is_really_full(
-    corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_is_really_full(corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     open_path = Path.open
     monkeypatch.setattr(
         Path,

@@ -25,9 +25,7 @@ TRAINED = train_tokenizer(sentences(30), 320)
 
 def save_words(path: Path, words: list[str]) -> Path:
     """A tokenizer.json of whole words, as another program would write it."""
-    backend = tokenizers.Tokenizer(
-        models.WordLevel({word: 3 * i for i, word in enumerate(words)}, unk_token=words[0])
-    )
+    backend = tokenizers.Tokenizer(models.WordLevel({word: 3 * i for i, word in enumerate(words)}, unk_token=words[0]))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.enable_truncation(2)
     backend.enable_padding(length=5)
@@ -150,7 +148,5 @@ if child == 0:
 raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
-    out = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
+    out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert (out.returncode, out.stderr) == (0, "")
