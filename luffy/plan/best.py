@@ -4,11 +4,12 @@ Under equal counts: market-clearing prices and deferred acceptance seat the sequ
 cyclic exchange polish the result (cyclic.py), and the plan is compared with staying in exact arithmetic. Under
 token budgets: best_uneven.py. Everything is int32 or integers inside doubles; nothing depends on the processor.
 
-Total bytes first, bottleneck nearly for free: the busiest link of a rank is that of the rank with the most popular experts, and
-what leaves it is its rows less what placement keeps on it, so keeping more rows at home anywhere mostly helps there too.
-Against the linear-programming lower bound of the bottleneck (16 and 32 ranks, skewed and clustered synthetic traces),
-the plan of least total bytes was within 1.1%. `bottleneck_weight` closes most of the rest: rows held at a rank that holds
-more than its share count that much more, e.g. 0.5 gave up 0.05% of total bytes at most in the same trials.
+Total bytes first, bottleneck nearly for free: the busiest link of a rank is that of the rank with the most popular
+experts, and what leaves it is its rows less what placement keeps on it, so keeping more rows at home anywhere
+mostly helps there too. Against the linear-programming lower bound of the bottleneck (16 and 32 ranks, skewed and
+clustered synthetic traces), the plan of least total bytes was within 1.1%. `bottleneck_weight` closes most of the
+rest: rows held at a rank that holds more than its share count that much more, e.g. 0.5 gave up 0.05% of total bytes
+at most in the same trials.
 """
 
 import numpy as np
@@ -40,10 +41,11 @@ def best(
 ) -> PlacementPlan:
     """Near-optimal balanced placement.
 
-    rounds: rounds of exchange, the dial between time and quality; None chooses by the number of ranks and stops when a
-    round gains less than one part in 10,000. With enough rounds (a few dozen) the plan is optimal and says so. prices:
-    `PlacementPlan.prices` of an earlier plan for the same layer, float64 [N] femtoseconds, replaces the price estimate.
-    bottleneck_weight >= 0: see the module docstring. Raises UserError for options that make no sense.
+    rounds: rounds of exchange, the dial between time and quality; None chooses by the number of ranks and stops
+    when a round gains less than one part in 10,000. With enough rounds (a few dozen) the plan is optimal and says
+    so. prices: `PlacementPlan.prices` of an earlier plan for the same layer, float64 [N] femtoseconds, replaces the
+    price estimate. bottleneck_weight >= 0: see the module docstring. Raises UserError for options that make no
+    sense.
     """
     if rounds is not None and rounds < 0:
         raise UserError(f"placement best: rounds={rounds} must be >= 0")

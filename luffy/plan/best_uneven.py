@@ -1,12 +1,12 @@
 """`best` for uneven lengths: budgets of tokens and attention operations instead of equal counts.
 
-Sequences of different length are not interchangeable, and assigning them under budgets is a generalised assignment problem
-(it contains bin packing), so there is no certificate of optimality here. The method has the same two steps as
-under equal counts, each with a feasibility test:
+Sequences of different length are not interchangeable, and assigning them under budgets is a generalised assignment
+problem (it contains bin packing), so there is no certificate of optimality here. The method has the same two steps
+as under equal counts, each with a feasibility test:
 
-* seat: every sequence applies to the rank it gains most from among those where it fits; a rank admits applicants
-  in order of what they would lose elsewhere, as far as its budgets reach; the rest apply again. What is left after a few
-  rounds is placed one at a time, longest first. If anything fits nowhere, everybody starts from home instead.
+* seat: every sequence applies to the rank it gains most from among those where it fits; a rank admits applicants in
+  order of what they would lose elsewhere, as far as its budgets reach; the rest apply again. What is left after a
+  few rounds is placed one at a time, longest first. If anything fits nowhere, everybody starts from home instead.
 * swap: sequences trade places with others of nearly their length (the next 32 when sorted by length), which hardly
   moves either load. All swaps that gain and fit are found at once; those that share no sequence and together stay
   within budget are made at once.
@@ -122,8 +122,8 @@ def _admitted(
 ) -> np.ndarray:
     """bool [n]: who gets in when applicants, sorted by rank and urgency, join in that order.
 
-    Loads are counted over all who stand before, admitted or not: one that is refused may close the door on shorter ones
-    behind it, who apply again next round with the refused one out of the way.
+    Loads are counted over all who stand before, admitted or not: one that is refused may close the door on shorter
+    ones behind it, who apply again next round with the refused one out of the way.
     """
     N = len(loads.tokens)
     first = np.searchsorted(ranks, np.arange(N + 1))

@@ -1,18 +1,19 @@
 """Cyclic exchange: improve an assignment without touching its balance, until no improvement exists.
 
 Let D[a, b] be the most that any sequence now on rank a would gain by moving to b (0 on the diagonal). Choose a
-permutation of the ranks: every rank hands one sequence to the next, or keeps what it has. Counts cannot change, and the
-permutation of greatest total gain is one N x N assignment problem, solved in tens of microseconds at N = 64 however
-many sequences there are. Up to N sequences move at once, in all cycles that pay together.
+permutation of the ranks: every rank hands one sequence to the next, or keeps what it has. Counts cannot change, and
+the permutation of greatest total gain is one N x N assignment problem, solved in tens of microseconds at N = 64
+however many sequences there are. Up to N sequences move at once, in all cycles that pay together.
 
-When the best permutation gains nothing, there is no improving cycle in the residual graph of the transportation problem,
-which is the textbook certificate of optimality (Klein 1967): the assignment is *the* optimum, not a local one. Rounds
-therefore trade time for quality all the way to exact. (The neighbourhood is Thompson and Orlin's cyclic transfer, 1989;
-because sequences weigh the same under equal counts, its best move is found in polynomial time, not by heuristics.)
+When the best permutation gains nothing, there is no improving cycle in the residual graph of the transportation
+problem, which is the textbook certificate of optimality (Klein 1967): the assignment is *the* optimum, not a local
+one. Rounds therefore trade time for quality all the way to exact. (The neighbourhood is Thompson and Orlin's cyclic
+transfer, 1989; because sequences weigh the same under equal counts, its best move is found in polynomial time, not
+by heuristics.)
 
-Potentials p, with p[b] >= p[a] + D[a, b] as nearly as a couple of Bellman-Ford passes bring them, are the dual prices
-of the ranks. Reduced by them most entries of D are negative, and the assignment solver is two to four times faster; left
-over at the end, they are a warm start for the next layer or step.
+Potentials p, with p[b] >= p[a] + D[a, b] as nearly as a couple of Bellman-Ford passes bring them, are the dual
+prices of the ranks. Reduced by them most entries of D are negative, and the assignment solver is two to four times
+faster; left over at the end, they are a warm start for the next layer or step.
 """
 
 from typing import NamedTuple

@@ -22,9 +22,7 @@ def exact(problem: PlacementProblem) -> PlacementPlan:
     """
     benefit = benefit_matrix(problem)
     new_home = assign(benefit.values, problem.quotas)
-    return make_plan(
-        problem, "exact", new_home, balance=_BY_SEQUENCES, never_above_stay=True, optimal=benefit.exact
-    )
+    return make_plan(problem, "exact", new_home, balance=_BY_SEQUENCES, never_above_stay=True, optimal=benefit.exact)
 
 
 def netmoe(problem: PlacementProblem) -> PlacementPlan:

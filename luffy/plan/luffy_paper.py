@@ -6,9 +6,10 @@
         give i to the candidate whose attention cost grows least, T_att(B + 1, max(L, length_i)) - T_att(B, L),
         among those with capacity left
 
-Line 6 of the printed algorithm takes the candidate of *maximum* growth. The surrounding text ("minimises") and sense say
-minimum, and minimum is what is done here. The paper's T_att assumes padded batches; in a packed batch every candidate
-grows by the same amount and the tie goes to the least traffic, so the algorithm becomes greedy by traffic.
+Line 6 of the printed algorithm takes the candidate of *maximum* growth. The surrounding text ("minimises") and
+sense say minimum, and minimum is what is done here. The paper's T_att assumes padded batches; in a packed batch
+every candidate grows by the same amount and the tie goes to the least traffic, so the algorithm becomes greedy by
+traffic.
 
 What the paper leaves open is filled in the plainest way: when no candidate has room, the least-traffic rank that has;
 capacity is the balance that all strategies are held to. The order of the sequences matters and no choice is ever
@@ -87,7 +88,7 @@ def _greedy(problem: PlacementProblem, by_traffic: list[list[int]], q: int, orde
         length, ranks = lengths[i], by_traffic[i]
         candidates = [rank for rank in ranks[:q] if has_room(rank, length)]
         if candidates:
-            chosen = min(candidates, key=lambda rank: batches[rank].flops_with(length) - batches[rank].flops)  # noqa: B023
+            chosen = min(candidates, key=lambda rank: batches[rank].flops_with(length) - batches[rank].flops)
         else:
             chosen = next((rank for rank in ranks[q:] if has_room(rank, length)), -1)
             if chosen < 0:

@@ -3,9 +3,9 @@
     plan = plan_placement("best", problem)
     plan.check(problem)
 
-A strategy is a pure function from a `PlacementProblem` to a `PlacementPlan`: no communication, no clock, no randomness
-that is not an argument. Every rank calls it on the same all-gathered counts and gets the same plan; `plan.digest()` is what
-ranks compare to be sure. Strategies register here, and nowhere else:
+A strategy is a pure function from a `PlacementProblem` to a `PlacementPlan`: no communication, no clock, no
+randomness that is not an argument. Every rank calls it on the same all-gathered counts and gets the same plan;
+`plan.digest()` is what ranks compare to be sure. Strategies register here, and nowhere else:
 
 * `stay`: nobody moves; the baseline, and always feasible.
 * `luffy_paper`: Algorithm 1 of the Luffy paper (luffy_paper.py).
@@ -61,8 +61,8 @@ def stay(problem: PlacementProblem) -> PlacementPlan:
 def random_plan(problem: PlacementProblem, *, seed: int = 0) -> PlacementPlan:
     """A random placement that keeps the problem's balance; the same for the same seed.
 
-    By sequences: a random permutation of the present homes. By tokens: every sequence in turn, in random order, moves to
-    a random rank if that keeps all ranks within budget.
+    By sequences: a random permutation of the present homes. By tokens: every sequence in turn, in random order,
+    moves to a random rank if that keeps all ranks within budget.
     """
     rng = np.random.default_rng(seed)
     if problem.balance.mode == "sequences":

@@ -1,19 +1,20 @@
 """Prices of ranks that nearly clear the market, from a few passes over the benefit matrix.
 
-Under fixed quotas, subtracting a price from a whole column of the benefit matrix changes the value of every assignment by
-the same amount: prices never change which assignment is best. But at good prices every sequence can simply take what it
-likes most and ranks come out nearly full, which is most of the work of assigning. The price at which exactly quota[j] of the
-sequences value rank j more is the quota[j]-th largest entry of column j, the *clearing quantile*.
+Under fixed quotas, subtracting a price from a whole column of the benefit matrix changes the value of every
+assignment by the same amount: prices never change which assignment is best. But at good prices every sequence can
+simply take what it likes most and ranks come out nearly full, which is most of the work of assigning. The price at
+which exactly quota[j] of the sequences value rank j more is the quota[j]-th largest entry of column j, the
+*clearing quantile*.
 
 On clusters of several nodes the columns of one node rise and fall together (they share the node's rows), and column
-quantiles clear nothing: at 1024 sequences, 8 nodes of 8 ranks, four in ten sequences still wanted a full rank. There the
-market is cleared in two tiers: nodes against nodes, then inside each node the ranks, counting only the sequences that
-prefer that node, then nodes again at the new rank prices. That leaves one in ten.
+quantiles clear nothing: at 1024 sequences, 8 nodes of 8 ranks, four in ten sequences still wanted a full rank.
+There the market is cleared in two tiers: nodes against nodes, then inside each node the ranks, counting only the
+sequences that prefer that node, then nodes again at the new rank prices. That leaves one in ten.
 
-Alternatives measured at 1024 x 64 and dropped: no prices (up to 5 times the sequences over quota, four times the gap when
-some ranks are popular); quantiles of a 256-row sample (noise: gap 0.3-0.5% instead of 0.02-0.1% after two rounds of
-exchange); eight subgradient steps on the dual, after the quantile (as good as two-tier prices, at 40 microseconds
-each); mean plus a multiple of the standard deviation (2% off with 8 uneven ranks).
+Alternatives measured at 1024 x 64 and dropped: no prices (up to 5 times the sequences over quota, four times the
+gap when some ranks are popular); quantiles of a 256-row sample (noise: gap 0.3-0.5% instead of 0.02-0.1% after two
+rounds of exchange); eight subgradient steps on the dual, after the quantile (as good as two-tier prices, at 40
+microseconds each); mean plus a multiple of the standard deviation (2% off with 8 uneven ranks).
 """
 
 import numpy as np

@@ -61,10 +61,11 @@ class Balance:
 class PlacementProblem:
     """Input of every strategy; S sequences, N ranks.
 
-    counts [S, N]: rows of each sequence held at each rank after dispatch. lengths [S]: tokens. home_rank [S]: where each
-    sequence is now. row_num_bytes: one combine row on the wire. residual_num_bytes: extra bytes home -> new home for each
-    token of a sequence that moves (0 when the carrier adds the residual). next_counts [S, N]: predicted rows at the next
-    layer's dispatch, of next_row_num_bytes each (None: as row_num_bytes). All arrays become int64.
+    counts [S, N]: rows of each sequence held at each rank after dispatch. lengths [S]: tokens. home_rank [S]: where
+    each sequence is now. row_num_bytes: one combine row on the wire. residual_num_bytes: extra bytes home -> new
+    home for each token of a sequence that moves (0 when the carrier adds the residual). next_counts [S, N]:
+    predicted rows at the next layer's dispatch, of next_row_num_bytes each (None: as row_num_bytes). All arrays
+    become int64.
 
     Raises ValueError when shapes disagree, a count or length is negative, a rank is out of range, or the counts are so
     large that their sum would leave 62 bits.
@@ -86,23 +87,23 @@ class PlacementProblem:
         for name in ("counts", "lengths", "home_rank", "next_counts"):
             value = getattr(self, name)
             if value is not None:
-                object.__setattr__(self, name, _as_int64(name, value))
+                object.__setattr__(self, name, as_int64(name, value))
         S, N = self.lengths.size, self.topology.world_size
-        _require(self.counts.shape == (S, N), f"counts is {self.counts.shape}, not [{S} sequences, {N} ranks]")
-        _require(self.lengths.shape == (S,), f"lengths is {self.lengths.shape}, not [{S}]")
-        _require(self.home_rank.shape == (S,), f"home_rank is {self.home_rank.shape}, not [{S}]")
+        require(self.counts.shape == (S, N), f"counts is {self.counts.shape}, not [{S} sequences, {N} ranks]")
+        require(self.lengths.shape == (S,), f"lengths is {self.lengths.shape}, not [{S}]")
+        require(self.home_rank.shape == (S,), f"home_rank is {self.home_rank.shape}, not [{S}]")
         if self.next_counts is not None:
-            _require(self.next_counts.shape == (S, N), f"next_counts is {self.next_counts.shape}, not [{S}, {N}]")
-        _require(self.layout in ("packed", "padded"), f"layout is 'packed' or 'padded', not {self.layout!r}")
-        _require(self.row_num_bytes > 0, f"row_num_bytes {self.row_num_bytes} must be positive")
-        _require(self.residual_num_bytes >= 0, f"residual_num_bytes {self.residual_num_bytes} must be >= 0")
-        _require(
+            require(self.next_counts.shape == (S, N), f"next_counts is {self.next_counts.shape}, not [{S}, {N}]")
+        require(self.layout in ("packed", "padded"), f"layout is 'packed' or 'padded', not {self.layout!r}")
+        require(self.row_num_bytes > 0, f"row_num_bytes {self.row_num_bytes} must be positive")
+        require(self.residual_num_bytes >= 0, f"residual_num_bytes {self.residual_num_bytes} must be >= 0")
+        require(
             self.next_row_num_bytes is None or self.next_row_num_bytes > 0,
             f"next_row_num_bytes {self.next_row_num_bytes} must be positive",
         )
         if S:
-            _require(int(self.lengths.min()) >= 0, "lengths must be >= 0")
-            _require(
+            require(int(self.lengths.min()) >= 0, "lengths must be >= 0")
+            require(
                 int(self.home_rank.min()) >= 0 and int(self.home_rank.max()) < N,
                 f"home_rank must lie in 0..{N - 1}",
             )
@@ -115,9 +116,9 @@ class PlacementProblem:
         if self.next_counts is not None:
             largest += int(self.next_counts.max()) * dispatch
             smallest = min(smallest, int(self.next_counts.min()))
-        _require(smallest >= 0, "counts must be >= 0")
+        require(smallest >= 0, "counts must be >= 0")
         total = S * (N * largest + int(self.lengths.max()) * residual)
-        _require(total < _MAX_TOTAL_ROWS, "counts are too large: their sum must stay below 2**62 rows")
+        require(total < _MAX_TOTAL_ROWS, "counts are too large: their sum must stay below 2**62 rows")
 
     @property
     def num_sequences(self) -> int:
@@ -168,13 +169,13 @@ class PlacementProblem:
         return np.bincount(self.home_rank, minlength=self.num_ranks)
 
 
-def _as_int64(name: str, value: Any) -> np.ndarray:
+def as_int64(name: str, value: Any) -> np.ndarray:
     array = np.asarray(value)
     if array.dtype.kind not in "iu" and array.size:
-        raise ValueError(f"placement: {name} must be integers, not {array.dtype}")
+        raise ValueError(f"{name} must be integers, not {array.dtype}")
     return np.ascontiguousarray(array, dtype=np.int64)
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
     if not condition:
-        raise ValueError(f"placement: {message}")
+        raise ValueError(message)

@@ -1,9 +1,10 @@
 """A first assignment under equal counts: deferred acceptance, then one small exact assignment.
 
-Every sequence applies to the rank it would gain most from at the going prices (prices.py). A rank with more applicants
-than room keeps those who would lose most elsewhere; the rest apply again, to ranks that still have room (Gale and
-Shapley's deferred acceptance, without the bumping). Each round is a few whole-array passes over the few sequences left;
-the last 64 are assigned exactly. What this leaves on the table, a few tenths of a percent, cyclic.py picks up.
+Every sequence applies to the rank it would gain most from at the going prices (prices.py). A rank with more
+applicants than room keeps those who would lose most elsewhere; the rest apply again, to ranks that still have room
+(Gale and Shapley's deferred acceptance, without the bumping). Each round is a few whole-array passes over the few
+sequences left; the last 64 are assigned exactly. What this leaves on the table, a few tenths of a percent,
+cyclic.py picks up.
 """
 
 import numpy as np

@@ -1,11 +1,13 @@
 """From a placement to bytes on each kind of link, and from a problem to the matrix that strategies optimise.
 
-With W0 = 0 <= W1, W2 the weights of the local, intra-node and inter-node classes, the wire time of sequence s at rank j is
+With W0 = 0 <= W1, W2 the weights of the local, intra-node and inter-node classes, the wire time of sequence s at
+rank j is
 
     W2 * (all its rows)  -  (W2 - W1) * (its rows on the node of j)  -  W1 * (its rows on j).
 
-The first term is the same everywhere, so a strategy may maximise the *benefit* B[s, j] = (W2 - W1) * node_rows + W1 * rows
-instead of minimising a matrix product: O(S N) rather than O(S N^2), which is most of a millisecond at 1024 x 64.
+The first term is the same everywhere, so a strategy may maximise the *benefit* B[s, j] = (W2 - W1) * node_rows + W1
+* rows instead of minimising a matrix product: O(S N) rather than O(S N^2), which is most of a millisecond at 1024 x
+64.
 """
 
 import math
@@ -123,7 +125,7 @@ def rank_traffic(problem: PlacementProblem, new_home: np.ndarray) -> RankTraffic
 
     What a rank sends is decided by how popular its experts are, less what placement keeps on the rank or its node.
     """
-    rows, width, N = problem.rows, problem.topology.ranks_per_node, problem.num_ranks
+    rows, N = problem.rows, problem.num_ranks
     arrived = np.zeros((N, N), dtype=np.int64)  # arrived[j, r]: rows held at r of the sequences placed at j
     np.add.at(arrived, new_home, rows)
     classes = problem.topology.link_class_matrix()

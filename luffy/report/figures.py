@@ -22,7 +22,7 @@ from luffy.report.series import bin_means, elapsed_time, expert_load, mean_of_la
 from luffy.report.units import format_bytes, format_count, format_share
 
 _BARS_UP_TO = 24  # steps shown as separate bars before they merge into areas
-_FEW = 30  # steps shown point by point, unsmoothed
+_FEW = 50  # steps shown point by point, unsmoothed
 _ZOOM_FROM = 300  # steps from which the first fall of the loss is left to run off the scale
 
 
@@ -52,7 +52,7 @@ def _noisy_line(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, label: st
         axes.plot(x, y, color=colour, linewidth=1.8, marker="o", markersize=4, label=label)
     else:
         axes.plot(x, y, color=colour, linewidth=0.9, alpha=0.35)
-        axes.plot(x, smooth(y, len(y) / 80), color=colour, linewidth=2.0, label=f"{label}, smoothed")
+        axes.plot(x, smooth(y, max(2.0, len(y) / 80)), color=colour, linewidth=2.0, label=f"{label}, smoothed")
     if len(x) > 1:
         margin = 0.015 * float(np.ptp(x))
         axes.set_xlim(float(x.min()) - margin, float(x.max()) + margin)
@@ -158,7 +158,7 @@ def draw_pictures(run: Run) -> list[Picture]:
     if any(np.nansum(column(run.records, "bytes", kind)) > 0 for kind in style.BYTE_COLOURS):
         caption = "Bytes that left a rank in each step, by direction, summed over ranks."
         add("bytes", caption, partial(bytes_figure, run))
-    if means := step_means(run, "bytes_by_link", LINK_KINDS):
+    if len(means := step_means(run, "bytes_by_link", LINK_KINDS)) > 1:  # one bar alone tells nothing
         add("links", "Bytes of a mean step by the kind of link that they took.", partial(links_figure, means))
     if means := step_means(run, "seconds_split", SECONDS_KINDS):
         add("time_split", "Time of a mean step by stage.", partial(time_split_figure, run, means))

@@ -113,7 +113,7 @@ def what_ran(run: Run) -> list[tuple[str, str]]:
         ("recipe", run.lookup("recipe")),
         ("model", run.lookup("model")),
         ("ranks", run.lookup("world_size", "ranks")),
-        ("experts shared by", run.lookup("ep_size")),
+        ("EP size", run.lookup("ep_size")),
         ("device", run.lookup("device")),
         ("precision", run.lookup("dtype")),
         ("steps", run.summary["steps"]),

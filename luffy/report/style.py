@@ -162,6 +162,7 @@ def titles(axes: Axes, title: str, subtitle: str = "") -> None:
             textcoords="offset points",
             color=MUTED,
             fontsize=9,
+            in_layout=False,  # a long line may pass over a colour bar; it must not narrow the plot
         )
 
 

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import traceback
 import warnings
 import zlib
 from collections.abc import Callable
@@ -23,6 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException  # a BaseException: `except Exception` misses it
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from luffy.comm import Mesh
@@ -125,7 +127,7 @@ def save_checkpoint(
         try:
             with _quiet():
                 dcp.save(state, checkpoint_id=str(temporary))
-        except Exception as error:  # DCP wraps each rank's error in its own type
+        except (Exception, CheckpointException) as error:
             reason = _disk_error(error)
             if reason is None:
                 raise
@@ -187,7 +189,7 @@ def load_checkpoint(path: Path, state: dict[str, Any], mesh: Mesh) -> dict[str, 
         try:
             with _quiet():
                 dcp.load(state, checkpoint_id=str(path))
-        except Exception as error:
+        except (Exception, CheckpointException) as error:
             raise UserError(
                 f"--resume: {path} does not fit this model and these options: {_last_line(error)}"
             ) from error
@@ -211,7 +213,7 @@ def _fingerprint(path: Path) -> list[int]:
 
 def _disk_error(error: BaseException) -> str | None:
     """The system's words if a disk is behind this error, however deeply it is wrapped."""
-    text = f"{error} {getattr(error, 'failures', '')}"
+    text = "".join(traceback.format_exception(error))
     for reason in (
         "No space left on device",
         "Disk quota exceeded",

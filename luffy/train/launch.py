@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +26,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from luffy.comm import Mesh, build_mesh, init_distributed
 from luffy.errors import UserError
 
+# What a collective says when the fault is another rank's.
+_LOST_PEER = ("Connection reset", "Connection closed", "Broken pipe", "closed by peer", "Connection refused")
 _ERROR_FOLDER = "LUFFY_ERROR_FOLDER"  # set by this module for its own children only
 
 
@@ -87,8 +91,10 @@ def run_rank(work: Callable[..., Any], args: tuple[Any, ...]) -> None:
     except BaseException:
         folder = os.environ.get(_ERROR_FOLDER)
         if folder:
-            rank = os.environ.get("RANK", "0")
-            Path(folder, f"crash-{rank}").write_text(traceback.format_exc(), encoding="utf-8")
+            text, rank = traceback.format_exc(), os.environ.get("RANK", "0")
+            Path(folder, f"crash-{rank}").write_text(text, encoding="utf-8")
+            if any(words in text for words in _LOST_PEER):
+                time.sleep(2)  # let the launcher notice the rank that was lost before this one, which only misses it
             _leave(1)
         raise
     if dist.is_initialized():
@@ -141,13 +147,11 @@ def _explain(folder: Path, error: ChildFailedError) -> None:
     if user:
         raise UserError(user[0].read_text(encoding="utf-8")) from None
     crashes = sorted(folder.glob("crash-*"), key=lambda p: p.stat().st_mtime_ns)
-    failed = {int(p.name.split("-")[1]) for p in crashes}
-    # A rank that was killed says nothing; its peers then fail in a collective, which is a consequence.
-    killed = [(r, f.exitcode) for r, f in error.failures.items() if r not in failed and f.exitcode < 0]
-    by_signal = [(r, -code) for r, code in killed if -code not in (15,)]
-    if by_signal:
-        rank, number = by_signal[0]
-        raise RuntimeError(f"rank {rank} was ended by signal {number}; the other ranks were stopped")
+    reported = {int(p.name.split("-")[1]) for p in crashes}
+    # A rank that was killed says nothing itself; SIGTERM is how the launcher stops the others.
+    for rank, failure in error.failures.items():
+        if rank not in reported and failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
+            raise RuntimeError(f"rank {rank} was ended by signal {-failure.exitcode}; the other ranks were stopped")
     if crashes:
         text = crashes[0].read_text(encoding="utf-8")
         raise RuntimeError(f"rank {crashes[0].name.split('-')[1]} failed:\n{text}")

@@ -103,7 +103,7 @@ class TrainOptions:
             value = getattr(self, name)
             _require(value >= 0, f"--{name.replace('_', '-')} {value} must not be negative")
         _require(not (self.resume and self.overwrite), "--resume and --overwrite exclude each other")
-        config = self.model_config()
+        recipe, config = self.get_recipe(), self.model_config()
         _require(
             self.sequence_length is None or 1 <= self.sequence_length <= config.max_sequence_length,
             f"--sequence-length {self.sequence_length} is more than {config.name} allows "
@@ -112,7 +112,7 @@ class TrainOptions:
         if config.memory_length:
             _require(self.sequence_mode == "streams", "--memory-length needs --sequence-mode streams")
             _require(
-                self.get_recipe().placement == "stay",
+                recipe.placement == "stay",
                 f"--memory-length cannot be combined with --recipe {self.recipe}: the states of a segment stay on "
                 "the rank that read it, and moving them with their sequence would cost more than it saves; "
                 "use --recipe vanilla_dedup",

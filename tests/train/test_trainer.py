@@ -56,7 +56,10 @@ def test_resume_continues_exactly_and_at_other_numbers_of_ranks(small, tmp_path)
 
 def test_the_mesh_and_the_number_of_ranks_do_not_change_the_run(small, tmp_path):
     def run(world, **changes):
-        return _run(small(checkpoint_every=0, accumulate=2, steps=4, **changes) | {"out": str(tmp_path / f"{world}-{changes}")}, world)
+        return _run(
+            small(checkpoint_every=0, accumulate=2, steps=4, **changes) | {"out": str(tmp_path / f"{world}-{changes}")},
+            world,
+        )
 
     one = run(1)
     assert run(4, ep_size=2) == pytest.approx(one, rel=1e-10)
@@ -68,7 +71,10 @@ def test_the_mesh_and_the_number_of_ranks_do_not_change_the_run(small, tmp_path)
 
 def test_recurrence_and_masked_models_resume_exactly(small, tmp_path):
     for model, extra in (
-        ("moe-transformer-xl-tiny", {"memory_length": 16, "sequence_mode": "streams", "accumulate": 2, "batch_size": 4}),
+        (
+            "moe-transformer-xl-tiny",
+            {"memory_length": 16, "sequence_mode": "streams", "accumulate": 2, "batch_size": 4},
+        ),
         ("moe-bert-large-tiny", {"bias_update_rate": 0.01}),
     ):
         settings = small(model=model, out=str(tmp_path / model), keep_checkpoints=5, **extra)

@@ -1,0 +1,101 @@
+"""The same model on a GPU: one rank, and several ranks that share it over gloo, against float64 on the CPU.
+
+The parent process never touches CUDA, so that ranks can be forked.
+"""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from luffy.comm import Comm, build_mesh
+from luffy.comm.clock import PhaseClock
+from luffy.config import PRESETS, model_preset
+from luffy.data.loader import Sequence
+from luffy.model import Runtime, build_model, is_expert
+from luffy.model.experts import grouped_linear
+from luffy.recipes import get_recipe
+from luffy.testing import run_ranks
+from luffy.train.batching import gather_step, make_micro_batch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not os.path.exists("/dev/nvidia0") and not os.path.exists("/dev/dxg"), reason="no GPU"),
+]
+LENGTHS = [40, 7, 1, 33, 16, 16, 25, 3]
+
+
+def _loss_and_gradients(device, dtype, preset, recipe, recompute=False):
+    config = model_preset(preset).override(vocab_size=211, num_layers=2, num_experts=8, num_shared_experts=1)
+    mesh = build_mesh(device)
+    comm = Comm.create(mesh)
+    model = build_model(config, Runtime(comm, PhaseClock(device), get_recipe(recipe), recompute), dtype=dtype, seed=1)
+    rng = np.random.default_rng(0)
+    tokens = [rng.integers(0, 211, n + 1) for n in LENGTHS]
+    share = len(tokens) // mesh.world_size
+    mine = [Sequence(i, t[:-1], t[1:], False) for i, t in enumerate(tokens)][mesh.rank * share :][:share]
+    micro = make_micro_batch(mine, 0, gather_step([mine], comm), comm)
+    output = model(micro)
+    output.loss.backward()
+    loss = output.loss.detach().double()
+    dist.all_reduce(loss)
+    gradients = {}
+    for name, p in model.named_parameters():
+        grad = p.grad.double()
+        if is_expert(name):
+            parts = [torch.empty_like(grad) for _ in range(mesh.world_size)]
+            dist.all_gather(parts, grad)
+            grad = torch.cat(parts)
+        else:
+            dist.all_reduce(grad)
+        gradients[name] = grad.cpu().numpy()
+    return float(loss), gradients
+
+
+def _compare(rank, preset):
+    exact_loss, exact = _loss_and_gradients(torch.device("cpu"), torch.float64, preset, "vanilla_dedup")
+    gpu = torch.device("cuda", 0)
+    torch.cuda.set_device(gpu)
+    report = []
+    for dtype, tolerance in ((torch.float32, 2e-3), (torch.bfloat16, 6e-2)):
+        for recipe, recompute in (("vanilla", False), ("vanilla_dedup", True)):
+            loss, gradients = _loss_and_gradients(gpu, dtype, preset, recipe, recompute)
+            whole = np.sqrt(sum((g**2).sum() for g in exact.values()))
+            off = np.sqrt(sum(((gradients[n] - exact[n]) ** 2).sum() for n in exact)) / whole
+            report.append((str(dtype), recipe, abs(loss - exact_loss) / exact_loss, off))
+            assert abs(loss - exact_loss) / exact_loss < tolerance / 4, report
+            assert off < tolerance, report
+    return report
+
+
+@pytest.mark.parametrize("preset", [p for p in PRESETS if p.endswith("tiny")])
+@pytest.mark.parametrize("world", [1, 4])
+def test_loss_and_gradients_agree_with_float64_on_the_cpu(preset, world):
+    print(run_ranks(_compare, world, preset)[0])
+
+
+def _ragged_groups(rank):
+    gpu = torch.device("cuda", 0)
+    torch.manual_seed(0)
+    for counts in ([0, 1, 0, 5], [3, 129, 64, 7], [0, 0, 0, 1], [17, 0, 255, 1]):
+        x = torch.randn(sum(counts), 64, device=gpu, dtype=torch.bfloat16, requires_grad=True)
+        w = torch.randn(4, 64, 96, device=gpu, dtype=torch.bfloat16, requires_grad=True)
+        got = grouped_linear(x, w, torch.tensor(counts, device=gpu))
+        seed = torch.randn_like(got)
+        got.backward(seed)
+        exact_x, exact_w = x.detach().double().requires_grad_(), w.detach().double().requires_grad_()
+        groups = exact_x.split(counts)
+        want = torch.cat([g @ m for g, m in zip(groups, exact_w, strict=True)])
+        want.backward(seed.double())
+        for a, b in ((got, want), (x.grad, exact_x.grad), (w.grad, exact_w.grad)):
+            assert torch.isfinite(a).all(), counts
+            assert (a.double() - b).norm() <= 1e-2 * b.norm(), counts
+        idle = [i for i, n in enumerate(counts) if n == 0]
+        assert not w.grad[idle].any()
+    return True
+
+
+def test_grouped_products_of_ragged_and_empty_groups_with_gradients():
+    assert run_ranks(_ragged_groups, 1) == [True]

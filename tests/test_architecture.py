@@ -1,0 +1,148 @@
+"""The architecture as a test: imports go one way, one package talks to the network, files stay small.
+
+Imports are read from the syntax tree, inside functions and `if TYPE_CHECKING` too: a dependency in disguise is one.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MAX_LINES = 600
+SOURCE_SUFFIXES = {".py", ".sh", ".j2", ".cu", ".cpp", ".h"}
+
+# A module may import what has its own rank or a lower one.
+RANKS = {
+    "errors": 0, "version": 0, "config": 0, "recipes": 0,
+    "data": 1, "plan": 1, "report": 1, "kernels": 1,
+    "comm": 2,
+    "exchange": 3,
+    "model": 4,
+    "train": 5, "hf": 5, "lab": 5, "__main__": 5,
+    "testing": 6,
+}  # fmt: skip
+MAY_USE_TORCH_DISTRIBUTED = {"comm", "train", "testing"}
+
+
+def module_name(path: Path, root: Path = ROOT) -> str:
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_names(tree: ast.AST, module: str, is_package: bool) -> Iterator[str]:
+    """Absolute dotted names of all imports; `from a import b` gives `a.b`, whether b is a module or not."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = module.split(".")
+                parts = parts[: len(parts) - node.level + is_package]
+                base = ".".join([*parts, base] if base else parts)
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def attribute_names(tree: ast.AST) -> Iterator[str]:
+    """Dotted expressions such as `torch.distributed.all_reduce`."""
+    for node in ast.walk(tree):
+        parts: list[str] = []
+        while isinstance(node, ast.Attribute):
+            parts.append(node.attr)
+            node = node.value
+        if parts and isinstance(node, ast.Name):
+            yield ".".join([node.id, *reversed(parts)])
+
+
+def is_under(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def violations(source: str, module: str, is_package: bool = False) -> list[str]:
+    """What a module of the package `luffy` does against the rules."""
+    tree = ast.parse(source)
+    imports = list(imported_names(tree, module, is_package))
+    part = module.split(".")[1] if "." in module else None
+    if part is not None and part not in RANKS:
+        return [f"{module}: `{part}` has no place in the order of imports; give it one in {Path(__file__).name}"]
+    found = []
+    for name in imports:
+        if not is_under(name, "luffy") or name == "luffy.__version__":
+            continue
+        target = name.split(".")[1] if "." in name else "luffy"
+        if target not in RANKS:
+            found.append(f"{module} imports {name}: name the module that defines it")
+        elif part is None and target != "version":
+            found.append(f"{module} imports {name}: `import luffy` alone must stay instant")
+        elif part is not None and RANKS[target] > RANKS[part]:
+            found.append(f"{module} imports {name}: {part} stands below {target}")
+    if part not in MAY_USE_TORCH_DISTRIBUTED:
+        used = [name for name in [*imports, *attribute_names(tree)] if is_under(name, "torch.distributed")]
+        found += [f"{module} uses {name}: only luffy.comm talks to the network" for name in dict.fromkeys(used)]
+    return found
+
+
+def sources(*folders: str) -> list[Path]:
+    paths = (path for folder in folders for path in sorted((ROOT / folder).rglob("*")))
+    return [path for path in paths if path.suffix in SOURCE_SUFFIXES and path.is_file()]
+
+
+def test_the_package_keeps_its_architecture() -> None:
+    paths = [path for path in sources("luffy") if path.suffix == ".py"]
+    assert len(paths) > 10, "the package was not found"
+    found = [
+        problem
+        for path in paths
+        for problem in violations(path.read_text("utf-8"), module_name(path), path.stem == "__init__")
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_files_stay_small() -> None:
+    sizes = {path: len(path.read_text("utf-8").splitlines()) for path in sources("luffy", "tests", "benchmarks")}
+    big = {str(path.relative_to(ROOT)): size for path, size in sizes.items() if size > MAX_LINES}
+    assert not big, f"above {MAX_LINES} lines, to be split: {big}"
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("luffy.plan.cost", "import luffy.comm.mesh"),
+        ("luffy.plan.cost", "from luffy import comm"),
+        ("luffy.plan.cost", "from ..comm import Mesh"),
+        ("luffy.plan.cost", "def f():\n    from luffy.train import metrics"),
+        ("luffy.plan.cost", "if TYPE_CHECKING:\n    from luffy.model import Model"),
+        ("luffy.data.loader", "import torch.distributed as dist"),
+        ("luffy.data.loader", "from torch import distributed"),
+        ("luffy.model.router", "import torch\nx = torch.distributed.get_rank()"),
+        ("luffy.report.html", "from luffy.train.metrics import read_metrics"),
+        ("luffy.train.trainer", "from luffy.testing import run_ranks"),
+        ("luffy.helpers", "import os"),
+        ("luffy", "from luffy.train.trainer import Trainer"),
+    ],
+)
+def test_a_violation_is_seen(module: str, source: str) -> None:
+    assert violations(source, module)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("luffy.plan.cost", "from luffy.plan.topology import Topology\nfrom . import traffic"),
+        ("luffy.exchange.dispatch", "from luffy.comm import Comm\nfrom luffy.kernels import permute"),
+        ("luffy.comm.collectives", "import torch.distributed as dist\ndist.all_reduce(x)"),
+        ("luffy.train.metrics", "from luffy.report.runs import totals\nfrom luffy.version import __version__"),
+        ("luffy.testing.oracle", "from luffy.train.trainer import Trainer"),
+        ("luffy", "from luffy.version import __version__"),
+        ("luffy.report.html", "from luffy import __version__"),
+    ],
+)
+def test_what_is_allowed_passes(module: str, source: str) -> None:
+    assert violations(source, module) == []
+
+
+def test_relative_imports_are_resolved_from_a_package() -> None:
+    assert list(imported_names(ast.parse("from ..comm import Mesh"), "luffy.plan", True)) == ["luffy.comm.Mesh"]
+    assert list(imported_names(ast.parse("from .cost import f"), "luffy.plan", True)) == ["luffy.plan.cost.f"]
