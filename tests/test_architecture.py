@@ -62,7 +62,7 @@ def is_under(name: str, package: str) -> bool:
 
 def violations(source: str, module: str, is_package: bool = False) -> list[str]:
     """What a module of the package `luffy` does against the rules."""
-    tree = ast.parse(source)
+    tree = ast.parse(source, filename=module)
     imports = list(imported_names(tree, module, is_package))
     part = module.split(".")[1] if "." in module else None
     if part is not None and part not in RANKS:

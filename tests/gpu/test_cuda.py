@@ -59,7 +59,9 @@ def _compare(rank, preset):
     gpu = torch.device("cuda", 0)
     torch.cuda.set_device(gpu)
     report = []
-    for dtype, tolerance in ((torch.float32, 2e-3), (torch.bfloat16, 6e-2)):
+    # bfloat16 rounds scores, so a choice between two nearly equal experts can fall the other way: whole rows of the
+    # gradient then differ, in a model this small visibly. float32 shows that the function is the same.
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.12)):
         for recipe, recompute in (("vanilla", False), ("vanilla_dedup", True)):
             loss, gradients = _loss_and_gradients(gpu, dtype, preset, recipe, recompute)
             whole = np.sqrt(sum((g**2).sum() for g in exact.values()))

@@ -90,8 +90,8 @@ class Case:
         ]
 
 
-# The bias of the keys has a true gradient of zero, since softmax does not feel it. AdamW divides what rounding leaves of
-# it by `eps`: at the usual 1e-8 that alone moves the weights by 1e-10 of their size.
+# The bias of the keys has a true gradient of zero, since softmax does not feel it. AdamW divides what rounding
+# leaves of it by `eps`: at the usual 1e-8 that alone moves the weights by 1e-10 of their size.
 OPTIMIZER: dict[str, Any] = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-6}
 WEIGHT_DECAY = 0.1
 

@@ -1,0 +1,89 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from luffy.plan.cost import AttentionCost, fit_attention_cost
+
+
+def test_the_formula_of_the_paper():
+    cost = AttentionCost(hidden_size=768, flops_per_second=1e13)
+    B, L, d = 4, 1024, 768
+    seconds = (3 * B * L * d**2 + 2 * B * L**2 * d) / 1e13
+    assert int(cost.padded(B, L)) == round(seconds * 1e9)
+    assert int(cost.packed([L] * B)) == round(seconds * 1e9)
+
+
+@given(st.lists(st.integers(0, 4096), min_size=1, max_size=8), st.integers(0, 4096))
+def test_growth_is_the_difference_of_two_batches(lengths, added):
+    cost = AttentionCost(64)
+    B, L = len(lengths), max(lengths)
+    grown = cost.padded_flops(B + 1, max(L, added)) - cost.padded_flops(B, L)
+    assert cost.padded_growth_flops(B, L, added) == grown
+    assert cost.padded_flops(B, L) >= cost.sequence_flops(lengths).sum()  # padding never saves
+
+
+def test_growth_is_vectorised_over_ranks():
+    cost = AttentionCost(64, 1e9)
+    growth = cost.padded_growth([0, 1, 5], [0, 100, 10], 50)
+    assert growth.dtype == np.int64 and growth.shape == (3,)
+    assert growth[2] > growth[0] == growth.min()  # one long newcomer lengthens five short neighbours
+
+
+def test_large_batches_do_not_overflow():
+    flops = AttentionCost(16384).padded_flops(4096, 131072)
+    assert int(flops) == 4096 * 131072 * (3 * 16384**2 + 2 * 16384 * 131072)
+
+
+def test_nonsense_rates():
+    with pytest.raises(ValueError, match="positive"):
+        AttentionCost(0, 1e12)
+    with pytest.raises(ValueError, match="positive"):
+        AttentionCost(8, 0)
+
+
+def samples(rate, overhead, noise=0.0, hidden_size=768):
+    model, rng = AttentionCost(hidden_size), np.random.default_rng(0)
+    for B in (1, 2, 8):
+        for L in (128, 512, 2048):
+            seconds = float(model.padded_flops(B, L)) / rate + overhead
+            yield B, L, seconds * (1 + noise * rng.standard_normal())
+
+
+@pytest.mark.parametrize("overhead", [0.0, 50e-6])
+def test_fit_recovers_rate_and_overhead(overhead):
+    fit = fit_attention_cost(768, list(samples(7.2e13, overhead)))
+    assert fit.flops_per_second == pytest.approx(7.2e13, rel=1e-6)
+    assert fit.overhead_seconds == pytest.approx(overhead, abs=1e-9)
+    assert fit.max_relative_error < 1e-6 and fit.num_samples == 9
+    assert fit.attention_cost(768).flops_per_second == fit.flops_per_second
+
+
+def test_fit_reports_the_noise_it_saw():
+    fit = fit_attention_cost(768, list(samples(7.2e13, 50e-6, noise=0.05)))
+    assert fit.flops_per_second == pytest.approx(7.2e13, rel=0.15)
+    assert 0.005 < fit.median_relative_error < 0.1 <= 2 * fit.max_relative_error
+
+
+def test_fit_with_one_sample_has_no_overhead():
+    fit = fit_attention_cost(768, [(1, 128, 0.001)])
+    assert fit.overhead_seconds == 0 and fit.max_relative_error == pytest.approx(0)
+
+
+def test_fit_never_reports_a_negative_overhead():
+    faster_when_small = [(B, L, s - 5e-7) for B, L, s in samples(1e12, 0.0)]
+    assert fit_attention_cost(768, faster_when_small).overhead_seconds == 0
+
+
+@pytest.mark.parametrize(
+    ("bad", "complaint"),
+    [
+        ([], "no measured"),
+        ([(1, 128, -1.0)], "positive"),
+        ([(1, 128, float("nan"))], "positive"),
+        ([(1, 128, 1.0), (8, 1024, 0.001)], "does not grow"),
+    ],
+)
+def test_fit_refuses_nonsense(bad, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        fit_attention_cost(64, bad)
