@@ -23,6 +23,7 @@ from scipy.optimize import linear_sum_assignment
 
 _NEVER = -(1 << 30)
 _POTENTIAL_PASSES = 2
+_MAX_PADDING = 8
 
 
 class Exchange(NamedTuple):
@@ -39,13 +40,16 @@ def exchange(
     """Up to `rounds` rounds of cyclic exchange on benefit int32 [S, N], |entries| < 2**28.
 
     assigned [S] must hold quotas[j] sequences at rank j; the result does too and never has less total benefit. Stops
-    early when a round would gain no more than `tolerance`, with tolerance 0 at the optimum.
+    early when a round would gain no more than `tolerance`, with tolerance 0 at the optimum. Ranks are padded to the
+    largest quota; where that is more than 8 times the mean, nothing is tried.
     """
     N = len(quotas)
     ranks = np.arange(N)
     potentials = np.zeros(N)
     if not assigned.size:
         return Exchange(assigned, potentials, True)
+    if N * int(quotas.max()) > _MAX_PADDING * assigned.size:
+        return Exchange(assigned, potentials, False)
     slots, empty = _slots(assigned, quotas)
     gains = benefit.take(slots.ravel(), axis=0).reshape(*slots.shape, N)
     gains -= gains[ranks, :, ranks][:, :, None]

@@ -94,12 +94,12 @@ def make_plan(
 
     The comparison is made in exact integers on the true link weights, whatever rounding the strategy used inside.
     """
-    new_home = np.ascontiguousarray(new_home, dtype=np.int64)
+    new_home = np.array(new_home, dtype=np.int64)
     stay_bytes = num_bytes_per_class(problem, problem.home_rank)
     plan_bytes = num_bytes_per_class(problem, new_home)
     weigh = problem.topology.weighted_bytes
     if never_above_stay and weigh(plan_bytes) >= weigh(stay_bytes):
-        new_home, plan_bytes = problem.home_rank, stay_bytes
+        new_home, plan_bytes = problem.home_rank.copy(), stay_bytes
     num_moved = int(np.count_nonzero(new_home != problem.home_rank))
     return PlacementPlan(
         strategy,

@@ -26,7 +26,7 @@ _RATE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([kmgtKMGT]?)(i?)(bit|b|B|Bit)(/s|p
 _TIME = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(s|ms|us|ns)")
 _SHAPE = re.compile(r"(\d+)(?:x(\d+))?")
 _POWER = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
-_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
+_PER_SECOND = {"s": 1, "ms": 1e3, "us": 1e6, "ns": 1e9}
 
 
 class LinkClass(IntEnum):
@@ -132,7 +132,7 @@ def parse_seconds(text: str, option: str = "--latency") -> float:
     match = _TIME.fullmatch(text.strip())
     if match is None:
         raise UserError(f"{option} {text}: not a time; write a number and a unit, such as 20us or 1ms")
-    return float(match[1]) * _SECONDS[match[2]]
+    return float(match[1]) / _PER_SECOND[match[2]]
 
 
 def parse_topology(text: str, option: str = "--topology") -> Topology:

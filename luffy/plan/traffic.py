@@ -100,7 +100,7 @@ def benefit_matrix(problem: PlacementProblem, max_bits: int = 44, row_weights: n
     node_values = np.add.reduce(by_node, axis=1, dtype=dtype) * dtype(node)
     by_node *= dtype(local)
     values = rows * dtype(local)
-    values.reshape(len(rows), -1, width)[...] += node_values.T[:, :, None]
+    values.reshape(len(rows), len(by_node), width)[...] += node_values.T[:, :, None]
     return Benefit(values, scale_to_femtoseconds, exact, TwoTier(by_node, node_values))
 
 

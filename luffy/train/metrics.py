@@ -7,8 +7,7 @@ matter more than anything else here:
   never more than one line behind the training, and at worst ends in a torn line.
 * **A resumed run reads as if it had never stopped.** Training restarts from a checkpoint of step K, while
   the record may already go further. Opening the writer with `resume_step=K` cuts every later line
-  (atomically: the old file stays until the new one is whole), and tells TensorBoard to forget the same
-  steps.
+  (atomically: the old file stays until the new one is whole); TensorBoard forgets the same steps.
 
 The writer belongs to one rank; bytes and losses reach it already summed over ranks.
 """
@@ -58,9 +57,8 @@ def _json_line(record: Mapping[str, Any]) -> bytes:
 def flatten_scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     """Numbers of a nested record under names joined by '/': `("bytes/dispatch", 4096)`.
 
-    Lists have no curve of their own. `expert_load` [layers][experts] is the exception: each layer gives one
-    number, its busiest expert's load over the mean (1 is perfect balance, the number of experts is total
-    collapse).
+    Lists have no curve, except `expert_load` [layers][experts]: each layer gives its busiest expert's load over
+    the mean (1 is perfect balance, the number of experts is total collapse).
     """
     for key, value in record.items():
         name = f"{prefix}{key}"

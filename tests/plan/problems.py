@@ -25,8 +25,14 @@ def make_problem(
     **options: object,
 ) -> PlacementProblem:
     """Synthetic counts; sequences dealt to ranks in turn. uneven: lengths vary, balance is by tokens."""
-    trace = {"num_domains": 3 if seed % 2 else 0, "popularity": 0.4 * (seed % 3)}
-    counts = synthetic_counts(num_sequences, num_ranks, seed=seed, length=256, **trace)
+
+    def trace(seed: int) -> np.ndarray:
+        domains, popularity = 3 if seed % 2 else 0, 0.4 * (seed % 3)
+        return synthetic_counts(
+            num_sequences, num_ranks, seed=seed, length=256, num_domains=domains, popularity=popularity
+        )
+
+    counts = trace(seed)
     lengths = np.full(num_sequences, 256)
     if uneven:
         rng = np.random.default_rng(seed)
@@ -35,7 +41,7 @@ def make_problem(
         counts = counts * lengths[:, None] // 256
         options.setdefault("balance", Balance("tokens", 0.1))
     if lookahead:
-        options["next_counts"] = synthetic_counts(num_sequences, num_ranks, seed=seed + 1, length=256, **trace)
+        options["next_counts"] = trace(seed + 1)
     return PlacementProblem(
         counts=counts,
         lengths=lengths,

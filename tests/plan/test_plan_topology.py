@@ -28,7 +28,9 @@ def test_rates_in_bits_and_bytes(text, bytes_per_second):
     assert parse_rate(text) == pytest.approx(bytes_per_second)
 
 
-@pytest.mark.parametrize("text", ["", "fast", "8", "8gb", "8GB", "-8gbit", "8gbit/h", "0gbit", "1ibit", "gbit", "8 8gbit", "nan"])
+@pytest.mark.parametrize(
+    "text", ["", "fast", "8", "8gb", "8GB", "-8gbit", "8gbit/h", "0gbit", "1ibit", "gbit", "8 8gbit", "nan"]
+)
 def test_a_rate_that_is_none_names_its_option(text):
     with pytest.raises(UserError, match=r"^--inter-link ") as error:
         parse_rate(text, "--inter-link")
@@ -104,7 +106,9 @@ def test_weights_of_fast_links_are_not_rounded_away():
     assert intra / inter == pytest.approx(400 / 900, rel=1e-3)
 
 
-@pytest.mark.parametrize("arguments", [(0, 1, 1, 1), (6, 4, 1, 1), (4, 2, 0, 1), (4, 2, 1, -1), (4, 2, 1, 1, (0, 0, -1))])
+@pytest.mark.parametrize(
+    "arguments", [(0, 1, 1, 1), (6, 4, 1, 1), (4, 2, 0, 1), (4, 2, 1, -1), (4, 2, 1, 1, (0, 0, -1))]
+)
 def test_impossible_clusters(arguments):
     with pytest.raises(ValueError, match="topology"):
         Topology(*arguments)
