@@ -10,7 +10,8 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 DEMO_OUT ?= runs/demo
-DEMO ?= --recipe vanilla_dedup --model moe-gpt2-tiny --ranks 4 --steps 150 --device cpu --data stdlib
+DEMO ?= --recipe vanilla_dedup --model moe-gpt2-tiny --ranks 4 --steps 100 --device cpu --data stdlib \
+	--batch-size 16 --sequence-length 128 --vocab-size 4096 --lr 3e-3 --eval-every 50 --eval-batches 4
 PYTEST_OPTIONS ?=
 
 .DEFAULT_GOAL := help
