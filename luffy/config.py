@@ -170,17 +170,17 @@ class ModelConfig:
 
 
 def _tiny(config: ModelConfig, **changes: Any) -> ModelConfig:
-    small = dict(
-        name=config.name + "-tiny",
-        vocab_size=8192,
-        hidden_size=128,
-        num_layers=4,
-        num_heads=4,
-        dense_hidden_size=512,
-        expert_hidden_size=256,
-        max_sequence_length=256,
-        num_experts=8,
-    )
+    small: dict[str, Any] = {
+        "name": config.name + "-tiny",
+        "vocab_size": 8192,
+        "hidden_size": 128,
+        "num_layers": 4,
+        "num_heads": 4,
+        "dense_hidden_size": 512,
+        "expert_hidden_size": 256,
+        "max_sequence_length": 256,
+        "num_experts": 8,
+    }
     return config.override(**(small | changes))
 
 

@@ -5,7 +5,9 @@ There is one MoE layer; a recipe says what it does on each axis:
 * `copies`: what one row on the wire stands for. "pairs": a (token, expert) pair, as in the classic systems;
   "ranks": a (token, rank) copy, sent once however many experts of that rank the token chose, answered with one
   partial sum.
-* `placement`: where a sequence lives after the layer ("stay": where it came from).
+* `placement`: where a sequence lives after the layer ("stay": where it came from; else a strategy of
+  `luffy.plan.placement`). `look_ahead`: the strategy also prices the next layer's dispatch, predicted by applying
+  the next router to the present stream.
 
 Lossless recipes compute the same function as a dense model on one device.
 """
@@ -25,6 +27,7 @@ class Recipe:
     summary: str
     copies: str = "ranks"
     placement: str = "stay"
+    look_ahead: bool = False
 
 
 RECIPES: dict[str, Recipe] = {
@@ -38,6 +41,23 @@ RECIPES: dict[str, Recipe] = {
         Recipe(
             "vanilla_dedup",
             "a token travels once to each rank that holds any of its experts; partial sums come back",
+        ),
+        Recipe(
+            "luffy_paper",
+            "sequence migration by Algorithm 1 of arXiv 2411.15419 (without token condensation)",
+            placement="luffy_paper",
+        ),
+        Recipe(
+            "netmoe",
+            "exact assignment over combine and predicted next dispatch, nodes first (NetMoE, ICLR 2025)",
+            placement="netmoe",
+            look_ahead=True,
+        ),
+        Recipe(
+            "luffy",
+            "lossless: deduplicated copies, sequences rebuilt where their experts are, near-optimal balanced plans",
+            placement="best",
+            look_ahead=True,
         ),
     )
 }

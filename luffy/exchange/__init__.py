@@ -3,17 +3,34 @@
 from luffy.exchange.combine import combine
 from luffy.exchange.copies import Copies, ExpertMap, copy_keys, exchange_counts
 from luffy.exchange.dispatch import Received, dispatch
+from luffy.exchange.migrate import (
+    Migration,
+    by_table,
+    carries_residual,
+    combine_at_new_home,
+    counts_per_sequence,
+    transfer,
+)
 from luffy.exchange.permute import Pairs, pairs_by_expert, weighted_sum
+from luffy.exchange.planning import Planner, PlanTally
 
 __all__ = [
     "Copies",
     "ExpertMap",
+    "Migration",
     "Pairs",
+    "PlanTally",
+    "Planner",
     "Received",
+    "by_table",
+    "carries_residual",
     "combine",
+    "combine_at_new_home",
     "copy_keys",
+    "counts_per_sequence",
     "dispatch",
     "exchange_counts",
     "pairs_by_expert",
+    "transfer",
     "weighted_sum",
 ]

@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from luffy.comm import Comm, RowExchange
@@ -84,9 +85,8 @@ def exchange_counts(
 ) -> tuple[Copies, Tensor]:
     """Tell every rank how many copies go where: one small all-gather, one read-back to the host.
 
-    per_sequence: optional int64 [S_max, N] copies by sequence and rank, gathered along for the planner.
-    Returns the copies, and the gathered counts on the host, int64 [N, 2 + S_max, N] (rows: copies, pairs, then
-    `per_sequence`).
+    per_sequence: optional int64 [S_max, W >= N] of what the planner wants to know, gathered along.
+    Returns the copies, and `per_sequence` of all ranks on the host, int64 [N, S_max, W].
     """
     mesh = comm.mesh
     K = topk_expert_ids.shape[1]
@@ -94,10 +94,12 @@ def exchange_counts(
     by_rank = torch.zeros(2, mesh.ep_size, dtype=torch.int64, device=rank.device)
     by_rank[0].index_add_(0, rank, keys.is_copy.flatten().long())
     by_rank[1].index_add_(0, rank, (keys.rank >= 0).flatten().long())
-    mine = by_rank if per_sequence is None else torch.cat([by_rank, per_sequence])
+    mine = by_rank
+    if per_sequence is not None:
+        mine = torch.cat([F.pad(by_rank, (0, per_sequence.shape[1] - mesh.ep_size)), per_sequence])
     gathered = comm.all_gather_ep(mine.to(torch.int32)).cpu().to(torch.int64)
     me = mesh.ep_rank
-    out = gathered[me, 0].tolist()
+    out = gathered[me, 0, : mesh.ep_size].tolist()
     into = gathered[:, 0, me].tolist()
     num_local, num_copies = out[me], sum(out)
     out[me] = into[me] = 0
@@ -109,4 +111,4 @@ def exchange_counts(
         exchange=RowExchange(comm, tuple(out), tuple(into)),
         num_pairs=int(gathered[:, 1, me].sum()),
     )
-    return copies, gathered
+    return copies, gathered[:, 2:]

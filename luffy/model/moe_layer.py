@@ -9,8 +9,10 @@ the exchange would pay a slow link twice, and routing anew could choose differen
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -21,28 +23,54 @@ from luffy.config import ModelConfig
 from luffy.data.batch import TokenBatch
 from luffy.exchange import (
     ExpertMap,
+    Migration,
+    Planner,
     Received,
+    by_table,
+    carries_residual,
     combine,
+    combine_at_new_home,
     copy_keys,
+    counts_per_sequence,
     dispatch,
     exchange_counts,
     pairs_by_expert,
     weighted_sum,
 )
+from luffy.exchange.copies import CopyKeys
 from luffy.model.experts import GroupedExperts
 from luffy.model.layers import FeedForward
 from luffy.model.router import Router
+from luffy.plan.topology import Topology
 from luffy.recipes import Recipe
+
+Predictor = Callable[[Tensor], CopyKeys]
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """What every layer of one model shares: the network, the clock, the recipe, what to recompute."""
+    """What every layer of one model shares: the network, the clock, the recipe, what to recompute.
+
+    planner: None for recipes that move no sequence.
+    """
 
     comm: Comm
     clock: PhaseClock
     recipe: Recipe
     recompute: bool = False
+    planner: Planner | None = None
+
+    @classmethod
+    def create(cls, comm: Comm, recipe: Recipe, config: ModelConfig, recompute: bool = False) -> Runtime:
+        """The runtime of `recipe` for a model of `config`."""
+        planner = None
+        if recipe.placement != "stay":
+            mesh = comm.mesh
+            nodes = [mesh.node_of_rank[r] for r in mesh.ep_ranks]
+            # Links of a node are taken as ten times as fast as those between nodes, where nobody measured them.
+            topology = Topology(mesh.ep_size, nodes.count(nodes[0]), 1e10, 1e9)
+            planner = Planner(comm, recipe.placement, topology, config.hidden_size)
+        return cls(comm, PhaseClock(comm.mesh.device), recipe, recompute, planner)
 
 
 class MoELayer(nn.Module):
@@ -52,12 +80,12 @@ class MoELayer(nn.Module):
     and at the experts' rank for the rows, because what travels is the stream itself.
     """
 
-    def __init__(self, config: ModelConfig, runtime: Runtime) -> None:
+    def __init__(self, config: ModelConfig, runtime: Runtime, layer: int) -> None:
         super().__init__()
         mesh = runtime.comm.mesh
         config.check_ranks(mesh.ep_size)
         E = config.router.num_experts
-        self.runtime = runtime
+        self.runtime, self.layer = runtime, layer
         self.router = Router(config.router, config.hidden_size)
         self.experts = GroupedExperts(config, E // mesh.ep_size)
         shared = config.num_shared_experts * config.expert_hidden_size
@@ -69,29 +97,94 @@ class MoELayer(nn.Module):
     def expert_map(self) -> ExpertMap:
         return ExpertMap(self.slot_of_expert, self.experts.num_local)
 
-    def forward(self, batch: TokenBatch, norm: nn.Module) -> TokenBatch:
+    def forward(self, batch: TokenBatch, norm: nn.Module, predict_next: Predictor | None = None) -> TokenBatch:
+        """`predict_next(hidden)` says which copies the next MoE layer is likely to want; see `Recipe.look_ahead`."""
         rt, mesh, experts = self.runtime, self.runtime.comm.mesh, self.expert_map
-        hidden = batch.hidden  # [T, D]
+        hidden, layout = batch.hidden, batch.layout  # [T, D]
         normed = norm(hidden)
-        routing, stats = self.router(normed, batch.layout)
-        if self.shared_experts is not None:
-            shared = self.shared_experts(normed)
+        routing, stats = self.router(normed, layout)
+        ids = routing.topk_expert_ids
 
         hidden = boundary(hidden, rt.clock, "other", "exchange")
-        ids = routing.topk_expert_ids
         keys = copy_keys(ids, experts, mesh.ep_rank, mesh.ep_size, rt.recipe.copies)
-        copies, _ = exchange_counts(keys, ids, rt.comm)
-        received = dispatch(hidden, ids, routing.topk_weights, copies, rt.recipe.copies)
-        rows = boundary(received.rows, rt.clock, "exchange", "experts")
+        wanted = self._what_planners_ask(keys, batch, predict_next)
+        copies, gathered = exchange_counts(keys, ids, rt.comm, wanted)
+        migrations: list[Migration | None] = [None]
 
+        def plan() -> None:
+            migrations[0] = self._plan(gathered.numpy(), batch, predict_next is not None)
+
+        received = dispatch(
+            hidden, ids, routing.topk_weights, copies, rt.recipe.copies,
+            global_token=None if rt.planner is None else layout.global_token,
+            meanwhile=None if rt.planner is None else plan,
+        )  # fmt: skip
+        migration = migrations[0]
+        rows = boundary(received.rows, rt.clock, "exchange", "experts")
         partial = self._run_experts(replace(received, rows=rows), copies.num_pairs, norm)
+        if migration is not None:
+            partial = self._add_residual(partial, replace(received, rows=rows), migration, norm)
         partial = boundary(partial, rt.clock, "experts", "exchange")
 
-        hidden = combine(hidden, partial, copies)
+        if migration is None:
+            hidden = self._base(combine(hidden, partial, copies), normed)
+        else:
+            orphans = self._orphan_tokens(keys, migration)
+            hidden = combine_at_new_home(
+                hidden, partial, received, migration, rt.comm, lambda h: self._base(h, norm(h)), orphans
+            )
+            layout = migration.new
         hidden = boundary(hidden, rt.clock, "exchange", "other")
-        if self.shared_experts is not None:
-            hidden = hidden + shared
-        return replace(batch, hidden=hidden, router_stats=(*batch.router_stats, stats))
+        return replace(batch, hidden=hidden, layout=layout, router_stats=(*batch.router_stats, stats))
+
+    def _base(self, hidden: Tensor, normed: Tensor) -> Tensor:
+        """What a token has besides its routed experts: its residual, and the experts that all tokens share."""
+        return hidden if self.shared_experts is None else hidden + self.shared_experts(normed)
+
+    def predicted_keys(self, hidden: Tensor, norm: nn.Module) -> CopyKeys:
+        """The copies that this layer would make of another layer's stream [T, D]: a forecast, without gradient."""
+        rt, mesh = self.runtime, self.runtime.comm.mesh
+        with torch.no_grad():
+            ids = self.router.choose(norm(hidden))[2]
+            return copy_keys(ids, self.expert_map, mesh.ep_rank, mesh.ep_size, rt.recipe.copies)
+
+    def _what_planners_ask(self, keys: CopyKeys, batch: TokenBatch, predict_next: Predictor | None) -> Tensor | None:
+        """int64 [S_max, N + 1 (+ N + 1)]: copies by rank, orphans, and the same predicted for the next layer."""
+        if self.runtime.planner is None:
+            return None
+        N, layout = self.runtime.comm.mesh.ep_size, batch.layout
+        num_rows = int(np.bincount(layout.table.home_rank, minlength=N).max())
+        parts = [counts_per_sequence(keys, layout, N, num_rows)]
+        if predict_next is not None:
+            parts.append(counts_per_sequence(predict_next(batch.hidden), layout, N, num_rows))
+        return torch.cat(parts, dim=1)
+
+    def _plan(self, gathered: np.ndarray, batch: TokenBatch, looks_ahead: bool) -> Migration | None:
+        rt = self.runtime
+        assert rt.planner is not None
+        N = rt.comm.mesh.ep_size
+        table = by_table(gathered, batch.layout.table)  # [S, N + 1 (+ N + 1)]
+        next_counts = table[:, N + 1 : 2 * N + 1] if looks_ahead else None
+        row_num_bytes = batch.hidden.shape[1] * batch.hidden.element_size()
+        return rt.planner.plan(
+            self.layer, batch.layout, table[:, :N], table[:, N], next_counts, row_num_bytes, batch.padded
+        )
+
+    def _add_residual(self, partial: Tensor, received: Received, migration: Migration, norm: nn.Module) -> Tensor:
+        """The residual of tokens whose sequence moves, added by the one rank that carries each of them."""
+        carries = carries_residual(received, migration, self.expert_map, self.runtime.comm.mesh.ep_rank)
+        if self.shared_experts is None:
+            return partial + received.rows * carries[:, None]
+        index = carries.nonzero().squeeze(1)  # a read-back on a GPU: cheaper than the shared experts on every row
+        rows = received.rows[index]
+        return partial.index_add(0, index, self._base(rows, norm(rows)))
+
+    def _orphan_tokens(self, keys: CopyKeys, migration: Migration) -> Tensor | None:
+        """Rows of tokens that reached no rank though their sequence moves; only capacity makes any."""
+        if self.router.config.capacity_factor is None:
+            return None
+        moved = torch.from_numpy(migration.moved[migration.old.sequences]).to(keys.rank.device)
+        return (~keys.is_copy.any(1) & moved[migration.old.sequence_of_token]).nonzero().squeeze(1)
 
     def _run_experts(self, received: Received, num_pairs: int, norm: nn.Module) -> Tensor:
         """Partial sums [R, D] over the experts of this rank, one for each received row."""

@@ -54,12 +54,16 @@ class Router(nn.Module):
         self.register_buffer("choice_bias", torch.zeros(config.num_experts))
         self.choice_bias: Tensor
 
+    def choose(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, D] -> logits [T, E], scores [T, E] and the ids of the k best [T, K]."""
+        logits = x.to(self.weight.dtype) @ self.weight.t()
+        scores = logits.softmax(-1) if self.config.score == "softmax" else logits.sigmoid()
+        choice = scores + self.choice_bias.to(scores.dtype) if self.config.bias_update_rate > 0 else scores
+        return logits, scores, choice.topk(self.config.top_k, dim=-1).indices
+
     def forward(self, x: Tensor, layout: Layout) -> tuple[Routing, RouterStats]:
-        cfg, E, K = self.config, self.config.num_experts, self.config.top_k
-        logits = x.to(self.weight.dtype) @ self.weight.t()  # [T, E]
-        scores = logits.softmax(-1) if cfg.score == "softmax" else logits.sigmoid()
-        choice = scores + self.choice_bias.to(scores.dtype) if cfg.bias_update_rate > 0 else scores
-        ids = choice.topk(K, dim=-1).indices  # [T, K]
+        cfg, E = self.config, self.config.num_experts
+        logits, scores, ids = self.choose(x)
         weights = scores.gather(-1, ids)
         if cfg.normalize_topk:
             weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +20,12 @@ from torch.utils.checkpoint import checkpoint
 from luffy.comm.clock import boundary
 from luffy.config import ModelConfig
 from luffy.data.batch import Layout, TokenBatch
+from luffy.exchange.copies import CopyKeys
+from luffy.exchange.migrate import transfer
 from luffy.model.attention import Attention, remember
 from luffy.model.aux_loss import AuxLoss, auxiliary_loss
 from luffy.model.layers import FeedForward, Linear, make_norm
-from luffy.model.moe_layer import MoELayer, Runtime
+from luffy.model.moe_layer import MoELayer, Predictor, Runtime
 
 IGNORE_INDEX = -100
 # Rows of logits held at once: 8192 x 50k x 4 bytes is 1.6 GB; the rest is recomputed in the backward pass.
@@ -74,10 +77,17 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.ffn_norm = make_norm(config)
         self.no_norm = nn.Identity()
-        self.moe = MoELayer(config, runtime) if config.is_moe_layer(layer) else None
+        self.moe = MoELayer(config, runtime, layer) if config.is_moe_layer(layer) else None
         self.ffn = None if self.moe is not None else FeedForward(config, config.dense_hidden_size)
 
-    def forward(self, batch: TokenBatch, memory: Tensor | None = None) -> TokenBatch:
+    def predict(self, hidden: Tensor) -> CopyKeys:
+        """Forecast of this block's copies from the stream of an earlier one."""
+        assert self.moe is not None
+        return self.moe.predicted_keys(hidden, self.no_norm if self.post_norm else self.ffn_norm)
+
+    def forward(
+        self, batch: TokenBatch, memory: Tensor | None = None, predict_next: Predictor | None = None
+    ) -> TokenBatch:
         clock = self.runtime.clock
         hidden = boundary(batch.hidden, clock, "other", "attention")
         if self.memory_length:
@@ -89,7 +99,7 @@ class Block(nn.Module):
         batch = batch.with_hidden(boundary(hidden, clock, "attention", "other"))
 
         if self.moe is not None:
-            batch = self.moe(batch, self.no_norm if self.post_norm else self.ffn_norm)
+            batch = self.moe(batch, self.no_norm if self.post_norm else self.ffn_norm, predict_next)
         elif self.post_norm:
             batch = batch.with_hidden(batch.hidden + self.ffn(batch.hidden))  # type: ignore[misc]
         else:
@@ -132,13 +142,25 @@ class Transformer(nn.Module):
             hidden = self.embedding_norm(hidden)
         batch = TokenBatch(hidden.to(self.stream_dtype), micro.layout, micro.padded, micro.memory)
         for i, block in enumerate(self.blocks):
-            batch = block(batch, None if micro.memory is None else micro.memory[i])
-        token_loss = self._token_loss(batch.hidden, micro.labels) / max(micro.step_labels, 1)
+            batch = block(batch, None if micro.memory is None else micro.memory[i], self._next_predictor(i))
+        labels = micro.labels
+        if batch.layout is not micro.layout:
+            (labels,) = transfer([labels], micro.layout, batch.layout, self.runtime.comm, "control")
+        token_loss = self._token_loss(batch.hidden, labels) / max(micro.step_labels, 1)
         aux = auxiliary_loss(batch.router_stats, self.config.router, self.runtime.comm, micro.num_tokens)
         loss = token_loss
         if aux is not None:
             loss = loss + aux.local * (micro.num_tokens / max(micro.step_tokens, 1))
         return ModelOutput(loss, token_loss.detach(), aux, batch.new_memory)
+
+    def _next_predictor(self, layer: int) -> Predictor | None:
+        """The forecast of the next MoE block, if the recipe looks ahead and there is one."""
+        if not self.runtime.recipe.look_ahead:
+            return None
+        for block in self.blocks[layer + 1 :]:
+            if block.moe is not None:
+                return cast(Predictor, block.predict)
+        return None
 
     def _token_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Summed cross-entropy of [T, D] against [T], a chunk of rows at a time."""

@@ -1,8 +1,8 @@
 """Planning: who goes where, decided in integers, identically on every rank.
 
 Nothing here communicates, keeps state or reads a clock. Every rank gathers the same counts and calls the same pure
-function, so there is no controller to wait for; plans carry a `digest()` by which ranks notice if they ever differ, and
-a `check()` that says why a plan must not run.
+function, so there is no controller to wait for; plans carry a `digest()` by which ranks notice if they ever differ,
+and a `check()` that says why a plan must not run.
 
 * `topology`   link classes and what a byte costs on each; parsing of ``2x4:intra=64gbit,inter=10gbit``
 * `cost`       the attention cost model, and its fit to measured times

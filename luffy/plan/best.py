@@ -17,6 +17,7 @@ import numpy as np
 from luffy.errors import UserError
 from luffy.plan.best_uneven import place_uneven
 from luffy.plan.cyclic import exchange
+from luffy.plan.exact import assign
 from luffy.plan.prices import clearing_prices
 from luffy.plan.problem import PlacementProblem
 from luffy.plan.result import PlacementPlan, make_plan
@@ -64,6 +65,10 @@ def best(
         return make_plan(problem, "best", new_home, never_above_stay=True)
 
     quotas = problem.quotas
+    if int(quotas.max()) == 1:
+        # One sequence a rank is a plain assignment problem, no larger than one round of exchange.
+        new_home = assign(values, quotas)
+        return make_plan(problem, "best", new_home, never_above_stay=True, optimal=benefit.exact, prices=prices)
     if prices is None:
         column = clearing_prices(benefit, quotas)
     else:

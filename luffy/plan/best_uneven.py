@@ -11,8 +11,11 @@ as under equal counts, each with a feasibility test:
   moves either load. All swaps that gain and fit are found at once; those that share no sequence and together stay
   within budget are made at once.
 
-A search by permutations of ranks, as in cyclic.py, was tried in place of the swaps: almost every improving cycle burst
-some budget, and it gained nothing at all in 60 of 64 trials.
+A search by permutations of ranks, as in cyclic.py, was tried in place of the swaps: almost every improving cycle
+burst some budget, and wherever seating had succeeded it gained nothing.
+
+Measured against the linear-programming bound (256 sequences of log-normal length, 16 ranks, synthetic): 0-1.4% above it
+at a slack of 0.1; with no slack and loads already level, where only swaps are possible, 2-7%.
 
 Staying is within budget by definition, and both steps only ever go from one plan within budget to another.
 """

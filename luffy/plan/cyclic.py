@@ -12,8 +12,8 @@ transfer, 1989; because sequences weigh the same under equal counts, its best mo
 by heuristics.)
 
 Potentials p, with p[b] >= p[a] + D[a, b] as nearly as a couple of Bellman-Ford passes bring them, are the dual
-prices of the ranks. Reduced by them most entries of D are negative, and the assignment solver is two to four times
-faster; left over at the end, they are a warm start for the next layer or step.
+prices of the ranks. Reduced by them most entries of D are negative, and at 64 ranks the assignment solver is two to
+four times faster; left over at the end, they are a warm start for the next layer or step.
 """
 
 from typing import NamedTuple

@@ -9,7 +9,7 @@ model agrees with it to ten digits, an error would have to be made twice, in two
 * mixture of experts: "for each expert, the tokens that chose it"; balance loss 2101.03961; z-loss 2202.08906
 
 A *step* is a list of micro-batches, a micro-batch a list of sequences (objects with `tokens` and `labels`,
-integer arrays of one length), whichever rank may hold them: no function here knows of ranks. Parameters are
+NumPy arrays of one length), whichever rank may hold them: no function here knows of ranks. Parameters are
 a dict of full tensors; those of the E experts of a layer are stacked, [E, ...].
 """
 
@@ -28,6 +28,7 @@ from luffy.config import ModelConfig
 
 IGNORED = -100  # the label of a place that is not trained on
 Params = Mapping[str, Tensor]
+Memory = list[list[Tensor]]  # by block, then by sequence: [at most M, D]
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class OracleOutput:
     """`loss`: this micro-batch's part of the step's loss. `token_loss`: its cross-entropy part alone.
 
     `logits`: [length, V] a sequence. `layers`: what each MoE layer chose. `balance`, `z`: a number for each
-    MoE layer. `memory`: for the next segment, one list a block of [at most M, D] a sequence.
+    MoE layer. `memory`: for the next segment.
     """
 
     loss: Tensor
@@ -58,7 +59,7 @@ class OracleOutput:
     z: list[Tensor]
     logits: list[Tensor]
     layers: list[LayerChoices]
-    memory: list[list[Tensor]]
+    memory: Memory
 
 
 def linear(config: ModelConfig, params: Params, name: str, x: Tensor) -> Tensor:
@@ -215,14 +216,9 @@ def head(config: ModelConfig, params: Params, x: Tensor) -> Tensor:
 
 
 def forward(
-    config: ModelConfig,
-    params: Params,
-    sequences: Sequence[Any],
-    step_tokens: int,
-    step_labels: int,
-    memory: list[list[Tensor]] | None = None,
+    config: ModelConfig, params: Params, sequences: Sequence[Any], tokens: int, labels: int, memory: Memory | None
 ) -> OracleOutput:
-    """One micro-batch. `step_tokens`, `step_labels`: counts of the whole step, which normalise the losses."""
+    """One micro-batch. `tokens`, `labels`: numbers of them in the whole step, which normalise the losses."""
     hidden = []
     for sequence in sequences:
         x = params["token_embedding.weight"][torch.as_tensor(sequence.tokens)]
@@ -245,9 +241,8 @@ def forward(
     token_loss = torch.zeros((), dtype=torch.float64)
     for sequence, z in zip(sequences, logits, strict=True):
         log_probability = z - z.logsumexp(-1, keepdim=True)
-        for t, label in enumerate(sequence.labels):
-            if label != IGNORED:
-                token_loss = token_loss - log_probability[t, int(label)] / step_labels
+        for t in (sequence.labels != IGNORED).nonzero()[0]:
+            token_loss = token_loss - log_probability[t, sequence.labels[t]] / labels
 
     balance, z_loss, num_tokens = [], [], sum(len(s.tokens) for s in sequences)
     for seen in layers:
@@ -255,5 +250,5 @@ def forward(
         balance.append(config.router.num_experts * (share * torch.cat(seen.probabilities).mean(0)).sum())
         z_loss.append(torch.cat(seen.logsumexp).pow(2).mean())
     auxiliary = config.router.balance_loss * sum(balance) + config.router.z_loss * sum(z_loss)
-    loss = token_loss + auxiliary * num_tokens / step_tokens
+    loss = token_loss + auxiliary * num_tokens / tokens
     return OracleOutput(loss, token_loss, balance, z_loss, logits, layers, new_memory)

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from luffy.config import ModelConfig
-from luffy.testing.oracle import IGNORED, OracleOutput, Params, forward
-
-Memory = list[list[Tensor]]
+from luffy.testing.oracle import IGNORED, Memory, OracleOutput, Params, forward
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from luffy.comm import Comm, Mesh
-from luffy.comm.clock import PHASES, PhaseClock
+from luffy.comm.clock import PHASES
 from luffy.comm.meter import DIRECTIONS, LINK_CLASSES, by_direction, by_link
 from luffy.data import SequenceLoader, mask_for_mlm, prepare_corpus
 from luffy.data.loader import Sequence
@@ -51,7 +51,6 @@ class Trainer:
         self.options, self.mesh = options, mesh
         self.out = Path(options.out)
         self.comm = Comm.create(mesh)
-        self.clock = PhaseClock(mesh.device)
         options.check_world(mesh.world_size)
         config = options.model_config()
         with phase("prepare data", enabled=mesh.rank == 0) as progress:
@@ -81,7 +80,8 @@ class Trainer:
             )
 
         self.loader, self.valid_loader = loader(corpus.train), loader(corpus.valid, shuffle=False)
-        self.runtime = Runtime(self.comm, self.clock, options.get_recipe(), options.recompute)
+        self.runtime = Runtime.create(self.comm, options.get_recipe(), self.config, options.recompute)
+        self.clock = self.runtime.clock
         name = options.dtype if options.dtype != "auto" else "bfloat16" if mesh.device.type == "cuda" else "float32"
         self.dtype_name = name
         self.model = build_model(self.config, self.runtime, dtype=getattr(torch, name), seed=options.seed)

@@ -1,0 +1,107 @@
+"""Planning a layer's migration: the same plan on every rank, from the same counts, without a controller.
+
+Each rank gathers the counts anyway (they hold the split sizes); each then runs the same pure planner in integers while
+its rows are under way. A digest of the plan is compared before anything is sent by it, in the shadow of dispatch: ranks
+that disagree (a bug, memory corruption, unlike library versions) stop with an error instead of hanging in a collective
+whose sizes do not match.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from luffy.comm import Comm
+from luffy.data.batch import Layout
+from luffy.errors import RankMismatchError
+from luffy.exchange.migrate import Migration
+from luffy.plan.cost import AttentionCost
+from luffy.plan.placement import plan_placement
+from luffy.plan.problem import Balance, PlacementProblem
+from luffy.plan.topology import Topology
+
+
+@dataclass
+class PlanTally:
+    """What planning came to since it was last taken: counted by each rank, plans being the same on all."""
+
+    plans: int = 0
+    sequences: int = 0
+    moved: int = 0
+    seconds: float = 0.0
+
+    def take(self) -> PlanTally:
+        out = PlanTally(self.plans, self.sequences, self.moved, self.seconds)
+        self.plans = self.sequences = self.moved = 0
+        self.seconds = 0.0
+        return out
+
+
+@dataclass
+class Planner:
+    """Places the sequences of one EP group after each MoE layer.
+
+    strategy: a name of luffy.plan.placement.STRATEGIES. topology: of the EP group. `tally` is shared by all layers.
+    """
+
+    comm: Comm
+    strategy: str
+    topology: Topology
+    hidden_size: int
+    tally: PlanTally = field(default_factory=PlanTally)
+
+    def plan(
+        self,
+        layer: int,
+        layout: Layout,
+        counts: np.ndarray,
+        orphans: np.ndarray,
+        next_counts: np.ndarray | None,
+        row_num_bytes: int,
+        padded: bool,
+    ) -> Migration | None:
+        """Where each sequence is rebuilt; None where nobody moves.
+
+        counts, next_counts: int64 [S, N]. orphans: int64 [S], whose residual travels if its sequence does.
+        Raises RankMismatchError naming the layer and the ranks that planned differently.
+        """
+        begin = time.perf_counter()
+        table = layout.table
+        held = counts.copy()
+        held[np.arange(len(orphans)), table.home_rank] += orphans
+        problem = PlacementProblem(
+            counts=held,
+            lengths=table.lengths,
+            home_rank=table.home_rank,
+            topology=self.topology,
+            row_num_bytes=row_num_bytes,
+            next_counts=next_counts,
+            attention=AttentionCost(self.hidden_size),
+            layout="padded" if padded else "packed",
+            balance=Balance.for_lengths(table.lengths),
+        )
+        options = {"seed": layer} if self.strategy == "random" else {}
+        plan = plan_placement(self.strategy, problem, **options)
+        self._agree(layer, plan.digest())
+        self.tally.plans += 1
+        self.tally.sequences += len(orphans)
+        self.tally.moved += plan.num_moved
+        self.tally.seconds += time.perf_counter() - begin
+        if plan.num_moved == 0:
+            return None
+        new = Layout(table.moved(plan.new_home), self.comm.mesh.ep_rank, layout.device)
+        return Migration(layout, new, counts, orphans)
+
+    def _agree(self, layer: int, digest: int) -> None:
+        mine = torch.tensor([digest], dtype=torch.int64, device=self.comm.mesh.device)
+        digests = self.comm.all_gather_ep(mine).flatten().tolist()
+        if len(set(digests)) > 1:
+            common = max(set(digests), key=lambda d: (digests.count(d), -digests.index(d)))
+            odd = [r for r, d in enumerate(digests) if d != common]
+            raise RankMismatchError(
+                f"MoE layer {layer}: ranks {odd} planned another placement than the other {len(digests) - len(odd)} "
+                "ranks; the plan was not executed"
+            )
