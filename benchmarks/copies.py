@@ -74,7 +74,8 @@ def main(steps: int, out: Path, figure: Path | None) -> None:
     """Measure all cases, write JSON, draw the figure."""
     rows = [measure(*case, recipe, steps) for case in CASES for recipe in RECIPES]
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"host": platform.processor() or platform.machine(), "cpu_ranks": 4, "rows": rows}, indent=1))
+    host = platform.processor() or platform.machine()
+    out.write_text(json.dumps({"host": host, "cpu_ranks": 4, "rows": rows}, indent=1))
     for r in rows:
         low, mid, high = r["seconds"]
         click.echo(

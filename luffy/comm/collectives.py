@@ -10,6 +10,7 @@ gathers. A rank with nothing to send or receive still takes part, forward and ba
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -112,7 +113,10 @@ def _move(
             async_op=True,
         )
     if meanwhile is not None:
+        begin = time.perf_counter()
         meanwhile()
+        if work is None or work.is_completed():
+            meter.exposed_seconds += time.perf_counter() - begin
     if work is not None:
         work.wait()
     moved, start = [], 0

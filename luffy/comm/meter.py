@@ -36,6 +36,8 @@ class TrafficMeter:
         self._bytes = np.zeros((len(DIRECTIONS), len(LINK_CLASSES)), dtype=np.int64)
         # Bytes of token rows by destination rank: one row of the traffic matrix that reports draw.
         self._to_rank = np.zeros(len(self.node_of_rank), dtype=np.int64)
+        # Host work that was meant to hide behind a transfer and was not over when the transfer was: an upper bound.
+        self.exposed_seconds = 0.0
 
     def link_class(self, peer: int) -> int:
         """LOCAL, INTRA_NODE or INTER_NODE for world rank `peer` as seen from this rank."""

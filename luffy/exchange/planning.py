@@ -9,7 +9,7 @@ whose sizes do not match.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -26,17 +26,21 @@ from luffy.plan.topology import Topology
 
 @dataclass
 class PlanTally:
-    """What planning came to since it was last taken: counted by each rank, plans being the same on all."""
+    """What planning came to since it was last taken: counted by each rank, plans being the same on all.
+
+    tokens_max_over_mean: the fullest rank of any plan, in tokens over the mean.
+    """
 
     plans: int = 0
     sequences: int = 0
     moved: int = 0
     seconds: float = 0.0
+    tokens_max_over_mean: float = 1.0
 
     def take(self) -> PlanTally:
-        out = PlanTally(self.plans, self.sequences, self.moved, self.seconds)
+        out = replace(self)
         self.plans = self.sequences = self.moved = 0
-        self.seconds = 0.0
+        self.seconds, self.tokens_max_over_mean = 0.0, 1.0
         return out
 
 
@@ -89,6 +93,9 @@ class Planner:
         self.tally.plans += 1
         self.tally.sequences += len(orphans)
         self.tally.moved += plan.num_moved
+        tokens = np.bincount(plan.new_home, table.lengths, minlength=counts.shape[1])
+        fullest = float(tokens.max() / max(tokens.mean(), 1e-9))
+        self.tally.tokens_max_over_mean = max(self.tally.tokens_max_over_mean, fullest)
         self.tally.seconds += time.perf_counter() - begin
         if plan.num_moved == 0:
             return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -128,17 +128,25 @@ def gather_full(model: Transformer, kind: Literal["param", "grad"] = "param") ->
     it would hold up every other rank.
     """
     mesh, full = model.runtime.comm.mesh, {}
+    values = {}
     for name, p in model.named_parameters():
-        if kind == "param":
-            value = p.detach().clone()
-        else:
-            if p.grad is None:
-                raise AssertionError(f"rank {mesh.rank}: {name} has no gradient")
-            value = p.grad.clone()
-            dist.all_reduce(value, group=mesh.dp_group if is_expert(name) else mesh.world_group)
-        if is_expert(name):
-            slots = [torch.empty_like(value) for _ in range(mesh.ep_size)]
-            dist.all_gather(slots, value, group=mesh.ep_group)
-            value = torch.cat(slots)[_moe_of(model, name).slot_of_expert]
-        full[name] = value
-    return full
+        if kind == "grad" and p.grad is None:
+            raise AssertionError(f"rank {mesh.rank}: {name} has no gradient")
+        values[name] = p.detach() if kind == "param" else cast(Tensor, p.grad)
+    for experts, copies in ((False, mesh.world_group), (True, mesh.dp_group)):
+        names = [name for name in values if is_expert(name) == experts]
+        if not names:
+            continue
+        # One message for all of them: the ranks of a test share few cores, and each message wakes every rank.
+        flat = torch.cat([values[name].flatten() for name in names])
+        if kind == "grad":
+            dist.all_reduce(flat, group=copies)
+        parts = [flat]
+        if experts:
+            parts = [torch.empty_like(flat) for _ in range(mesh.ep_size)]
+            dist.all_gather(parts, flat, group=mesh.ep_group)
+        sizes = [values[name].numel() for name in names]
+        for name, *slots in zip(names, *(part.split(sizes) for part in parts), strict=True):
+            value = torch.cat([slot.view_as(values[name]) for slot in slots])
+            full[name] = value[_moe_of(model, name).slot_of_expert] if experts else value
+    return {name: full[name] for name in values}

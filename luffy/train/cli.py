@@ -57,6 +57,16 @@ def train(**values: Any) -> None:
 
 
 @cli.command()
+@click.option("--recipes", required=True, help="Recipes to compare, separated by commas.")
+@train_options
+def compare(recipes: str, **values: Any) -> None:
+    """Train with several recipes on the same data and seed (--recipe is ignored), and compare them."""
+    from luffy.train.compare import compare as run
+
+    run(recipes, TrainOptions(**values))
+
+
+@cli.command()
 def recipes() -> None:
     """List the recipes."""
     width = max(map(len, RECIPES))

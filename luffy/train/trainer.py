@@ -157,10 +157,24 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._move_choice_bias(aux)
+        totals |= self._planning()
         self.step += 1
         record = {"step": self.step, **totals, "lr": lr, "seconds": time.perf_counter() - begin}
         record["tokens"] = int(announced[:, :, 1:].sum())
         return record
+
+    def _planning(self) -> dict[str, Any]:
+        """What placing sequences came to in this step, as this rank saw it; nothing for recipes that move none."""
+        planner, meter = self.runtime.planner, self.comm.meter
+        exposed, meter.exposed_seconds = meter.exposed_seconds, 0.0
+        if planner is None:
+            return {}
+        tally = planner.tally.take()
+        share = tally.moved / max(1, tally.sequences)
+        return {
+            "plan": {"moved_share": share, "seconds": tally.seconds, "exposed_seconds": exposed},
+            "tokens_max_over_mean": tally.tokens_max_over_mean,
+        }
 
     def _share(self, token_loss: torch.Tensor, aux: AuxLoss | None, norm: torch.Tensor) -> dict[str, Any]:
         """Sum what ranks counted, in one small all-reduce, and stop everywhere if a number is not finite."""
@@ -230,6 +244,7 @@ class Trainer:
             total += float(loss) * micro.step_labels
             labels += micro.step_labels
         self.comm.meter.take()  # evaluation is not part of a step's traffic
+        self._planning()
         return total / max(labels, 1)
 
     # ---------------------------------------------------------------- checkpoints

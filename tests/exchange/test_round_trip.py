@@ -82,23 +82,24 @@ def test_pairs_and_ranks_compute_the_same(world: int) -> None:
     run_ranks(scaling_job, world)
 
 
-def counts_job(rank: int) -> np.ndarray:
-    """`per_sequence` counts ride along with the splits, for whoever plans."""
+def counts_job(rank: int) -> tuple[tuple[int, ...], tuple[int, ...], int, int, np.ndarray]:
     comm = Comm.create(build_mesh(torch.device("cpu")))
     world = comm.mesh.ep_size
     ids = torch.from_numpy(random_routing(rank, 6, 8, 2, seed=3))
     keys = copy_keys(ids, expert_map(8, world), rank, world, "ranks")
-    per_sequence = torch.arange(3 * world).view(3, world) + 100 * rank
-    _, gathered = exchange_counts(keys, ids, comm, per_sequence)
-    return gathered.numpy()
+    wishes = torch.arange(3 * (world + 1)).view(3, world + 1) + 100 * rank  # may be wider than there are ranks
+    copies, gathered = exchange_counts(keys, ids, comm, wishes)
+    exchange = copies.exchange
+    return exchange.input_splits, exchange.output_splits, copies.num_local, copies.num_pairs, np.asarray(gathered)
 
 
 def test_counts_of_all_ranks_reach_all_ranks() -> None:
-    first, second = run_ranks(counts_job, 2)
-    np.testing.assert_array_equal(first, second)
-    assert first.shape == (2, 2 + 3, 2)
-    for rank in range(2):
-        owner = random_routing(rank, 6, 8, 2, seed=3) // 4
-        np.testing.assert_array_equal(first[rank, 0], [(owner == r).any(1).sum() for r in range(2)])
-        np.testing.assert_array_equal(first[rank, 1], [(owner == r).sum() for r in range(2)])
-        np.testing.assert_array_equal(first[rank, 2:], np.arange(6).reshape(3, 2) + 100 * rank)
+    """Split sizes follow from the routing of all ranks; what the planner asks about rides along."""
+    owners = [random_routing(rank, 6, 8, 2, seed=3) // 4 for rank in range(2)]  # [T, K] each
+    for rank, (into, out_of, num_local, num_pairs, gathered) in enumerate(run_ranks(counts_job, 2)):
+        other = 1 - rank
+        assert into == tuple(int((owners[rank] == r).any(1).sum()) if r == other else 0 for r in range(2))
+        assert out_of == tuple(int((owners[r] == rank).any(1).sum()) if r == other else 0 for r in range(2))
+        assert num_local == int((owners[rank] == rank).any(1).sum())
+        assert num_pairs == sum(int((owner == rank).sum()) for owner in owners)
+        np.testing.assert_array_equal(gathered, np.arange(9).reshape(3, 3) + np.array([0, 100])[:, None, None])

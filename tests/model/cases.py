@@ -14,11 +14,10 @@ import torch
 import torch.distributed as dist
 
 from luffy.comm import Comm, build_mesh
-from luffy.comm.clock import PhaseClock
 from luffy.config import ModelConfig, model_preset
 from luffy.data.loader import Sequence
 from luffy.model import Runtime, Transformer, build_model, is_expert
-from luffy.recipes import get_recipe
+from luffy.recipes import Recipe, get_recipe
 from luffy.testing import (
     OracleStep,
     gather_full,
@@ -62,7 +61,7 @@ class Case:
     config: ModelConfig
     world: int = 1
     ep_size: int | None = None
-    recipe: str = "vanilla_dedup"
+    recipe: str | Recipe = "vanilla_dedup"
     padded: bool = False
     recompute: bool = False
     lengths: str = "uneven"
@@ -103,7 +102,8 @@ def decays(name: str) -> bool:
 def build(case: Case, ranks_per_node: int | None = None) -> tuple[Transformer, Comm]:
     """The case's model on this rank with vivid weights."""
     comm = Comm.create(build_mesh(torch.device("cpu"), case.ep_size, ranks_per_node))
-    runtime = Runtime(comm, PhaseClock(comm.mesh.device), get_recipe(case.recipe), case.recompute)
+    recipe = case.recipe if isinstance(case.recipe, Recipe) else get_recipe(case.recipe)
+    runtime = Runtime.create(comm, recipe, case.config, case.recompute)
     model = build_model(case.config, runtime, dtype=case.dtype)
     load_full(model, vivid_parameters(model))
     return model, comm

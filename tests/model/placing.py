@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from luffy.comm import Comm, build_mesh
-from luffy.comm.clock import PhaseClock
 from luffy.config import ModelConfig
 from luffy.data.batch import Layout, SequenceTable
 from luffy.data.loader import IGNORE_INDEX
@@ -70,9 +69,9 @@ def place(trial: Trial, comm: Comm) -> MicroBatch:
 def try_all(rank: int, config: ModelConfig, trials: Sequence[Trial]) -> list[dict[str, Any]]:
     """For each trial the weights it ran with, the loss over all ranks and all gradients in full."""
     results = []
+    comm = Comm.create(build_mesh(torch.device("cpu")))
     for trial in trials:
-        comm = Comm.create(build_mesh(torch.device("cpu")))
-        runtime = Runtime(comm, PhaseClock(comm.mesh.device), get_recipe(trial.recipe), trial.recompute)
+        runtime = Runtime.create(comm, get_recipe(trial.recipe), config, trial.recompute)
         model = build_model(config, runtime, dtype=torch.float64)
         params = vivid_parameters(model)
         if trial.choice_bias is not None:

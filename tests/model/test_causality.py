@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
+from luffy.data.batch import TokenBatch
+from luffy.recipes import RECIPES
 from luffy.testing import random_sequences, run_ranks
 
 from .cases import DECODERS, Case, build, shrunk
@@ -22,11 +23,13 @@ LENGTH = 12
 
 @torch.no_grad()
 def states_when_tokens_change(rank: int, case: Case, changes: list[tuple[int, int] | None]) -> list[Any]:
-    """For each (sequence, place) whose token changes (None: none): the last states, [sequences, LENGTH, D]."""
+    """For each (sequence, place) whose token changes (None: none): the last states, [sequences, LENGTH, D].
+
+    Logits are a function of a token's own last state. Sequences may have moved, so states go by global token id.
+    """
     model, comm = build(case)
-    last: list[Tensor] = []
-    last_module = model.final_norm if model.final_norm is not None else model.blocks[-1]
-    last_module.register_forward_hook(lambda _, __, out: last.append(out if torch.is_tensor(out) else out.hidden))
+    last: list[TokenBatch] = []
+    model.blocks[-1].register_forward_hook(lambda _, __, batch: last.append(batch))
     results = []
     for change in changes:
         sequences = random_sequences(case.batch, case.config.vocab_size, seed=11, lengths="equal", longest=LENGTH)
@@ -37,13 +40,15 @@ def states_when_tokens_change(rank: int, case: Case, changes: list[tuple[int, in
         home = tuple(i % comm.mesh.world_size for i in range(case.batch))
         last.clear()
         model(place(Trial(sequences, home, padded=case.padded), comm))
-        gathered = comm.all_gather_world(last[0].unflatten(0, (-1, LENGTH)))  # [world, local, LENGTH, D]
-        results.append(gathered.transpose(0, 1).flatten(0, 1).numpy())
+        states = torch.zeros(case.batch * LENGTH, case.config.hidden_size, dtype=torch.float64)
+        states[last[0].layout.global_token] = last[0].hidden
+        results.append(comm.all_reduce(states).unflatten(0, (-1, LENGTH)).numpy())
     return results
 
 
-@pytest.mark.parametrize("capacity_factor", [None, 0.7])
-@pytest.mark.parametrize("recipe", ["vanilla", "vanilla_dedup"])
+@pytest.mark.parametrize(
+    ("recipe", "capacity_factor"), [("vanilla_dedup", None), *((recipe, 0.7) for recipe in RECIPES)]
+)
 @pytest.mark.parametrize("preset", DECODERS)
 def test_the_past_does_not_move(preset: str, recipe: str, capacity_factor: float | None) -> None:
     config = shrunk(preset, capacity_factor=capacity_factor, num_shared_experts=1)

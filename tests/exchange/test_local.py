@@ -1,0 +1,99 @@
+"""The local stages against loops that say the same thing slowly: copies, pairs by expert, weighted sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from luffy.exchange import copy_keys, pairs_by_expert, weighted_sum
+
+from .routes import expert_map, random_routing
+
+Routing = tuple[np.ndarray, int, int, int | None]
+
+
+@st.composite
+def routings(draw: Callable) -> Routing:
+    """Ids [T, K] with -1 among them, number of experts, EP size, seed of the experts' places."""
+    ep_size = draw(st.sampled_from([1, 2, 4]))
+    num_experts = ep_size * draw(st.integers(1, 3))
+    top_k = draw(st.integers(1, num_experts))
+    drop = draw(st.sampled_from([0.0, 0.3, 1.0]))
+    ids = random_routing(0, draw(st.integers(0, 7)), num_experts, top_k, draw(st.integers(0, 999)), drop)
+    return ids, num_experts, ep_size, draw(st.none() | st.integers(0, 99))
+
+
+@given(routings(), st.integers(0, 3), st.sampled_from(["pairs", "ranks"]))
+def test_copies_are_those_of_a_loop(routing: Routing, me: int, per: str) -> None:
+    """One copy a served choice, or one a (token, rank); own copies first, then by rank, then by token."""
+    ids, num_experts, ep_size, seed = routing
+    me %= ep_size
+    experts = expert_map(num_experts, ep_size, seed)
+    keys = copy_keys(torch.from_numpy(ids), experts, me, ep_size, per)
+    slots = experts.slot_of_expert.tolist()
+    expected = []
+    for token, choices in enumerate(ids.tolist()):
+        visited = set()
+        for k, expert in enumerate(choices):
+            rank = -1 if expert < 0 else slots[expert] // experts.num_local_experts
+            assert keys.rank[token, k] == rank
+            copy = rank >= 0 and (per == "pairs" or rank not in visited)
+            assert keys.is_copy[token, k] == copy
+            visited.add(rank)
+            if copy:
+                expected.append((rank != me, rank, token, k))
+    order = keys.keys.sort().values[: len(expected)] % max(ids.size, 1)
+    assert order.tolist() == [token * ids.shape[1] + k for _, _, token, k in sorted(expected)]
+
+
+@given(routings(), st.integers(0, 3))
+def test_pairs_are_those_of_a_loop(routing: Routing, me: int) -> None:
+    """For each expert of this rank in turn, the rows that chose it, in order."""
+    ids, num_experts, ep_size, seed = routing
+    me %= ep_size
+    experts = expert_map(num_experts, ep_size, seed)
+    slots = experts.slot_of_expert.tolist()
+    expected, counts = [], []
+    for place in range(me * experts.num_local_experts, (me + 1) * experts.num_local_experts):
+        rows = [(t, k) for (t, k), e in np.ndenumerate(ids) if e >= 0 and slots[e] == place]
+        expected += rows
+        counts.append(len(rows))
+    pairs = pairs_by_expert(torch.from_numpy(ids), experts, me, len(expected))
+    assert list(zip(pairs.row.tolist(), pairs.choice.tolist(), strict=True)) == expected
+    assert pairs.num_tokens_per_expert.tolist() == counts
+
+
+@given(routings(), st.integers(0, 99))
+def test_weighted_sum_is_that_of_a_loop(routing: Routing, seed: int) -> None:
+    """Values, and gradients of answers and weights; rows without an expert here get zeros."""
+    ids, num_experts, ep_size, places = routing
+    experts = expert_map(num_experts, ep_size, places)
+    num_pairs = int((experts.local_slot(torch.from_numpy(ids), 0) < experts.num_local_experts).sum())
+    pairs = pairs_by_expert(torch.from_numpy(ids), experts, 0, num_pairs)
+    generator = torch.Generator().manual_seed(seed)
+    answers = torch.randn(num_pairs, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(ids.shape, generator=generator, dtype=torch.float64, requires_grad=True)
+    total = weighted_sum(answers, weights, pairs, len(ids))
+    expected = torch.zeros(len(ids), 3, dtype=torch.float64)
+    upstream = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    to_answers, to_weights = torch.zeros_like(answers), torch.zeros_like(weights)
+    for p, (row, choice) in enumerate(zip(pairs.row.tolist(), pairs.choice.tolist(), strict=True)):
+        expected[row] += (weights[row, choice] * answers[p]).detach()
+        to_answers[p] += (weights[row, choice] * upstream[row]).detach()
+        to_weights[row, choice] += (answers[p] @ upstream[row]).detach()
+    torch.testing.assert_close(total, expected, rtol=1e-13, atol=1e-13)
+    got = torch.autograd.grad(total, (answers, weights), upstream)
+    torch.testing.assert_close(got, (to_answers, to_weights), rtol=1e-13, atol=1e-13)
+
+
+def test_weighted_sum_adds_bfloat16_answers_in_float32() -> None:
+    """256 + 1 is 256 in bfloat16: adding one by one would lose all but the first answer."""
+    ids = torch.arange(9)[None]  # one row, nine experts
+    answers = torch.tensor([[256.0]] + [[1.0]] * 8, dtype=torch.bfloat16)
+    pairs = pairs_by_expert(ids, expert_map(9, 1), 0, 9)
+    total = weighted_sum(answers, torch.ones(1, 9), pairs, 1)
+    assert total.dtype == torch.bfloat16 and total.item() == 264.0
