@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -136,6 +137,8 @@ def launch(work: Callable[..., Any], args: tuple[Any, ...], ranks: int, device: 
             elastic_launch(config, run_rank)(work, args)
         except ChildFailedError as error:
             _explain(Path(folder), error)
+        except SignalException as error:  # SIGTERM, say of a batch system; the ranks have been stopped
+            raise KeyboardInterrupt from error
         finally:
             with contextlib.suppress(KeyError):
                 del os.environ[_ERROR_FOLDER]

@@ -36,7 +36,9 @@ def test_a_rank_that_raises_is_reported_with_its_traceback() -> None:
 
 
 def dying(rank: int, others_wait: bool) -> None:
+    dist.barrier()
     if rank == 2:
+        time.sleep(0.5)  # the others have left the barrier, which still needs this rank's socket
         os._exit(9)
     if others_wait:
         time.sleep(60)

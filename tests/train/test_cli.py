@@ -119,6 +119,19 @@ def test_a_rank_that_dies_takes_the_job_down_with_its_cause(small, as_arguments)
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
 
+def test_being_stopped_is_one_line_and_leaves_no_rank_behind(small, as_arguments):
+    settings = small(ranks=2, steps=100000, checkpoint_every=0)
+    process = _start(settings, as_arguments)
+    _wait_for_step(settings["out"], 2, process)
+    ranks = _children(process.pid)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.strip().splitlines()[-1] == "luffy: error: stopped"
+    assert "Traceback" not in err
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+
+
 def test_it_joins_a_world_of_torchrun(small, as_arguments):
     settings = small(steps=2)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "luffy.train.cli"]
