@@ -1,7 +1,8 @@
 """The traffic meter: bytes that leave a rank, by direction and by link class.
 
 Every collective of the project reports here; nothing is estimated from shapes afterwards. A byte counts when it
-leaves its rank for another one; rows that stay are counted under the class "local" only, which no total includes.
+leaves its rank for another one. What a collective hands to its own rank falls into the class "local", which no total
+includes; rows that need not travel never enter a collective.
 
 An all-to-all or all-gather is counted as what each rank hands to each peer. An all-reduce of S bytes over n ranks
 is counted as the ring moves it: each rank passes 2 (n-1)/n S bytes to its successor, whatever algorithm the

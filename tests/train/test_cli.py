@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from luffy.errors import UserError
 from luffy.train.cli import main
+from luffy.train.launch import choose_device
 from luffy.train.metrics import read_metrics
 
 LUFFY = [sys.executable, "-m", "luffy.train.cli"]
@@ -155,3 +157,16 @@ def test_a_full_disk_keeps_the_last_checkpoint(small, as_arguments, tmp_path):
         assert not list(Path(settings["out"], "checkpoints").glob("*.tmp"))
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_nccl_with_more_ranks_than_gpus_is_refused_and_auto_shares_the_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(UserError, match=r"--backend nccl: 4 ranks but 2 GPUs; use --ranks 2"):
+        choose_device("cuda", "nccl", 4)
+    assert choose_device("auto", "auto", 4) == ("cuda", "gloo")
+    assert choose_device("auto", "auto", 2) == ("cuda", "nccl")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="--device cuda: torch sees no GPU"):
+        choose_device("cuda", "auto", 1)
+    assert choose_device("auto", "auto", 4) == ("cpu", "gloo")
