@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from luffy.config import ModelConfig
 from luffy.errors import UserError
 
 
@@ -68,3 +69,12 @@ def get_recipe(name: str) -> Recipe:
     if name not in RECIPES:
         raise UserError(f"--recipe {name!r} is unknown; choose one of {', '.join(RECIPES)}")
     return RECIPES[name]
+
+
+def check_recipe(recipe: Recipe, config: ModelConfig) -> None:
+    """Raise UserError where a recipe cannot train a model."""
+    if config.memory_length and recipe.placement != "stay":
+        raise UserError(
+            f"--memory-length cannot be combined with --recipe {recipe.name}: the states of a segment stay on the rank "
+            "that read it, and moving them would cost more than it saves; use --recipe vanilla_dedup"
+        )

@@ -79,8 +79,8 @@ def build_mesh(device: torch.device, ep_size: int | None = None, ranks_per_node:
     torchrun's LOCAL_WORLD_SIZE, or one node for all.
     """
     world_size, rank = dist.get_world_size(), dist.get_rank()
-    ep_size = ep_size or world_size
-    if world_size % ep_size:
+    ep_size = world_size if ep_size is None else ep_size
+    if ep_size < 1 or world_size % ep_size:
         raise UserError(f"--ep-size {ep_size} does not divide the {world_size} ranks")
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     ranks_per_node = ranks_per_node or local

@@ -21,8 +21,8 @@ from luffy.exchange.copies import Copies
 class Received:
     """What the experts of this rank get to see: own rows first, then by source rank.
 
-    rows: [R, D] of the stream. expert_ids: int64 [R, K], -1 for choices this copy does not serve.
-    weights: [R, K]. global_token: int64 [R], set where sequences may move.
+    rows: [R, D] of the stream. expert_ids: int64 [R, K], -1 for dropped choices; ids of experts elsewhere are among
+    them. weights: [R, K]. Where a copy is a pair, K is 1 here. global_token: int64 [R], set where sequences may move.
     """
 
     rows: Tensor
@@ -45,12 +45,11 @@ def dispatch(
 
     global_token: int64 [T], sent along where sequences may move. meanwhile: host work while the rows travel.
     """
-    ids = topk_expert_ids[copies.token]
-    if per == "pairs":
-        only = torch.arange(ids.shape[1], device=ids.device) == copies.slot[:, None]
-        ids = ids.masked_fill(~only, -1)
+    ids, weights = topk_expert_ids[copies.token], topk_weights[copies.token]  # [C, K]
+    if per == "pairs":  # such a copy serves one choice, and need not tell of the others: K becomes 1
+        ids, weights = (t.gather(1, copies.slot[:, None]) for t in (ids, weights))
     # Expert ids fit in 16 bits: 32,767 experts are more than anyone trains.
-    columns = [hidden[copies.token], ids.to(torch.int16), topk_weights[copies.token]]
+    columns = [hidden[copies.token], ids.to(torch.int16), weights]
     if global_token is not None:
         columns.append(global_token[copies.token].to(torch.int32))
     n = copies.num_local

@@ -114,8 +114,8 @@ class Attention(nn.Module):
         S, M = memory.shape[:2]
         x = x.unflatten(0, (S, -1))  # [S, L, D]
         context = torch.cat([memory.to(x.dtype), x], dim=1)  # [S, M+L, D]
-        qkv = self.qkv(context).unflatten(-1, (3, self.num_heads, self.head_size))
-        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(-3))  # [S, H, M+L, hd]
+        # Relative positions need no position ids.
+        q, k, v = (t.transpose(1, 2) for t in self._qkv(context, layout.positions))  # [S, H, M+L, hd]
         y = self._attend(q[:, :, M:], k, v, None)
         return self.out(y.transpose(1, 2).flatten(2)).flatten(0, 1)
 

@@ -42,7 +42,7 @@ from luffy.model.experts import GroupedExperts
 from luffy.model.layers import FeedForward
 from luffy.model.router import Router
 from luffy.plan.topology import Topology
-from luffy.recipes import Recipe
+from luffy.recipes import Recipe, check_recipe
 
 Predictor = Callable[[Tensor], CopyKeys]
 
@@ -62,7 +62,8 @@ class Runtime:
 
     @classmethod
     def create(cls, comm: Comm, recipe: Recipe, config: ModelConfig, recompute: bool = False) -> Runtime:
-        """The runtime of `recipe` for a model of `config`."""
+        """The runtime of `recipe` for a model of `config`; raises UserError where the two cannot go together."""
+        check_recipe(recipe, config)
         planner = None
         if recipe.placement != "stay":
             mesh = comm.mesh

@@ -1,16 +1,16 @@
 """The dense oracle: what the transformer computes, written as plainly as it can be said.
 
-Everything here runs in one process, in float64, one sequence at a time, with explicit matrices and loops,
-straight from the configuration and the papers. It shares nothing with the model but `ModelConfig` and the
-names of the parameters: no batching, no exchange, no permutation, no fused kernel. So when the distributed
-model agrees with it to ten digits, an error would have to be made twice, in two different ways.
+Everything here runs in one process, in float64, one sequence at a time, with explicit matrices and loops, straight
+from the configuration and the papers. It shares nothing with the model but `ModelConfig` and the names of the
+parameters: no batching, no exchange, no permutation, no fused kernel. So when the distributed model agrees with it to
+ten digits, an error would have to be made twice, in two different ways.
 
 * attention: Vaswani et al. (1706.03762); rotary 2104.09864; relative positions and memory 1901.02860
 * mixture of experts: "for each expert, the tokens that chose it"; balance loss 2101.03961; z-loss 2202.08906
 
-A *step* is a list of micro-batches, a micro-batch a list of sequences (objects with `tokens` and `labels`,
-NumPy arrays of one length), whichever rank may hold them: no function here knows of ranks. Parameters are
-a dict of full tensors; those of the E experts of a layer are stacked, [E, ...].
+A *step* is a list of micro-batches, a micro-batch a list of sequences (objects with `tokens` and `labels`, NumPy
+arrays of one length), whichever rank may hold them: no function here knows of ranks. Parameters are a dict of full
+tensors; those of the E experts of a layer are stacked, [E, ...].
 """
 
 from __future__ import annotations
@@ -94,8 +94,7 @@ def softmax(scores: Tensor) -> Tensor:
 def rotate(x: Tensor, base: float) -> Tensor:
     """Rotary positions for one head, [L, hd]: the pair (i, i + hd/2) of row p turns by p * base^(-2i/hd)."""
     length, size = x.shape
-    half = size // 2
-    turned = torch.empty_like(x)
+    half, turned = size // 2, torch.empty_like(x)
     for i in range(half):
         angle = torch.arange(length, dtype=torch.float64) * base ** (-2 * i / size)
         a, b = x[:, i], x[:, i + half]
@@ -149,11 +148,8 @@ def feed_forward(config: ModelConfig, params: Params, name: str, x: Tensor) -> T
 
 
 def expert(config: ModelConfig, params: Params, name: str, e: int, x: Tensor) -> Tensor:
-    inner = x @ params[name + ".w_in"][e]
-    if config.bias:
-        inner = inner + params[name + ".b_in"][e]
-    y = activate(config, inner) @ params[name + ".w_out"][e]
-    return y + params[name + ".b_out"][e] if config.bias else y
+    b_in, b_out = (params[name + bias][e] if config.bias else 0 for bias in (".b_in", ".b_out"))
+    return activate(config, x @ params[name + ".w_in"][e] + b_in) @ params[name + ".w_out"][e] + b_out
 
 
 def mixture(config: ModelConfig, params: Params, name: str, x: Tensor, seen: LayerChoices) -> Tensor:

@@ -6,6 +6,7 @@ much in one launch.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing as mp
 import os
 import queue
@@ -54,8 +55,13 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_secon
             context.Process(target=_child, args=(fn, r, world_size, store, args, results), daemon=True)
             for r in range(world_size)
         ]
+        # What the parent no longer uses must not be destroyed in a child: a destructor that joins a thread (a store's
+        # daemon, say) would wait for ever, since a fork takes no threads along.
+        gc.collect()
+        gc.freeze()
         for child in children:
             child.start()
+        gc.unfreeze()
         answers: dict[int, Any] = {}
         deadline = time.monotonic() + timeout_seconds
         try:
@@ -71,6 +77,11 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_secon
                         raise RankFailedError(f"no answer from ranks {missing}") from None
                     continue
                 if not ok:
+                    # A rank that was lost says nothing, but its peers complain of it: look for it first.
+                    time.sleep(0.5)
+                    silent = [r for r, c in enumerate(children) if c.exitcode not in (None, 0)]
+                    if silent:
+                        raise RankFailedError(f"rank {silent[0]} died without a word; rank {rank} then:\n{value}")
                     raise RankFailedError(f"rank {rank} failed:\n{value}")
                 answers[rank] = value
         finally:

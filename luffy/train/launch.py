@@ -6,8 +6,8 @@ seconds, and the cause is printed, whichever of them noticed first.
 
 from __future__ import annotations
 
-import contextlib
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -29,7 +29,6 @@ from luffy.errors import UserError
 
 # What a collective says when the fault is another rank's.
 _LOST_PEER = ("Connection reset", "Connection closed", "Broken pipe", "closed by peer", "Connection refused")
-_ERROR_FOLDER = "LUFFY_ERROR_FOLDER"  # set by this module for its own children only
 
 
 def under_torchrun() -> bool:
@@ -77,12 +76,14 @@ def join_world(
     return build_mesh(where, ep_size, ranks_per_node)
 
 
-def run_rank(work: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """Run `work(*args)` as one rank; a UserError leaves its line for the launcher (or prints it) and exits 2."""
+def run_rank(work: Callable[..., Any], args: tuple[Any, ...], folder: str | None = None) -> None:
+    """Run `work(*args)` as one rank. `folder` is where its launcher looks for the words of a failure.
+
+    A UserError leaves its line there, or is printed where torchrun is the launcher, and the rank exits with status 2.
+    """
     try:
         work(*args)
     except UserError as error:
-        folder = os.environ.get(_ERROR_FOLDER)
         rank = os.environ.get("RANK", "0")
         if folder:
             Path(folder, f"user-{rank}").write_text(str(error), encoding="utf-8")
@@ -90,7 +91,6 @@ def run_rank(work: Callable[..., Any], args: tuple[Any, ...]) -> None:
             print(f"luffy: error: {error}", file=sys.stderr, flush=True)
         _leave(2)
     except BaseException:
-        folder = os.environ.get(_ERROR_FOLDER)
         if folder:
             text, rank = traceback.format_exc(), os.environ.get("RANK", "0")
             Path(folder, f"crash-{rank}").write_text(text, encoding="utf-8")
@@ -110,7 +110,7 @@ def _leave(status: int) -> None:
     os._exit(status)
 
 
-def launch(work: Callable[..., Any], args: tuple[Any, ...], ranks: int, device: str) -> None:
+def launch(work: Callable[..., Any], args: tuple[Any, ...], ranks: int) -> None:
     """Start `ranks` local ranks, each running `work(*args)`; or run it here when torchrun already started us.
 
     Raises UserError with the line of the first rank that had one, RuntimeError with the first traceback otherwise.
@@ -120,7 +120,7 @@ def launch(work: Callable[..., Any], args: tuple[Any, ...], ranks: int, device: 
         return
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="luffy-") as folder:
-        os.environ[_ERROR_FOLDER] = folder
+        multiprocessing.set_forkserver_preload(["luffy.train.trainer"])
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -130,18 +130,16 @@ def launch(work: Callable[..., Any], args: tuple[Any, ...], ranks: int, device: 
             run_id=f"luffy-{os.getpid()}",
             max_restarts=0,
             monitor_interval=0.1,
-            # A forked rank need not import torch again; a GPU's driver does not survive a fork.
-            start_method="spawn" if device == "cuda" else "fork",
+            # Ranks are forked from a fresh server that has imported torch once and has neither threads nor a GPU: quick
+            # as a fork, and as safe as a spawn. (A fork of this process inherits stores whose threads it lacks.)
+            start_method="forkserver",
         )
         try:
-            elastic_launch(config, run_rank)(work, args)
+            elastic_launch(config, run_rank)(work, args, folder)
         except ChildFailedError as error:
             _explain(Path(folder), error)
         except SignalException as error:  # SIGTERM, say of a batch system; the ranks have been stopped
             raise KeyboardInterrupt from error
-        finally:
-            with contextlib.suppress(KeyError):
-                del os.environ[_ERROR_FOLDER]
 
 
 def _explain(folder: Path, error: ChildFailedError) -> None:

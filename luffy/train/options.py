@@ -10,7 +10,7 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
 
 from luffy.config import DTYPES, ModelConfig, _one_of, _require, model_preset
-from luffy.recipes import Recipe, get_recipe
+from luffy.recipes import Recipe, check_recipe, get_recipe
 
 
 def option(default: Any, help: str, group: str) -> Any:
@@ -78,8 +78,8 @@ class TrainOptions:
     max_sequence_length: int | None = option(None, "Longest sequence the model can take.", "Model")
     memory_length: int | None = option(
         None,
-        "Segment recurrence (moe-transformer-xl): states kept of the previous segment. They stay on the rank "
-        "that read the segment, so it needs --sequence-mode streams and a recipe that moves no sequence.",
+        "Segment recurrence (moe-transformer-xl): states kept of the previous segment, zeros at first. They stay on "
+        "the rank that read the segment, so it needs --sequence-mode streams and a recipe that moves no sequence.",
         "Model",
     )
     router_score: str | None = option(None, "softmax or sigmoid.", "Model")
@@ -111,12 +111,7 @@ class TrainOptions:
         )
         if config.memory_length:
             _require(self.sequence_mode == "streams", "--memory-length needs --sequence-mode streams")
-            _require(
-                recipe.placement == "stay",
-                f"--memory-length cannot be combined with --recipe {self.recipe}: the states of a segment stay on "
-                "the rank that read it, and moving them with their sequence would cost more than it saves; "
-                "use --recipe vanilla_dedup",
-            )
+        check_recipe(recipe, config)
 
     def get_recipe(self) -> Recipe:
         return get_recipe(self.recipe)
@@ -145,8 +140,10 @@ class TrainOptions:
 
     def check_world(self, world_size: int) -> None:
         """What can only be checked once the number of ranks is known."""
-        ep_size = self.ep_size or world_size
-        _require(world_size % ep_size == 0, f"--ep-size {ep_size} does not divide the {world_size} ranks")
+        ep_size = world_size if self.ep_size is None else self.ep_size
+        _require(
+            ep_size >= 1 and world_size % ep_size == 0, f"--ep-size {ep_size} does not divide the {world_size} ranks"
+        )
         self.model_config().check_ranks(ep_size)
         share = world_size * self.accumulate
         _require(

@@ -18,13 +18,13 @@ from luffy.train.options import TrainOptions
 def start(options: TrainOptions) -> None:
     """Run `luffy train`. Raises UserError before any rank starts for whatever can be seen by then."""
     if under_torchrun():
-        launch(_rank, (options,), 0, options.device)
+        launch(_rank, (options,), 0)
         return
-    device, _ = choose_device(options.device, options.backend, options.ranks)
+    choose_device(options.device, options.backend, options.ranks)
     options.check_world(options.ranks)
     list_source_files(options.data)
     _check_out(options)
-    launch(_rank, (options,), options.ranks, device)
+    launch(_rank, (options,), options.ranks)
 
 
 def _check_out(options: TrainOptions) -> None:

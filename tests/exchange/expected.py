@@ -57,10 +57,11 @@ class ExpectedTraffic:
 
     def token(self, home: int, targets: list[int], top_k: int, size: Size) -> None:
         """One token to the ranks of its experts and back; `targets` has one entry an expert."""
+        choices = 1 if size.per == "pairs" else top_k  # what a row tells of: its own choice, or all of the token's
         for target in targets if size.per == "pairs" else sorted(set(targets)):
             self.send("dispatch", home, target, size.row)
-            self.send("control", home, target, top_k * (2 + size.weight))  # 16-bit ids, weights
+            self.send("control", home, target, choices * (2 + size.weight))  # 16-bit ids, weights
             self.send("combine", target, home, size.row)
             self.send("combine_backward", home, target, size.row)
             self.send("dispatch_backward", target, home, size.row)
-            self.send("control", target, home, top_k * size.weight)  # gradients of the weights
+            self.send("control", target, home, choices * size.weight)  # gradients of the weights

@@ -80,11 +80,13 @@ def _wait_for_step(out, step, process):
 
 
 def _children(pid):
-    path = Path(f"/proc/{pid}/task/{pid}/children")
-    found = []
-    for task in path.parent.parent.iterdir():
-        found += [int(c) for c in (task / "children").read_text().split()]
-    return found
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+
+
+def _ranks(pid):
+    """The rank processes of a launcher: they are forked from its fork server."""
+    return sorted(grandchild for child in _children(pid) for grandchild in _children(child))
 
 
 def test_killed_and_resumed_equals_never_killed(small, as_arguments, tmp_path):
@@ -111,7 +113,8 @@ def test_a_rank_that_dies_takes_the_job_down_with_its_cause(small, as_arguments)
     settings = small(ranks=2, steps=100000, checkpoint_every=0)
     process = _start(settings, as_arguments)
     _wait_for_step(settings["out"], 2, process)
-    ranks = sorted(_children(process.pid))
+    ranks = _ranks(process.pid)
+    assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
     begin = time.monotonic()
     _, err = process.communicate(timeout=60)
@@ -125,7 +128,7 @@ def test_being_stopped_is_one_line_and_leaves_no_rank_behind(small, as_arguments
     settings = small(ranks=2, steps=100000, checkpoint_every=0)
     process = _start(settings, as_arguments)
     _wait_for_step(settings["out"], 2, process)
-    ranks = _children(process.pid)
+    ranks = _ranks(process.pid)
     process.terminate()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
