@@ -139,4 +139,5 @@ def test_the_summary_and_the_record_agree(small):
     records = read_metrics(Path(settings["out"], "metrics.jsonl"))
     assert all(r["bytes"]["dispatch"] == r["bytes"]["dispatch_backward"] > 0 for r in records)
     assert all(r["bytes"]["combine"] == r["bytes"]["dispatch"] for r in records)  # sequences stay
-    assert all(0 < sum(r["seconds_split"].values()) <= r["seconds"] * 1.05 for r in records)
+    # The split is a mean over ranks and `seconds` is the first rank's: on a busy machine neither bounds the other.
+    assert all(min(r["seconds_split"].values()) >= 0 < sum(r["seconds_split"].values()) for r in records)
