@@ -37,6 +37,9 @@ class RouterConfig:
     `normalize_topk`: the k chosen weights are rescaled to sum to one.
     `balance_loss`: weight of E * sum_e f_e P_e (Switch, arXiv 2101.03961), f and P over *all* tokens of a step.
     `z_loss`: weight of mean(logsumexp(logits)^2) (ST-MoE, arXiv 2202.08906).
+    `locality_loss`: weight of sum_s (L_s / T) H(p_s) - H(p), with p_s the mean probabilities of sequence s (L_s of T
+    tokens) and p the mean of all: minus the mutual information of sequence and expert. It asks that a sequence be
+    served by few experts while all experts stay in use, which is what sequence migration lives on.
     `bias_update_rate`: > 0 turns on the loss-free balancing bias (arXiv 2408.15664), added for the choice only.
     `capacity_factor`: None is dropless; else an expert takes at most ceil(factor * length * k / E) tokens of each
     sequence, earlier tokens first. Capacity is per sequence, so what is dropped depends neither on the rank that
@@ -49,6 +52,7 @@ class RouterConfig:
     normalize_topk: bool = True
     balance_loss: float = 0.01
     z_loss: float = 0.001
+    locality_loss: float = 0.0
     bias_update_rate: float = 0.0
     capacity_factor: float | None = None
 
@@ -62,6 +66,7 @@ class RouterConfig:
         for option, value in (
             ("--balance-loss", self.balance_loss),
             ("--z-loss", self.z_loss),
+            ("--locality-loss", self.locality_loss),
             ("--bias-update-rate", self.bias_update_rate),
         ):
             _require(value >= 0, f"{option} {value} must not be negative")

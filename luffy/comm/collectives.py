@@ -58,6 +58,32 @@ class Comm:
         """[n...] on each rank -> [ep_size, n...] on all ranks of the EP group. Shapes must agree."""
         return self._all_gather(tensor, self.mesh.ep_group, self.mesh.ep_ranks)
 
+    def start_all_gather_ep(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Begin to gather a host tensor [n...] of every rank of the EP group; the call it returns waits for it.
+
+        Waiting does not wait for other work of the device, so that a few bytes can be compared while it computes.
+        """
+        mesh = self.mesh
+        if mesh.ep_size == 1:
+            return lambda: tensor.unsqueeze(0)
+        self.meter.all_gather("control", mesh.ep_ranks, tensor.nbytes)
+        on_device = dist.get_backend(mesh.ep_group) == "nccl"
+        flat = (tensor.to(mesh.device) if on_device else tensor).flatten()
+        out = flat.new_empty(mesh.ep_size * flat.numel())
+        work = _all_gather_flat(out, flat, group=mesh.ep_group, async_op=True)
+
+        def finish() -> Tensor:
+            if on_device:
+                with torch.cuda.stream(torch.cuda.Stream(mesh.device)):
+                    work.wait()
+                    host = out.cpu()
+            else:
+                work.wait()
+                host = out
+            return host.reshape(mesh.ep_size, *tensor.shape)
+
+        return finish
+
     def _all_gather(self, tensor: Tensor, group: dist.ProcessGroup, ranks: Sequence[int]) -> Tensor:
         if len(ranks) == 1:
             return tensor.unsqueeze(0)

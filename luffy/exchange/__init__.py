@@ -9,6 +9,7 @@ from luffy.exchange.migrate import (
     carries_residual,
     combine_at_new_home,
     counts_per_sequence,
+    rows_at_favourite,
     transfer,
 )
 from luffy.exchange.permute import Pairs, pairs_by_expert, weighted_sum
@@ -31,6 +32,7 @@ __all__ = [
     "dispatch",
     "exchange_counts",
     "pairs_by_expert",
+    "rows_at_favourite",
     "transfer",
     "weighted_sum",
 ]

@@ -1,14 +1,15 @@
 """Planning a layer's migration: the same plan on every rank, from the same counts, without a controller.
 
 Each rank gathers the counts anyway (they hold the split sizes); each then runs the same pure planner in integers while
-its rows are under way. A digest of the plan is compared before anything is sent by it, in the shadow of dispatch: ranks
-that disagree (a bug, memory corruption, unlike library versions) stop with an error instead of hanging in a collective
-whose sizes do not match.
+its rows are under way. A digest of the plan is gathered while the experts run and compared before anything is sent by
+the plan: ranks that disagree (a bug, memory corruption, unlike library versions) stop with an error instead of hanging
+in a collective whose sizes do not match.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -28,19 +29,20 @@ from luffy.plan.topology import Topology
 class PlanTally:
     """What planning came to since it was last taken: counted by each rank, plans being the same on all.
 
-    tokens_max_over_mean: the fullest rank of any plan, in tokens over the mean.
+    seconds: making plans. wait_seconds: comparing them. tokens_max_over_mean: the fullest rank of any plan, in tokens over the mean.
     """
 
     plans: int = 0
     sequences: int = 0
     moved: int = 0
     seconds: float = 0.0
+    wait_seconds: float = 0.0
     tokens_max_over_mean: float = 1.0
 
     def take(self) -> PlanTally:
         out = replace(self)
         self.plans = self.sequences = self.moved = 0
-        self.seconds, self.tokens_max_over_mean = 0.0, 1.0
+        self.seconds, self.wait_seconds, self.tokens_max_over_mean = 0.0, 0.0, 1.0
         return out
 
 
@@ -56,6 +58,7 @@ class Planner:
     topology: Topology
     hidden_size: int
     tally: PlanTally = field(default_factory=PlanTally)
+    _digests: Callable[[], torch.Tensor] | None = None
 
     def plan(
         self,
@@ -67,10 +70,9 @@ class Planner:
         row_num_bytes: int,
         padded: bool,
     ) -> Migration | None:
-        """Where each sequence is rebuilt; None where nobody moves.
+        """Where each sequence is rebuilt; None where nobody moves. Call `confirm` before acting on it.
 
         counts, next_counts: int64 [S, N]. orphans: int64 [S], whose residual travels if its sequence does.
-        Raises RankMismatchError naming the layer and the ranks that planned differently.
         """
         begin = time.perf_counter()
         table = layout.table
@@ -89,7 +91,7 @@ class Planner:
         )
         options = {"seed": layer} if self.strategy == "random" else {}
         plan = plan_placement(self.strategy, problem, **options)
-        self._agree(layer, plan.digest())
+        self._digests = self.comm.start_all_gather_ep(torch.tensor([plan.digest()], dtype=torch.int64))
         self.tally.plans += 1
         self.tally.sequences += len(orphans)
         self.tally.moved += plan.num_moved
@@ -102,9 +104,15 @@ class Planner:
         new = Layout(table.moved(plan.new_home), self.comm.mesh.ep_rank, layout.device)
         return Migration(layout, new, counts, orphans)
 
-    def _agree(self, layer: int, digest: int) -> None:
-        mine = torch.tensor([digest], dtype=torch.int64, device=self.comm.mesh.device)
-        digests = self.comm.all_gather_ep(mine).flatten().tolist()
+    def confirm(self, layer: int) -> None:
+        """Wait until all ranks have planned; RankMismatchError names the layer and the ranks that planned differently.
+
+        The wait is tallied by itself: it is for the slowest rank, for which the combine would have waited instead.
+        """
+        assert self._digests is not None, "confirm follows plan"
+        begin = time.perf_counter()
+        digests, self._digests = self._digests().flatten().tolist(), None
+        self.tally.wait_seconds += time.perf_counter() - begin
         if len(set(digests)) > 1:
             common = max(set(digests), key=lambda d: (digests.count(d), -digests.index(d)))
             odd = [r for r, d in enumerate(digests) if d != common]

@@ -2,10 +2,12 @@
 
 balance = E * sum_e f_e P_e (Switch, arXiv 2101.03961): f_e the share of choices that fell on expert e (a count, no
 gradient), P_e the mean probability. z = mean of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906).
+locality = sum_s (L_s / T) H(p_s) - H(p), minus the mutual information of sequence and expert (see RouterConfig).
 
 The sum over ranks of what each rank returns is the global loss: every rank multiplies its *local* probability sums,
 which carry gradient, by the *global* shares, which do not. So the gradient is exactly that of the global loss, and
-summing gradients over ranks, as for the token loss, completes it.
+summing gradients over ranks, as for the token loss, completes it. For -H(p) = sum_e p_e log p_e the factor is log p_e:
+the derivative's other part, 1, meets probabilities that sum to a constant and vanishes.
 """
 
 from __future__ import annotations
@@ -17,15 +19,17 @@ from torch import Tensor
 
 from luffy.comm import Comm
 from luffy.config import RouterConfig
-from luffy.model.router import RouterStats
+from luffy.model.router import RouterStats, entropy_of_sums
 
 
 @dataclass(frozen=True)
 class AuxLoss:
-    """`local`: this rank's part of balance_loss * balance + z_loss * z, summed over layers ([], gradient).
+    """`local`: this rank's part of the weighted losses, summed over layers ([], gradient).
 
     For the metrics, without gradient and global: `balance` [] (mean over layers, unweighted; 1 when all experts are
     used evenly), `z` [layers], `load` [layers, E] (share of choices), `dropped` [] (share of choices).
+    `sequence_entropy`, `expert_entropy` [layers]: mean H(p_s) and H(p) in nats. `favourite_share` [layers]: of a
+    sequence's rows, the share at the rank that holds most of them, mean over rows.
     """
 
     local: Tensor
@@ -33,6 +37,9 @@ class AuxLoss:
     z: Tensor
     load: Tensor
     dropped: Tensor
+    sequence_entropy: Tensor
+    expert_entropy: Tensor
+    favourite_share: Tensor
 
 
 def auxiliary_loss(stats: tuple[RouterStats, ...], config: RouterConfig, comm: Comm, num_tokens: int) -> AuxLoss | None:
@@ -42,17 +49,26 @@ def auxiliary_loss(stats: tuple[RouterStats, ...], config: RouterConfig, comm: C
     E, T = config.num_experts, max(num_tokens, 1)
     probability = torch.stack([s.probability_sum for s in stats])  # [layers, E], local
     z_local = torch.stack([s.z_sum for s in stats])  # [layers], local
-    parts = [torch.stack([s.assigned for s in stats]), probability, z_local[:, None]]
-    parts.append(torch.stack([s.dropped for s in stats])[:, None])
+    entropy_local = torch.stack([s.sequence_entropy for s in stats])  # [layers], local
+    parts = [torch.stack([s.assigned for s in stats]), probability, z_local[:, None], entropy_local[:, None]]
+    parts += [torch.stack([s.dropped for s in stats])[:, None], torch.stack([s.rows for s in stats])]
     totals = comm.all_reduce(torch.cat([p.detach() for p in parts], dim=1))
-    assigned, probability_total, z_total, dropped = totals.split([E, E, 1, 1], dim=1)
+    assigned, probability_total, z_total, entropy, dropped, rows = totals.split([E, E, 1, 1, 1, 2], dim=1)
     load = assigned / (T * config.top_k)  # [layers, E]
     balance_local = E * (load * probability).sum() / T
     local = config.balance_loss * balance_local + config.z_loss * z_local.sum() / T
+    mean_probability = probability_total / T
+    if config.locality_loss > 0:
+        log_probability = mean_probability.clamp_min(torch.finfo(mean_probability.dtype).tiny).log()
+        locality_local = (entropy_local.sum() + (log_probability * probability).sum()) / T
+        local = local + config.locality_loss * locality_local
     return AuxLoss(
         local=local,
         balance=E * (load * probability_total).sum(1).mean() / T,
         z=z_total.flatten() / T,
         load=load,
         dropped=dropped.mean() / (T * config.top_k),
+        sequence_entropy=entropy.flatten() / T,
+        expert_entropy=entropy_of_sums(mean_probability),
+        favourite_share=rows[:, 1] / rows[:, 0].clamp_min(1),
     )

@@ -35,6 +35,7 @@ from luffy.exchange import (
     dispatch,
     exchange_counts,
     pairs_by_expert,
+    rows_at_favourite,
     weighted_sum,
 )
 from luffy.exchange.copies import CopyKeys
@@ -108,6 +109,7 @@ class MoELayer(nn.Module):
 
         hidden = boundary(hidden, rt.clock, "other", "exchange")
         keys = copy_keys(ids, experts, mesh.ep_rank, mesh.ep_size, rt.recipe.copies)
+        stats = replace(stats, rows=rows_at_favourite(keys, layout, mesh.ep_size).to(stats.rows.dtype))
         wanted = self._what_planners_ask(keys, batch, predict_next)
         copies, gathered = exchange_counts(keys, ids, rt.comm, wanted)
         migrations: list[Migration | None] = [None]
@@ -123,6 +125,8 @@ class MoELayer(nn.Module):
         migration = migrations[0]
         rows = boundary(received.rows, rt.clock, "exchange", "experts")
         partial = self._run_experts(replace(received, rows=rows), copies.num_pairs, norm)
+        if rt.planner is not None:
+            rt.planner.confirm(self.layer)
         if migration is not None:
             partial = self._add_residual(partial, replace(received, rows=rows), migration, norm)
         partial = boundary(partial, rt.clock, "experts", "exchange")

@@ -34,13 +34,17 @@ class RouterStats:
     """Local sums of one layer over this rank's tokens; those that carry gradient are marked.
 
     probability_sum [E] (gradient): normalised scores. assigned [E]: choices. z_sum [] (gradient): sum of
-    logsumexp^2. dropped []: choices beyond capacity.
+    logsumexp^2. sequence_entropy [] (gradient): sum over sequences of length * H(mean probabilities), in nats.
+    dropped []: choices beyond capacity. rows [2]: copies of this rank's tokens, and those of them that go to their
+    sequence's favourite rank (filled in by the layer, which knows where experts live).
     """
 
     probability_sum: Tensor
     assigned: Tensor
     z_sum: Tensor
+    sequence_entropy: Tensor
     dropped: Tensor
+    rows: Tensor
 
 
 class Router(nn.Module):
@@ -74,8 +78,28 @@ class Router(nn.Module):
             keep = within_capacity(ids, layout, E, cfg.capacity_factor)
             dropped = (~keep).sum().to(scores.dtype)
             ids, weights = ids.masked_fill(~keep, -1), weights * keep
-        stats = RouterStats(probabilities.sum(0), assigned, logits.logsumexp(-1).square().sum(), dropped)
+        by_sequence = sequence_sums(probabilities, layout)  # [S, E]
+        stats = RouterStats(
+            probability_sum=by_sequence.sum(0),
+            assigned=assigned,
+            z_sum=logits.logsumexp(-1).square().sum(),
+            sequence_entropy=entropy_of_sums(by_sequence).sum(),
+            dropped=dropped,
+            rows=scores.new_zeros(2),
+        )
         return Routing(ids, weights), stats
+
+
+def sequence_sums(probabilities: Tensor, layout: Layout) -> Tensor:
+    """Sum over each local sequence's tokens: [T, E] -> [S_local, E]."""
+    sums = probabilities.new_zeros(layout.num_sequences, probabilities.shape[1])
+    return sums.index_add(0, layout.sequence_of_token, probabilities)
+
+
+def entropy_of_sums(sums: Tensor) -> Tensor:
+    """n * H(sums / n) in nats, n being the sum over the last axis: [.., E] -> [..]; 0 where n is 0."""
+    total = sums.sum(-1)
+    return torch.xlogy(total, total) - torch.xlogy(sums, sums).sum(-1)
 
 
 def within_capacity(ids: Tensor, layout: Layout, num_experts: int, factor: float) -> Tensor:

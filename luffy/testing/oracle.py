@@ -49,14 +49,15 @@ class LayerChoices:
 class OracleOutput:
     """`loss`: this micro-batch's part of the step's loss. `token_loss`: its cross-entropy part alone.
 
-    `logits`: [length, V] a sequence. `layers`: what each MoE layer chose. `balance`, `z`: a number for each
-    MoE layer. `memory`: for the next segment.
+    `logits`: [length, V] a sequence. `layers`: what each MoE layer chose. `balance`, `z`, `locality`: a number for
+    each MoE layer. `memory`: for the next segment.
     """
 
     loss: Tensor
     token_loss: Tensor
     balance: list[Tensor]
     z: list[Tensor]
+    locality: list[Tensor]
     logits: list[Tensor]
     layers: list[LayerChoices]
     memory: Memory
@@ -202,6 +203,10 @@ def block(config: ModelConfig, params: Params, layer: int, x: Tensor, memory: Te
     return x + second(norm(config, params, name + ".ffn_norm", x))
 
 
+def entropy(p: Tensor) -> Tensor:
+    return -(p * p.log()).sum()
+
+
 def head(config: ModelConfig, params: Params, x: Tensor) -> Tensor:
     """[L, D] -> logits [L, V]; an encoder transforms first, as BERT's masked-language-model head does."""
     if config.norm_placement == "pre":
@@ -240,11 +245,15 @@ def forward(
         for t in (sequence.labels != IGNORED).nonzero()[0]:
             token_loss = token_loss - log_probability[t, sequence.labels[t]] / labels
 
-    balance, z_loss, num_tokens = [], [], sum(len(s.tokens) for s in sequences)
+    balance, z_loss, locality, num_tokens = [], [], [], sum(len(s.tokens) for s in sequences)
     for seen in layers:
         share = torch.cat(seen.chosen).double().mean(0) / config.router.top_k
         balance.append(config.router.num_experts * (share * torch.cat(seen.probabilities).mean(0)).sum())
         z_loss.append(torch.cat(seen.logsumexp).pow(2).mean())
+        of_sequences = sum(len(p) / num_tokens * entropy(p.mean(0)) for p in seen.probabilities if len(p))
+        locality.append(of_sequences - entropy(torch.cat(seen.probabilities).mean(0)))
     auxiliary = config.router.balance_loss * sum(balance) + config.router.z_loss * sum(z_loss)
+    if config.router.locality_loss:
+        auxiliary = auxiliary + config.router.locality_loss * sum(locality)
     loss = token_loss + auxiliary * num_tokens / tokens
-    return OracleOutput(loss, token_loss, balance, z_loss, logits, layers, new_memory)
+    return OracleOutput(loss, token_loss, balance, z_loss, locality, logits, layers, new_memory)

@@ -86,6 +86,9 @@ class TrainOptions:
     normalize_topk: bool | None = option(None, "Chosen weights sum to one.", "Model")
     balance_loss: float | None = option(None, "Weight of the load-balance loss.", "Model")
     z_loss: float | None = option(None, "Weight of the router z-loss.", "Model")
+    locality_loss: float | None = option(
+        None, "Weight of the loss that gives a sequence few experts, all staying in use; 0 is off, try 0.02.", "Model"
+    )
     bias_update_rate: float | None = option(None, "Loss-free balancing; 0 is off.", "Model")
     capacity_factor: float | None = option(None, "Drop choices beyond capacity (default: dropless).", "Model")
 
@@ -134,6 +137,7 @@ class TrainOptions:
             normalize_topk=self.normalize_topk,
             balance_loss=self.balance_loss,
             z_loss=self.z_loss,
+            locality_loss=self.locality_loss,
             bias_update_rate=self.bias_update_rate,
             capacity_factor=self.capacity_factor,
         )

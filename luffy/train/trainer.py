@@ -172,7 +172,12 @@ class Trainer:
         tally = planner.tally.take()
         share = tally.moved / max(1, tally.sequences)
         return {
-            "plan": {"moved_share": share, "seconds": tally.seconds, "exposed_seconds": exposed},
+            "plan": {
+                "moved_share": share,
+                "seconds": tally.seconds,
+                "exposed_seconds": exposed,
+                "wait_seconds": tally.wait_seconds,
+            },
             "tokens_max_over_mean": tally.tokens_max_over_mean,
         }
 
@@ -201,8 +206,14 @@ class Trainer:
                 "balance": float(aux.balance),
                 "router_z": float(aux.z.mean()),
                 "dropped": float(aux.dropped),
+                "locality": {
+                    "sequence_entropy": float(aux.sequence_entropy.mean()),
+                    "expert_entropy": float(aux.expert_entropy.mean()),
+                    "favourite_rank_share": float(aux.favourite_share.mean()),
+                },
             }
             if (self.step + 1) % LOAD_EVERY == 0 or self.step + 1 == self.options.steps:
+                record["favourite_rank_share"] = [round(x, 5) for x in aux.favourite_share.tolist()]
                 record["expert_load"] = [[round(x, 5) for x in row] for row in aux.load.tolist()]
         return record
 

@@ -37,7 +37,7 @@ TOLERANCE = 1e-10  # of the largest element of a tensor; summation order alone m
 
 
 def shrunk(preset: str, **changes: Any) -> ModelConfig:
-    """`preset` small enough to meet the oracle: the balance and z losses weigh enough to be felt."""
+    """`preset` small enough to meet the oracle: the auxiliary losses weigh enough to be felt."""
     small = {
         "vocab_size": 97,
         "num_layers": 2,
@@ -50,6 +50,7 @@ def shrunk(preset: str, **changes: Any) -> ModelConfig:
         "top_k": 2,
         "balance_loss": 0.05,
         "z_loss": 0.01,
+        "locality_loss": 0.03,
     }
     return model_preset(preset).override(**(small | changes))
 

@@ -80,13 +80,13 @@ def test_more_experts_than_tokens(preset: str) -> None:
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_auxiliary_losses_reach_the_gradient(score: str) -> None:
     """With one label, then none, what is left of the loss is the auxiliaries, and routers feel them."""
-    config = shrunk("moe-gpt2-tiny", balance_loss=1.0, z_loss=0.1, score=score)
+    config = shrunk("moe-gpt2-tiny", balance_loss=1.0, z_loss=0.1, locality_loss=0.2, score=score)
     sequences = random_sequences(4, config.vocab_size, seed=8)
     one = [without_labels(s, keep=int(i == 2)) for i, s in enumerate(sequences)]
     none = [without_labels(s) for s in sequences]
     trials = [Trial(data, home) for data in (one, none) for home in ((0, 1, 2, 3), (3, 3, 0, 0), (1, 1, 1, 1))]
     steps = assert_all_exact(config, 4, trials)
-    silent = config.override(balance_loss=0.0, z_loss=0.0)
+    silent = config.override(balance_loss=0.0, z_loss=0.0, locality_loss=0.0)
     quiet = assert_all_exact(silent, 2, [Trial(one, (0, 1, 0, 1)), Trial(none, (0, 1, 0, 1))])
     for layer in range(config.num_layers):
         router = f"blocks.{layer}.moe.router.weight"
@@ -94,9 +94,13 @@ def test_auxiliary_losses_reach_the_gradient(score: str) -> None:
         assert steps[-1].gradients[router].any() and not quiet[1].gradients[router].any()
 
 
-@pytest.mark.parametrize("weight", ["balance_loss", "z_loss"])
+@pytest.mark.parametrize("weight", ["balance_loss", "z_loss", "locality_loss"])
 def test_each_auxiliary_loss_alone(weight: str) -> None:
-    config = shrunk("moe-bert-large-tiny", **({"balance_loss": 0.0, "z_loss": 0.0} | {weight: 0.5}))
+    config = shrunk(
+        "moe-bert-large-tiny", **({"balance_loss": 0.0, "z_loss": 0.0, "locality_loss": 0.0} | {weight: 0.5})
+    )
     sequences = [without_labels(s) for s in random_sequences(4, config.vocab_size, seed=9)]
     (step,) = assert_all_exact(config, 2, [Trial(sequences, (0, 1, 1, 1))])
-    assert step.loss > 0 and step.gradients["blocks.0.moe.router.weight"].any()
+    # Locality is minus a mutual information: never above zero.
+    assert step.loss < 0 if weight == "locality_loss" else step.loss > 0
+    assert step.gradients["blocks.0.moe.router.weight"].any()
