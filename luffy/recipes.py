@@ -8,6 +8,7 @@ There is one MoE layer; a recipe says what it does on each axis:
 * `placement`: where a sequence lives after the layer ("stay": where it came from; else a strategy of
   `luffy.plan.placement`). `look_ahead`: the strategy also prices the next layer's dispatch, predicted by applying
   the next router to the present stream.
+* `rehome_every`: steps between re-homings of experts, 0 for never (`--rehome-every` overrides it).
 
 Lossless recipes compute the same function as a dense model on one device.
 """
@@ -29,6 +30,7 @@ class Recipe:
     copies: str = "ranks"
     placement: str = "stay"
     look_ahead: bool = False
+    rehome_every: int = 0
 
 
 RECIPES: dict[str, Recipe] = {
@@ -56,9 +58,10 @@ RECIPES: dict[str, Recipe] = {
         ),
         Recipe(
             "luffy",
-            "lossless: deduplicated copies, sequences rebuilt where their experts are, near-optimal balanced plans",
+            "lossless: deduplicated copies, sequences rebuilt where their experts are, experts re-homed if that pays",
             placement="best",
             look_ahead=True,
+            rehome_every=250,
         ),
     )
 }

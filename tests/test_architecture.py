@@ -17,10 +17,10 @@ SOURCE_SUFFIXES = {".py", ".sh", ".j2", ".cu", ".cpp", ".h"}
 RANKS = {
     "errors": 0, "version": 0, "config": 0, "recipes": 0,
     "data": 1, "plan": 1, "report": 1, "kernels": 1,
-    "comm": 2,
+    "comm": 2, "lab": 2,
     "exchange": 3,
     "model": 4,
-    "train": 5, "hf": 5, "lab": 5, "__main__": 5,
+    "train": 5, "hf": 5, "__main__": 5,
     "testing": 6,
 }  # fmt: skip
 MAY_USE_TORCH_DISTRIBUTED = {"comm", "train", "testing"}
@@ -119,6 +119,8 @@ def test_files_stay_small() -> None:
         ("luffy.model.router", "import torch\nx = torch.distributed.get_rank()"),
         ("luffy.report.html", "from luffy.train.metrics import read_metrics"),
         ("luffy.train.trainer", "from luffy.testing import run_ranks"),
+        ("luffy.lab.processes", "from luffy.train.launch import launch"),
+        ("luffy.lab.probe", "import torch.distributed"),
         ("luffy.helpers", "import os"),
         ("luffy", "from luffy.train.trainer import Trainer"),
     ],
@@ -135,6 +137,8 @@ def test_a_violation_is_seen(module: str, source: str) -> None:
         ("luffy.comm.collectives", "import torch.distributed as dist\ndist.all_reduce(x)"),
         ("luffy.train.metrics", "from luffy.report.runs import totals\nfrom luffy.version import __version__"),
         ("luffy.testing.oracle", "from luffy.train.trainer import Trainer"),
+        ("luffy.lab.spec", "from luffy.plan.topology import parse_rate"),
+        ("luffy.train.launch", "from luffy.lab.place import take_place"),
         ("luffy", "from luffy.version import __version__"),
         ("luffy.report.html", "from luffy import __version__"),
     ],

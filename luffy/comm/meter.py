@@ -11,7 +11,8 @@ backend picks; every backend's bandwidth-optimal algorithm moves the same volume
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -39,6 +40,16 @@ class TrafficMeter:
         self._to_rank = np.zeros(len(self.node_of_rank), dtype=np.int64)
         # Host work that was meant to hide behind a transfer and was not over when the transfer was: an upper bound.
         self.exposed_seconds = 0.0
+        self._charged_to: str | None = None
+
+    @contextlib.contextmanager
+    def charging(self, direction: str) -> Iterator[None]:
+        """Within, count everything under `direction`, whatever it would be called elsewhere."""
+        self._charged_to = direction
+        try:
+            yield
+        finally:
+            self._charged_to = None
 
     def link_class(self, peer: int) -> int:
         """LOCAL, INTRA_NODE or INTER_NODE for world rank `peer` as seen from this rank."""
@@ -47,6 +58,7 @@ class TrafficMeter:
         return INTRA_NODE if self.node_of_rank[peer] == self.node_of_rank[self.rank] else INTER_NODE
 
     def send(self, direction: str, peer: int, num_bytes: int) -> None:
+        direction = self._charged_to or direction
         self._bytes[DIRECTIONS.index(direction), self.link_class(peer)] += num_bytes
         if direction not in ("control", "gradients"):
             self._to_rank[peer] += num_bytes

@@ -14,6 +14,7 @@ from luffy.exchange.migrate import (
 )
 from luffy.exchange.permute import Pairs, pairs_by_expert, weighted_sum
 from luffy.exchange.planning import Planner, PlanTally
+from luffy.exchange.recorder import Recorder
 
 __all__ = [
     "Copies",
@@ -23,6 +24,7 @@ __all__ = [
     "PlanTally",
     "Planner",
     "Received",
+    "Recorder",
     "by_table",
     "carries_residual",
     "combine",

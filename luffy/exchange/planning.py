@@ -29,7 +29,8 @@ from luffy.plan.topology import Topology
 class PlanTally:
     """What planning came to since it was last taken: counted by each rank, plans being the same on all.
 
-    seconds: making plans. wait_seconds: comparing them. tokens_max_over_mean: the fullest rank of any plan, in tokens over the mean.
+    seconds: making plans. wait_seconds: comparing them. tokens_max_over_mean: the fullest rank of any plan, in tokens
+    over the mean.
     """
 
     plans: int = 0

@@ -10,7 +10,8 @@ the exchange would pay a slow link twice, and routing anew could choose differen
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from luffy.exchange import (
     Migration,
     Planner,
     Received,
+    Recorder,
     by_table,
     carries_residual,
     combine,
@@ -45,14 +47,22 @@ from luffy.model.router import Router
 from luffy.plan.topology import Topology
 from luffy.recipes import Recipe, check_recipe
 
-Predictor = Callable[[Tensor], CopyKeys]
+
+class Forecast(NamedTuple):
+    """What a later layer is expected to choose: ids [T, K], and the copies that it would make of them."""
+
+    topk_expert_ids: Tensor
+    keys: CopyKeys
+
+
+Predictor = Callable[[Tensor], Forecast]
 
 
 @dataclass(frozen=True)
 class Runtime:
     """What every layer of one model shares: the network, the clock, the recipe, what to recompute.
 
-    planner: None for recipes that move no sequence.
+    topology: of the EP group, for everything that plans. planner: None for recipes that move no sequence.
     """
 
     comm: Comm
@@ -60,19 +70,30 @@ class Runtime:
     recipe: Recipe
     recompute: bool = False
     planner: Planner | None = None
+    topology: Topology | None = None
+    recorder: Recorder = field(default_factory=Recorder)
 
     @classmethod
-    def create(cls, comm: Comm, recipe: Recipe, config: ModelConfig, recompute: bool = False) -> Runtime:
-        """The runtime of `recipe` for a model of `config`; raises UserError where the two cannot go together."""
+    def create(
+        cls,
+        comm: Comm,
+        recipe: Recipe,
+        config: ModelConfig,
+        recompute: bool = False,
+        topology: Topology | None = None,
+    ) -> Runtime:
+        """The runtime of `recipe` for a model of `config`; raises UserError where the two cannot go together.
+
+        topology: links of the EP group. None: links within a node are taken as ten times as fast as those between.
+        """
         check_recipe(recipe, config)
-        planner = None
-        if recipe.placement != "stay":
-            mesh = comm.mesh
+        mesh, planner = comm.mesh, None
+        if topology is None:
             nodes = [mesh.node_of_rank[r] for r in mesh.ep_ranks]
-            # Links of a node are taken as ten times as fast as those between nodes, where nobody measured them.
             topology = Topology(mesh.ep_size, nodes.count(nodes[0]), 1e10, 1e9)
+        if recipe.placement != "stay":
             planner = Planner(comm, recipe.placement, topology, config.hidden_size)
-        return cls(comm, PhaseClock(comm.mesh.device), recipe, recompute, planner)
+        return cls(comm, PhaseClock(mesh.device), recipe, recompute, planner, topology)
 
 
 class MoELayer(nn.Module):
@@ -110,12 +131,16 @@ class MoELayer(nn.Module):
         hidden = boundary(hidden, rt.clock, "other", "exchange")
         keys = copy_keys(ids, experts, mesh.ep_rank, mesh.ep_size, rt.recipe.copies)
         stats = replace(stats, rows=rows_at_favourite(keys, layout, mesh.ep_size).to(stats.rows.dtype))
-        wanted = self._what_planners_ask(keys, batch, predict_next)
+        forecast = None if predict_next is None else predict_next(batch.hidden)
+        if rt.recorder.active:
+            rt.recorder.note(layout, ids, None if forecast is None else forecast.topk_expert_ids)
+        forecast = forecast if rt.recipe.look_ahead else None
+        wanted = self._what_planners_ask(keys, batch, forecast)
         copies, gathered = exchange_counts(keys, ids, rt.comm, wanted)
         migrations: list[Migration | None] = [None]
 
         def plan() -> None:
-            migrations[0] = self._plan(gathered.numpy(), batch, predict_next is not None)
+            migrations[0] = self._plan(gathered.numpy(), batch, forecast is not None)
 
         received = dispatch(
             hidden, ids, routing.topk_weights, copies, rt.recipe.copies,
@@ -146,22 +171,22 @@ class MoELayer(nn.Module):
         """What a token has besides its routed experts: its residual, and the experts that all tokens share."""
         return hidden if self.shared_experts is None else hidden + self.shared_experts(normed)
 
-    def predicted_keys(self, hidden: Tensor, norm: nn.Module) -> CopyKeys:
-        """The copies that this layer would make of another layer's stream [T, D]: a forecast, without gradient."""
+    def foresee(self, hidden: Tensor, norm: nn.Module) -> Forecast:
+        """What this layer would choose for another layer's stream [T, D]; no gradient."""
         rt, mesh = self.runtime, self.runtime.comm.mesh
         with torch.no_grad():
             ids = self.router.choose(norm(hidden))[2]
-            return copy_keys(ids, self.expert_map, mesh.ep_rank, mesh.ep_size, rt.recipe.copies)
+            return Forecast(ids, copy_keys(ids, self.expert_map, mesh.ep_rank, mesh.ep_size, rt.recipe.copies))
 
-    def _what_planners_ask(self, keys: CopyKeys, batch: TokenBatch, predict_next: Predictor | None) -> Tensor | None:
+    def _what_planners_ask(self, keys: CopyKeys, batch: TokenBatch, forecast: Forecast | None) -> Tensor | None:
         """int64 [S_max, N + 1 (+ N + 1)]: copies by rank, orphans, and the same predicted for the next layer."""
         if self.runtime.planner is None:
             return None
         N, layout = self.runtime.comm.mesh.ep_size, batch.layout
         num_rows = int(np.bincount(layout.table.home_rank, minlength=N).max())
         parts = [counts_per_sequence(keys, layout, N, num_rows)]
-        if predict_next is not None:
-            parts.append(counts_per_sequence(predict_next(batch.hidden), layout, N, num_rows))
+        if forecast is not None:
+            parts.append(counts_per_sequence(forecast.keys, layout, N, num_rows))
         return torch.cat(parts, dim=1)
 
     def _plan(self, gathered: np.ndarray, batch: TokenBatch, looks_ahead: bool) -> Migration | None:

@@ -20,12 +20,11 @@ from torch.utils.checkpoint import checkpoint
 from luffy.comm.clock import boundary
 from luffy.config import ModelConfig
 from luffy.data.batch import Layout, TokenBatch
-from luffy.exchange.copies import CopyKeys
 from luffy.exchange.migrate import transfer
 from luffy.model.attention import Attention, remember
 from luffy.model.aux_loss import AuxLoss, auxiliary_loss
 from luffy.model.layers import FeedForward, Linear, make_norm
-from luffy.model.moe_layer import MoELayer, Predictor, Runtime
+from luffy.model.moe_layer import Forecast, MoELayer, Predictor, Runtime
 
 IGNORE_INDEX = -100
 # Rows of logits held at once: 8192 x 50k x 4 bytes is 1.6 GB; the rest is recomputed in the backward pass.
@@ -80,10 +79,10 @@ class Block(nn.Module):
         self.moe = MoELayer(config, runtime, layer) if config.is_moe_layer(layer) else None
         self.ffn = None if self.moe is not None else FeedForward(config, config.dense_hidden_size)
 
-    def predict(self, hidden: Tensor) -> CopyKeys:
-        """Forecast of this block's copies from the stream of an earlier one."""
+    def predict(self, hidden: Tensor) -> Forecast:
+        """What this block's router would choose for the stream of an earlier one."""
         assert self.moe is not None
-        return self.moe.predicted_keys(hidden, self.no_norm if self.post_norm else self.ffn_norm)
+        return self.moe.foresee(hidden, self.no_norm if self.post_norm else self.ffn_norm)
 
     def forward(
         self, batch: TokenBatch, memory: Tensor | None = None, predict_next: Predictor | None = None
@@ -154,8 +153,8 @@ class Transformer(nn.Module):
         return ModelOutput(loss, token_loss.detach(), aux, batch.new_memory)
 
     def _next_predictor(self, layer: int) -> Predictor | None:
-        """The forecast of the next MoE block, if the recipe looks ahead and there is one."""
-        if not self.runtime.recipe.look_ahead:
+        """The forecast of the next MoE block, if the recipe or the recorder asks for it and there is one."""
+        if not (self.runtime.recipe.look_ahead or self.runtime.recorder.active):
             return None
         for block in self.blocks[layer + 1 :]:
             if block.moe is not None:

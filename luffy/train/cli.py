@@ -14,6 +14,7 @@ import click
 
 from luffy.config import PRESETS
 from luffy.errors import UserError
+from luffy.lab.cli import lab
 from luffy.recipes import RECIPES
 from luffy.train.options import TrainOptions, option_name
 from luffy.version import __version__
@@ -93,6 +94,9 @@ def report(run: Path) -> None:
     from luffy.report.html import write_run_report
 
     click.echo(write_run_report(run))
+
+
+cli.add_command(lab)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -26,6 +26,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from luffy.comm import Mesh, build_mesh, init_distributed
 from luffy.errors import UserError
+from luffy.lab.place import current_lab, take_place
 
 # What a collective says when the fault is another rank's.
 _LOST_PEER = ("Connection reset", "Connection closed", "Broken pipe", "closed by peer", "Connection refused")
@@ -65,6 +66,9 @@ def join_world(
     """Initialise this rank from torchrun's environment and arrange the mesh."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    lab = current_lab()
+    if lab is not None:  # its nodes are one machine, so all of its ranks share these GPUs and cores
+        local_rank, local_ranks = int(os.environ["RANK"]), lab.ranks
     device, backend = choose_device(device, backend, local_ranks)
     if device == "cuda":
         where = torch.device("cuda", local_rank % torch.cuda.device_count())
@@ -80,8 +84,11 @@ def run_rank(work: Callable[..., Any], args: tuple[Any, ...], folder: str | None
     """Run `work(*args)` as one rank. `folder` is where its launcher looks for the words of a failure.
 
     A UserError leaves its line there, or is printed where torchrun is the launcher, and the rank exits with status 2.
+    Under `luffy lab` the rank first moves behind its shaped link.
     """
     try:
+        if folder:
+            take_place(int(os.environ["RANK"]))
         work(*args)
     except UserError as error:
         rank = os.environ.get("RANK", "0")

@@ -10,6 +10,7 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
 
 from luffy.config import DTYPES, ModelConfig, _one_of, _require, model_preset
+from luffy.plan.topology import Topology, parse_topology
 from luffy.recipes import Recipe, check_recipe, get_recipe
 
 
@@ -37,6 +38,9 @@ class TrainOptions:
     overwrite: bool = option(False, "Replace a run that is already in --out.", "Run")
     ep_size: int | None = option(None, "Ranks that share one set of experts (default: all).", "Run")
     ranks_per_node: int | None = option(None, "For the link classes of the traffic meter.", "Run")
+    topology: str | None = option(
+        None, "Links of the expert-parallel group for planning, such as 2x4:intra=64gbit,inter=10gbit.", "Run"
+    )
     timeout_seconds: float = option(600.0, "A rank that is silent for so long ends the job.", "Run")
 
     data: str = option("stdlib", "File or folder of .txt, .jsonl[.gz], .parquet; or stdlib.", "Data")
@@ -65,6 +69,10 @@ class TrainOptions:
     keep_checkpoints: int = option(2, "Checkpoints to keep.", "Training")
     export: bool = option(False, "Write model.safetensors at the end.", "Training")
     tensorboard: bool = option(True, "Write TensorBoard curves.", "Training")
+    rehome_every: int | None = option(
+        None, "Steps between re-homings of experts; 0: never (default: the recipe's).", "Training"
+    )
+    trace_every: int = option(0, "Record routing in every n-th step, in OUT/trace; 0: never.", "Training")
 
     layers: int | None = option(None, "Blocks.", "Model")
     hidden_size: int | None = option(None, "Width of the stream.", "Model")
@@ -102,9 +110,10 @@ class TrainOptions:
         for name in ("ranks", "steps", "batch_size", "accumulate", "eval_batches", "keep_checkpoints"):
             value = getattr(self, name)
             _require(value >= 1, f"--{name.replace('_', '-')} {value} must be at least 1")
-        for name in ("eval_every", "checkpoint_every", "clip_norm", "weight_decay", "lr", "timeout_seconds"):
+        for name in ("eval_every", "checkpoint_every", "clip_norm", "weight_decay", "lr", "timeout_seconds",
+                     "rehome_every", "trace_every"):  # fmt: skip
             value = getattr(self, name)
-            _require(value >= 0, f"--{name.replace('_', '-')} {value} must not be negative")
+            _require(value is None or value >= 0, f"--{name.replace('_', '-')} {value} must not be negative")
         _require(not (self.resume and self.overwrite), "--resume and --overwrite exclude each other")
         recipe, config = self.get_recipe(), self.model_config()
         _require(
@@ -114,10 +123,16 @@ class TrainOptions:
         )
         if config.memory_length:
             _require(self.sequence_mode == "streams", "--memory-length needs --sequence-mode streams")
+        if self.topology is not None:
+            parse_topology(self.topology)
         check_recipe(recipe, config)
 
     def get_recipe(self) -> Recipe:
         return get_recipe(self.recipe)
+
+    def get_rehome_every(self) -> int:
+        """Steps between re-homings of experts; 0 is never."""
+        return self.get_recipe().rehome_every if self.rehome_every is None else self.rehome_every
 
     def model_config(self) -> ModelConfig:
         """The preset with this run's changes."""
@@ -142,6 +157,10 @@ class TrainOptions:
             capacity_factor=self.capacity_factor,
         )
 
+    def links(self) -> Topology | None:
+        """The topology asked for, if any."""
+        return None if self.topology is None else parse_topology(self.topology)
+
     def check_world(self, world_size: int) -> None:
         """What can only be checked once the number of ranks is known."""
         ep_size = world_size if self.ep_size is None else self.ep_size
@@ -149,6 +168,11 @@ class TrainOptions:
             ep_size >= 1 and world_size % ep_size == 0, f"--ep-size {ep_size} does not divide the {world_size} ranks"
         )
         self.model_config().check_ranks(ep_size)
+        links = self.links()
+        _require(
+            links is None or links.world_size == ep_size,
+            f"--topology {self.topology} does not describe an expert-parallel group of {ep_size} ranks",
+        )
         share = world_size * self.accumulate
         _require(
             self.batch_size % share == 0,

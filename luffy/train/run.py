@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from luffy.data.corpus import list_source_files
 from luffy.errors import UserError
+from luffy.lab.place import check_ranks, current_lab
 from luffy.train.checkpoint import list_checkpoints
 from luffy.train.launch import choose_device, join_world, launch, under_torchrun
 from luffy.train.options import TrainOptions
@@ -20,6 +22,9 @@ def start(options: TrainOptions) -> None:
     if under_torchrun():
         launch(_rank, (options,), 0)
         return
+    lab = current_lab()
+    if lab is not None:
+        options = replace(options, ranks=check_ranks(lab, options.ranks))
     choose_device(options.device, options.backend, options.ranks)
     options.check_world(options.ranks)
     list_source_files(options.data)

@@ -24,8 +24,10 @@ from luffy.comm.meter import DIRECTIONS, LINK_CLASSES, by_direction, by_link
 from luffy.data import SequenceLoader, mask_for_mlm, prepare_corpus
 from luffy.data.loader import Sequence
 from luffy.errors import UserError
+from luffy.lab.place import current_lab
 from luffy.model import ModelOutput, Runtime, build_model
 from luffy.model.aux_loss import AuxLoss
+from luffy.plan.trace import RoutingTrace, TraceStep
 from luffy.train.batching import gather_step, make_micro_batch
 from luffy.train.checkpoint import (
     list_checkpoints,
@@ -40,6 +42,7 @@ from luffy.train.gradients import GradientSync, make_optimizer
 from luffy.train.metrics import MetricsWriter, RunSummary, describe_machine, read_metrics, write_json_atomic
 from luffy.train.options import TrainOptions
 from luffy.train.progress import TrainProgress, phase
+from luffy.train.rehoming import NUM_RECORDED, Rehomed, current_owners, rehome, wire_of
 
 LOAD_EVERY = 10  # steps between records of the load of every expert of every layer
 
@@ -80,7 +83,7 @@ class Trainer:
             )
 
         self.loader, self.valid_loader = loader(corpus.train), loader(corpus.valid, shuffle=False)
-        self.runtime = Runtime.create(self.comm, options.get_recipe(), self.config, options.recompute)
+        self.runtime = Runtime.create(self.comm, options.get_recipe(), self.config, options.recompute, options.links())
         self.clock = self.runtime.clock
         name = options.dtype if options.dtype != "auto" else "bfloat16" if mesh.device.type == "cuda" else "float32"
         self.dtype_name = name
@@ -133,6 +136,9 @@ class Trainer:
         """One optimizer step on all ranks; the record for `metrics.jsonl`, the same on every rank."""
         begin, A = time.perf_counter(), self.options.accumulate
         self.clock.start()
+        rehomed = self._rehome()
+        tracing = self.options.trace_every and (self.step + 1) % self.options.trace_every == 0
+        traced: list[TraceStep] = []
         micro_batches = [self._read(self.step * A + m) for m in range(A)]
         announced = gather_step(micro_batches, self.comm)
         token_loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
@@ -142,7 +148,10 @@ class Trainer:
                 sequences, m, announced, self.comm,
                 padded=self.options.layout == "padded", memory=self._memory_for(sequences),
             )  # fmt: skip
+            self.runtime.recorder.active = bool(tracing)
             output: ModelOutput = self.sync(micro, last=m == A - 1)
+            if tracing:
+                traced.append(self.runtime.recorder.finish(self.comm, self.step + 1))
             output.loss.backward()
             token_loss += output.token_loss
             aux = output.aux
@@ -159,9 +168,58 @@ class Trainer:
         self._move_choice_bias(aux)
         totals |= self._planning()
         self.step += 1
+        if tracing:
+            self._write_trace(traced)
+        if rehomed is not None:
+            totals["rehoming"] = rehomed.to_dict()
         record = {"step": self.step, **totals, "lr": lr, "seconds": time.perf_counter() - begin}
         record["tokens"] = int(announced[:, :, 1:].sum())
         return record
+
+    @torch.no_grad()
+    def _rehome(self) -> Rehomed | None:
+        """Re-home experts if it is time: see luffy.train.rehoming."""
+        o, every = self.options, self.options.get_rehome_every()
+        if not every or self.step == 0 or self.step % every or self.mesh.ep_size == 1 or not self.model.moe_layers:
+            return None
+        recorded = []
+        with self.comm.meter.charging("experts"):
+            for m in range(NUM_RECORDED):
+                sequences = self._read(self.step * o.accumulate + m)
+                announced = gather_step([sequences], self.comm)
+                padded = o.layout == "padded"
+                memory = self._memory_for(sequences)
+                micro = make_micro_batch(sequences, 0, announced, self.comm, padded=padded, memory=memory)
+                self.runtime.recorder.active = True
+                self.model(micro)
+                recorded.append(self.runtime.recorder.finish(self.comm, self.step))
+            rehomed = rehome(
+                self.model,
+                self.optimizer,
+                recorded,
+                padded=o.layout == "padded",
+                micro_batches=o.accumulate,
+                steps_until_next=min(every, o.steps - self.step),
+            )
+        self._planning()  # the recording's plans are not the step's
+        return rehomed
+
+    def _write_trace(self, steps: list[TraceStep]) -> None:
+        """One file a traced step, by the first rank, of its EP group's micro-batches."""
+        if self.mesh.rank != 0:
+            return
+        o, router = self.options, self.config.router
+        about = {"model": o.model, "recipe": o.recipe, "seed": o.seed, "data": o.data, "ep_size": self.mesh.ep_size}
+        trace = RoutingTrace(
+            tuple(steps),
+            num_experts=router.num_experts,
+            top_k=router.top_k,
+            hidden_size=self.config.hidden_size,
+            row_num_bytes=wire_of(self.model, o.layout == "padded").row_num_bytes,
+            owners=current_owners(self.model),
+            about=about,
+        )
+        trace.save(self.out / "trace" / f"step-{self.step:08d}.npz")
 
     def _planning(self) -> dict[str, Any]:
         """What placing sequences came to in this step, as this rank saw it; nothing for recipes that move none."""
@@ -366,6 +424,7 @@ class Trainer:
                 "ep_size": self.mesh.ep_size,
                 "dtype": self.dtype_name,
                 "environment": describe_machine(self.mesh.device.type),
+                **({"lab": lab.describe()} if (lab := current_lab()) else {}),
             },
         )
         summary.write(self.out)

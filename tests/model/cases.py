@@ -30,6 +30,7 @@ from luffy.testing import (
     vivid_parameters,
 )
 from luffy.train.batching import gather_step, make_micro_batch
+from luffy.train.rehoming import move_experts
 
 TINY_PRESETS = ("moe-gpt2-tiny", "moe-bert-large-tiny", "moe-transformer-xl-tiny", "moe-llm-tiny")
 DECODERS = tuple(name for name in TINY_PRESETS if model_preset(name).causal)
@@ -57,7 +58,10 @@ def shrunk(preset: str, **changes: Any) -> ModelConfig:
 
 @dataclass(frozen=True)
 class Case:
-    """A model, how it is spread and run, and the data: `steps` of `micro_batches` of `batch` sequences."""
+    """A model, how it is spread and run, and the data: `steps` of `micro_batches` of `batch` sequences.
+
+    rehome_after: experts of all layers move to random ranks after each of these steps.
+    """
 
     config: ModelConfig
     world: int = 1
@@ -71,6 +75,7 @@ class Case:
     micro_batches: int = 1
     steps: int = 1
     clip_norm: float | None = None
+    rehome_after: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float64
 
     def data(self) -> list[list[list[Sequence]]]:
@@ -163,11 +168,15 @@ def train_on_ranks(rank: int, case: Case) -> dict[str, Any]:
     )
     losses: list[list[float]] = []
     first: dict[str, torch.Tensor] = {}
-    for step in case.data():
+    for number, step in enumerate(case.data()):
         losses.append(run_step(model, comm, case, step).tolist())
         first = first or gather_full(model, "grad")
         reduce_gradients(model, case.clip_norm)
         optimizer.step()
+        if number in case.rehome_after:
+            for layer, moe in enumerate(model.moe_layers):
+                start = np.arange(case.config.router.num_experts) // moe.experts.num_local
+                move_experts(moe, optimizer, np.random.default_rng((number, layer)).permutation(start), comm)
     final = gather_full(model)
     if rank != 0:
         return {}

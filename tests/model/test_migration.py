@@ -45,6 +45,13 @@ def test_every_strategy_equals_the_oracle(recipe):
         assert_exact(Case(shrunk(preset), world=world, recipe=recipe, batch=8, lengths=lengths, steps=2))
 
 
+@pytest.mark.parametrize(("preset", "ep_size"), [("moe-gpt2-tiny", 4), ("moe-llm-tiny", 2)])
+def test_rehomed_experts_train_on_as_if_they_had_not_moved(preset, ep_size):
+    """Weights and both moments of AdamW move with an expert, twice; sequences migrate before and after."""
+    case = Case(shrunk(preset), world=4, ep_size=ep_size, recipe="luffy", batch=8, steps=5, rehome_after=(1, 3))
+    assert_exact(case)
+
+
 def test_tokens_that_capacity_left_without_an_expert_move_with_their_sequence():
     """Such an orphan reached no rank, so its residual has no carrier and travels from its old home."""
     for shared in (0, 1):

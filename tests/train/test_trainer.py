@@ -10,6 +10,8 @@ from safetensors import safe_open
 
 from luffy.comm import build_mesh
 from luffy.errors import UserError
+from luffy.plan.replay import spread_evenly
+from luffy.plan.trace import RoutingTrace
 from luffy.testing import run_ranks
 from luffy.train.metrics import read_metrics
 from luffy.train.options import TrainOptions
@@ -141,3 +143,39 @@ def test_the_summary_and_the_record_agree(small):
     assert all(r["bytes"]["combine"] == r["bytes"]["dispatch"] for r in records)  # sequences stay
     # The split is a mean over ranks and `seconds` is the first rank's: on a busy machine neither bounds the other.
     assert all(min(r["seconds_split"].values()) >= 0 < sum(r["seconds_split"].values()) for r in records)
+
+
+def test_rehoming_changes_where_experts_live_and_nothing_else(small, tmp_path):
+    """Experts so small that moving pays within steps; resumed after it, before it, and at another number of ranks."""
+    settings = small(recipe="luffy", rehome_every=2, expert_hidden_size=2, experts=8, steps=7, keep_checkpoints=9)
+    settings |= {"checkpoint_every": 1, "export": True, "trace_every": 6}
+    whole = _run(settings, 4)
+    records = read_metrics(Path(settings["out"], "metrics.jsonl"))
+    moves = {r["step"]: r["rehoming"] for r in records if "rehoming" in r}
+    assert list(moves) == [3, 5, 7]
+    assert moves[3]["pays"] and moves[3]["num_moved"] > 0
+    assert moves[3]["predicted_num_bytes_per_step"] < moves[3]["present_num_bytes_per_step"]
+    for r in records:
+        assert (r["bytes"]["experts"] > 0) == (r["step"] in moves)
+        if r["step"] in moves and moves[r["step"]]["pays"]:
+            assert r["bytes"]["experts"] > moves[r["step"]]["move_num_bytes"]  # the recording is counted too
+    home = _run(settings | {"out": str(tmp_path / "home"), "rehome_every": 0}, 4)
+    assert whole == pytest.approx(home, rel=1e-10)
+    assert whole != home  # another order of summation
+    for name in ("run", "home"):
+        with safe_open(str(tmp_path / name / "model.safetensors"), "pt") as f:
+            exported = f.get_tensor("blocks.1.moe.experts.w_in")
+        if name == "run":
+            first = exported
+    torch.testing.assert_close(first, exported, rtol=1e-8, atol=1e-10)
+
+    for step in (2, 3):
+        out = _copy_with_checkpoint(settings["out"], tmp_path / f"from-{step}", step)
+        assert _run(settings | {"out": out, "resume": True}, 4) == whole
+    for world in (1, 2):
+        out = _copy_with_checkpoint(settings["out"], tmp_path / f"at-{world}", 3)
+        assert _run(settings | {"out": out, "resume": True}, world) == pytest.approx(whole, rel=1e-10)
+    trace = RoutingTrace.load(tmp_path / "run" / "trace" / "step-00000006.npz")
+    assert trace.num_layers == 2
+    assert trace.steps[0].lengths.sum() == records[5]["tokens"]
+    assert (trace.owners != spread_evenly(2, 8, 4)).any()

@@ -1,0 +1,159 @@
+"""Which rank should own which expert, in all layers together, from a few recorded steps.
+
+Where a layer's experts should live depends on where sequences are when they arrive (its dispatch) and on where they are
+rebuilt (its combine); where sequences go depends on where experts live. So the two are improved in turn, as in k-means:
+
+    homes of the recorded sequences, layer by layer  <-  replay with the present mapping (the planner of training)
+    mapping of each layer                            <-  plan_rehoming: experts to the homes of the tokens that want
+                                                         them before and after the layer, co-chosen experts together
+
+from several starts: the present mapping, and homes frozen as some layer leaves them (so that one grouping of the
+sequences may serve all layers). The best is *judged on steps that it was not fitted to*, by counted bytes, and moved
+only if what it saves until the next time exceeds what moving weights and optimizer state costs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from luffy.plan.rehoming import RehomingProblem, plan_rehoming
+from luffy.plan.replay import LayerReplay, Wire, replay_step
+from luffy.plan.result import PlanError
+from luffy.plan.trace import TraceStep, membership
+
+ROUNDS = 3
+Homes = list[tuple[np.ndarray, np.ndarray]]  # by layer: before and after it, [sequences of all steps]
+
+
+@dataclass(frozen=True, eq=False)
+class MappingPlan:
+    """owners [layers, E]. num_bytes, present_num_bytes: token bytes of one step, forward and backward, by link class
+    (local, intra-node, inter-node), with the new mapping and with the present one, counted on steps held out from the
+    search. move_num_bytes: of moving the experts, once. pays: moving is worth it.
+    """
+
+    owners: np.ndarray
+    num_bytes: tuple[int, int, int]
+    present_num_bytes: tuple[int, int, int]
+    move_num_bytes: tuple[int, int, int]
+    num_moved: int
+    pays: bool
+
+    def check(self, ranks: int) -> None:
+        """Raise PlanError unless every rank owns equally many experts of every layer."""
+        layers, E = self.owners.shape
+        for layer in range(layers):
+            held = np.bincount(self.owners[layer], minlength=ranks)
+            if len(held) != ranks or (held != E // ranks).any():
+                raise PlanError(f"mapping: layer {layer} gives ranks {held.tolist()} experts, not {E // ranks} each")
+
+
+def plan_mapping(
+    fit: Sequence[TraceStep],
+    held_out: Sequence[TraceStep],
+    owners: np.ndarray,
+    wire: Wire,
+    expert_num_bytes: int,
+    steps_until_next: int,
+    micro_batches: int = 1,
+    load_slack: float | None = 0.1,
+) -> MappingPlan:
+    """Search a better mapping than `owners` [layers, E]. Deterministic: every rank gets the same from the same steps.
+
+    expert_num_bytes: weights and optimizer state of one expert. micro_batches: recorded steps are micro-batches, of
+    which a training step has so many. load_slack: see RehomingProblem. Raises ValueError without steps.
+    """
+    if not fit or not held_out:
+        raise ValueError("a mapping needs recorded steps, to fit and to judge")
+    layers, E = owners.shape
+    by_expert = [np.concatenate([s.counts_by_expert(layer, E) for s in fit]) for layer in range(layers)]
+    together = [np.sum([_coactivation(s, layer, E) for s in fit], axis=0) for layer in range(layers)]
+
+    def remap(homes: Homes, present: np.ndarray) -> np.ndarray:
+        return np.stack(
+            [_remap_layer(by_expert[i], together[i], homes[i], present[i], wire, load_slack) for i in range(layers)]
+        )
+
+    replays = [replay_step(s, owners, wire) for s in fit]
+    best, best_cost = owners, wire.topology.weighted_bytes(_total(replays))
+    for start in _starts(_join(replays)):
+        mapping, homes = owners, start
+        for _ in range(ROUNDS):
+            mapping = remap(homes, mapping)
+            replays = [replay_step(s, mapping, wire) for s in fit]
+            cost = wire.topology.weighted_bytes(_total(replays))
+            if cost < best_cost:
+                best, best_cost = mapping, cost
+            homes = _join(replays)
+
+    per_step = 2 * micro_batches / len(held_out)  # forward and backward
+    present, predicted = (_scale(_total([replay_step(s, m, wire) for s in held_out]), per_step) for m in (owners, best))
+    classes = wire.topology.link_class_matrix()[owners, best]
+    crossing = np.bincount(classes.ravel(), minlength=3) * expert_num_bytes
+    move = (0, int(crossing[1]), int(crossing[2]))
+    weigh = wire.topology.weighted_bytes
+    pays = (weigh(present) - weigh(predicted)) * steps_until_next > weigh(move)
+    return MappingPlan(best, predicted, present, move, int(np.count_nonzero(best != owners)), bool(pays))
+
+
+def _remap_layer(
+    by_expert: np.ndarray,
+    together: np.ndarray,
+    homes: tuple[np.ndarray, np.ndarray],
+    owner: np.ndarray,
+    wire: Wire,
+    load_slack: float | None,
+) -> np.ndarray:
+    """One layer's owners [E] for given homes: dispatch counts from where sequences come, combine to where they go."""
+    affinity = np.zeros((wire.topology.world_size, owner.size), dtype=np.int64)
+    for side in homes:
+        np.add.at(affinity, side, by_expert)
+    problem = RehomingProblem(
+        affinity=affinity,
+        coactivation=2 * together,
+        owner=owner,
+        topology=wire.topology,
+        row_num_bytes=wire.row_num_bytes,
+        expert_num_bytes=0,
+        passes=2,
+        load_slack=load_slack,
+    )
+    return plan_rehoming(problem).new_owner
+
+
+def _starts(homes: Homes) -> list[Homes]:
+    """Homes to begin from: as they are; and those that a layer (first, middle, last) leaves, for all layers."""
+    picked = sorted({0, len(homes) // 2, len(homes) - 1})
+    return [homes, *([(homes[i][1], homes[i][1])] * len(homes) for i in picked)]
+
+
+def _coactivation(step: TraceStep, layer: int, num_experts: int) -> np.ndarray:
+    """int64 [E, E]: tokens that chose both; float32 products of 0 and 1 are exact far beyond a step's tokens."""
+    chosen = membership(step.chosen[layer], num_experts).astype(np.float32)
+    both = np.rint(chosen.T @ chosen).astype(np.int64)
+    np.fill_diagonal(both, 0)
+    return both
+
+
+def _join(replays: Sequence[list[LayerReplay]]) -> Homes:
+    layers = len(replays[0])
+    return [
+        (
+            np.concatenate([r[layer].homes_before for r in replays]),
+            np.concatenate([r[layer].homes_after for r in replays]),
+        )
+        for layer in range(layers)
+    ]
+
+
+def _total(replays: Sequence[list[LayerReplay]]) -> tuple[int, int, int]:
+    sums = [0, 0, 0]
+    for layer in (layer for r in replays for layer in r):
+        for c in range(3):
+            sums[c] += layer.dispatch[c] + layer.combine[c]
+    return sums[0], sums[1], sums[2]
+
+
+def _scale(num_bytes: tuple[int, int, int], factor: float) -> tuple[int, int, int]:
+    return round(num_bytes[0] * factor), round(num_bytes[1] * factor), round(num_bytes[2] * factor)

@@ -1,0 +1,164 @@
+"""Replay: what a recorded step would have put on the wire with other ranks, experts elsewhere, another strategy.
+
+The bytes are counted, not modelled: from each token's choices follow the copies it sends and the rows that come back,
+and the planner that places sequences here is the one of training. (That a replayed step equals what the traffic
+meter counted in the step itself is tested.) Only token rows are counted, forward; backward moves the same again.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from luffy.plan.cost import AttentionCost
+from luffy.plan.placement import plan_placement
+from luffy.plan.problem import Balance, PlacementProblem
+from luffy.plan.result import PlacementPlan
+from luffy.plan.topology import Topology
+from luffy.plan.trace import TraceStep, membership
+
+LOOK_AHEAD = ("none", "router", "affinity", "actual")
+
+
+@dataclass(frozen=True, eq=False)
+class Wire:
+    """The cluster and the way a layer is run on it, as far as bytes depend on it.
+
+    look_ahead, what the planner of layer l takes for layer l + 1's dispatch: "none"; "router", the recorded forecast;
+    "affinity", `follows[l][e, f]`, the share of the tokens at e that chose f one layer later (learnt from other steps);
+    "actual", what really happened (no planner can know it: the bound). copies: "ranks" or "pairs".
+    """
+
+    topology: Topology
+    row_num_bytes: int
+    strategy: str = "stay"
+    look_ahead: str = "none"
+    copies: str = "ranks"
+    hidden_size: int = 1024
+    padded: bool = False
+    follows: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.look_ahead not in LOOK_AHEAD:
+            raise ValueError(f"look_ahead {self.look_ahead!r} is none of {', '.join(LOOK_AHEAD)}")
+        if self.copies == "pairs" and self.strategy != "stay":
+            raise ValueError("pairs do not migrate")
+
+
+@dataclass(frozen=True, eq=False)
+class LayerReplay:
+    """One layer of one step. dispatch, combine: bytes by link class (local, intra-node, inter-node), forward.
+
+    homes_before, homes_after [S]. problem, plan: what was asked and answered.
+    """
+
+    dispatch: tuple[int, int, int]
+    combine: tuple[int, int, int]
+    homes_before: np.ndarray
+    homes_after: np.ndarray
+    problem: PlacementProblem
+    plan: PlacementPlan
+
+
+def rows_at_ranks(step: TraceStep, ids: np.ndarray, owner: np.ndarray, num_ranks: int, copies: str) -> np.ndarray:
+    """int64 [S, N]: copies that each sequence sends to each rank. ids [T, K]; owner [E]."""
+    rank = np.where(ids >= 0, owner[ids], -1)
+    if copies == "ranks":
+        return step.sum_by_sequence(membership(rank, num_ranks))
+    ranks = np.arange(num_ranks)
+    return step.sum_by_sequence((rank[:, :, None] == ranks).sum(1))
+
+
+def by_class(counts: np.ndarray, homes: np.ndarray, topology: Topology) -> np.ndarray:
+    """int64 [3]: rows by the class of the link between where they are (counts [S, N]) and their homes [S]."""
+    classes = topology.link_class_matrix()[homes]  # [S, N]
+    return np.array([int(counts[classes == c].sum()) for c in range(3)])
+
+
+def replay_step(
+    step: TraceStep, owners: np.ndarray, wire: Wire, home_rank: np.ndarray | None = None
+) -> list[LayerReplay]:
+    """Run a recorded step through `wire`, layer by layer. owners [layers, E]; home_rank [S] (None: dealt in blocks).
+
+    Raises ValueError where owners or homes name a rank that the topology lacks.
+    """
+    N = wire.topology.world_size
+    homes = deal(len(step.lengths), N) if home_rank is None else home_rank
+    if owners.shape[0] != step.num_layers or int(owners.max()) >= N:
+        raise ValueError(f"owners {owners.shape} do not map {step.num_layers} layers onto {N} ranks")
+    counts = [
+        rows_at_ranks(step, step.chosen[layer], owners[layer], N, wire.copies) for layer in range(step.num_layers)
+    ]
+    out = []
+    for layer in range(step.num_layers):
+        following = _foresee(step, layer, owners, wire, counts) if layer + 1 < step.num_layers else None
+        problem = PlacementProblem(
+            counts=counts[layer],
+            lengths=step.lengths,
+            home_rank=homes,
+            topology=wire.topology,
+            row_num_bytes=wire.row_num_bytes,
+            next_counts=following,
+            attention=AttentionCost(wire.hidden_size),
+            layout="padded" if wire.padded else "packed",
+            balance=Balance.for_lengths(step.lengths),
+        )
+        plan = plan_placement(wire.strategy, problem)
+        dispatch, combine = (
+            by_class(counts[layer], where, wire.topology) * wire.row_num_bytes for where in (homes, plan.new_home)
+        )
+        out.append(LayerReplay(_three(dispatch), _three(combine), homes, plan.new_home, problem, plan))
+        homes = plan.new_home
+    return out
+
+
+def _three(array: np.ndarray) -> tuple[int, int, int]:
+    local, intra, inter = (int(n) for n in array)
+    return local, intra, inter
+
+
+def _foresee(
+    step: TraceStep, layer: int, owners: np.ndarray, wire: Wire, counts: list[np.ndarray]
+) -> np.ndarray | None:
+    """The next layer's copies by sequence and rank, int64 [S, N], as the planner of `layer` expects them."""
+    if wire.look_ahead == "none" or wire.strategy == "stay":
+        return None
+    if wire.look_ahead == "actual":
+        return counts[layer + 1]
+    N, next_owner = wire.topology.world_size, owners[layer + 1]
+    if wire.look_ahead == "router":
+        return rows_at_ranks(step, step.foreseen[layer], next_owner, N, wire.copies)
+    if wire.follows is None:
+        raise ValueError("look_ahead 'affinity' needs `follows`; learn_follows makes it from other steps")
+    E = owners.shape[1]
+    to_rank = np.zeros((E, N))
+    np.add.at(to_rank.T, next_owner, wire.follows[layer].T)
+    return np.rint(step.counts_by_expert(layer, E) @ to_rank).astype(np.int64)
+
+
+def deal(num_sequences: int, num_ranks: int) -> np.ndarray:
+    """Homes of a step's sequences as the loader deals them: consecutive blocks, as even as they can be, int64 [S]."""
+    return np.arange(num_sequences, dtype=np.int64) * num_ranks // max(1, num_sequences)
+
+
+def spread_evenly(num_layers: int, num_experts: int, num_ranks: int) -> np.ndarray:
+    """The mapping a model starts with: expert e on rank e // (E / N), in every layer. int64 [layers, E]."""
+    if num_experts % num_ranks:
+        raise ValueError(f"{num_experts} experts do not divide over {num_ranks} ranks")
+    return np.tile(np.arange(num_experts) // (num_experts // num_ranks), (num_layers, 1)).astype(np.int64)
+
+
+def learn_follows(steps: tuple[TraceStep, ...], num_experts: int) -> np.ndarray:
+    """float64 [layers - 1, E, E]: of the tokens that chose e, how many choices of f they make one layer later.
+
+    Divided by top-k, since a token reaches the row e of each of its k experts.
+    """
+    E, K = num_experts, steps[0].chosen.shape[2]
+    out = np.zeros((max(0, steps[0].num_layers - 1), E, E))
+    for step in steps:
+        for layer in range(len(out)):
+            now, then = (membership(step.chosen[i], E).astype(np.float32) for i in (layer, layer + 1))
+            out[layer] += now.T @ then
+    for layer in range(len(out)):
+        tokens = sum(membership(s.chosen[layer], E).sum(0) for s in steps)
+        out[layer] /= np.maximum(1, tokens)[:, None] * K
+    return out
