@@ -1,9 +1,10 @@
 """The lab: a cluster of slow links inside one machine.
 
-What the library saves is traffic, and traffic costs nothing on a machine whose ranks talk through memory. So `luffy lab`
-gives each rank a network of its own, joined to the others by links of a rate that you choose, and runs the very program
-that would run on a cluster. Nothing in it is simulated: processes, sockets, collectives and waiting times are real, only
-the wires are narrow. Numbers taken here are *emulated*: they are of this machine's processors behind those wires.
+What the library saves is traffic, and traffic costs little on a machine whose ranks talk through memory. So `luffy
+lab` gives each rank a network of its own, joined to the others by links of a rate that you choose, and runs the very
+program that would run on a cluster. Nothing in it is simulated: processes, sockets, collectives and waiting times are
+real, only the wires are narrow. Numbers taken here are *emulated*: they are of this machine's processors behind those
+wires.
 
 * `spec`       what a cluster looks like: ranks, nodes, rates, and who shares a network card
 * `namespace`  the system calls: network namespaces, and processes that die with their parent

@@ -1,8 +1,8 @@
 """System calls for network namespaces and for processes that must not outlive their parent.
 
 A namespace here has no name: it lives as long as a process is in it or holds it open, and not a moment longer. The lab
-holds its namespaces as open files, so when the lab ends, in whatever way, `kill -9` included, the kernel takes down every
-link and bridge with it. There is nothing to sweep, nothing in `/run/netns` and nothing that two labs could quarrel about.
+holds its namespaces as open files, so when it and its processes end, in whatever way, `kill -9` included, the kernel
+takes down every link and bridge with them. Nothing lies in `/run/netns`, and two labs have nothing to quarrel about.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def inside(namespace: int) -> Iterator[None]:
 
 
 def new_namespace() -> int:
-    """An empty network namespace as an open file: no interface but an idle loopback. Raises OSError where not allowed."""
+    """An empty network namespace as an open file, with an idle loopback alone. Raises OSError where not allowed."""
     home = os.open(CURRENT, os.O_RDONLY | os.O_CLOEXEC)
     try:
         _check(_libc.unshare(CLONE_NEWNET), "unshare")

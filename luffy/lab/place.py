@@ -1,8 +1,8 @@
 """How a training finds its place in a lab.
 
-The lab describes itself to the command that it runs in one environment variable. `luffy train` and `luffy compare` start
-their ranks as always; each rank, before it opens a socket, moves into its own namespace of the lab (`take_place`) and
-learns where rank 0 is. A training that stands in no lab reads an unset variable, and that is all.
+The lab describes itself to the command that it runs in one environment variable. `luffy train` and `luffy compare`
+start their ranks as always; each rank, before it opens a socket, moves into its own namespace of the lab (`take_place`)
+and learns where rank 0 is. A training that stands in no lab reads an unset variable, and that is all.
 
 This is the only part of the lab that `luffy.train` imports, so it needs nothing but the standard library.
 """
@@ -88,7 +88,12 @@ class Lab:
 def current_lab(environment: Mapping[str, str] | None = None) -> Lab | None:
     """The lab that this process was started in, if any."""
     text = (os.environ if environment is None else environment).get(VARIABLE)
-    return Lab(**json.loads(text)) if text else None
+    if not text:
+        return None
+    try:
+        return Lab(**json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{VARIABLE} does not describe a lab; unset it, and use luffy lab") from error
 
 
 def check_ranks(lab: Lab, ranks: int) -> int:

@@ -1,7 +1,7 @@
 """What the wires really give, measured with plain TCP before anything runs on them.
 
-A rate that was asked for is a limit, not a promise: the machine's processors carry every byte of every link, and may not
-keep up. So each class of link is measured twice, always in both directions at once: between one pair of ranks with
+A rate that was asked for is a limit, not a promise: the machine's processors carry every byte of every link, and may
+not keep up. So each class of link is measured twice, always in both directions at once: between one pair of ranks with
 nothing else on the wires, and with every rank sending at the same time, as in a collective. Results are per link and
 direction, so that both compare with the rate that was asked for.
 """
@@ -178,7 +178,7 @@ def format_rate(bytes_per_second: float | None) -> str:
 def table(reports: dict[str, LinkReport], nic: str) -> str:
     """One row a class of link, and a line of warning where the machine does not keep up."""
     names = {"intra_node": "in a node, each rank", "inter_node": f"between nodes, each {nic}"}
-    rows = [("link", "asked", "one pair", "all at once", "latency")]
+    rows: list[tuple[str, ...]] = [("link", "asked", "one pair", "all at once", "latency")]
     for key, r in reports.items():
         rates = (r.asked_bytes_per_second, r.alone_bytes_per_second, r.together_bytes_per_second)
         rows.append((names[key], *map(format_rate, rates), f"{r.latency_seconds * 1e6:.0f} us"))

@@ -1,12 +1,13 @@
 """Starting what runs in a lab, stopping it, and sweeping up after labs that could not.
 
 Three lines of defence see to it that nothing outlives a lab: its children have the kernel's word to be ended with it,
-ranks of a training watch it themselves (`place`), and whatever was started further down is found by the lab's name in its
-environment, by this lab at its end or by the next one at its start.
+ranks of a training watch it themselves (`place`), and whatever was started further down is found by the lab's name in
+its environment, by this lab at its end or by the next one at its start.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
@@ -79,7 +80,7 @@ def processes_of_labs() -> dict[int, str]:
     found = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
-            with suppress(ValueError, TypeError):  # a variable that is not ours after all
+            with suppress(UserError):  # a variable that is not ours after all
                 lab = current_lab(_environment(int(entry)))
                 if lab is not None:
                     found[int(entry)] = lab.identity
@@ -93,16 +94,20 @@ def processes_of_labs() -> dict[int, str]:
     return found
 
 
-def end_all(identity: str) -> None:
-    """Kill every process that was started in a lab, and those that they start meanwhile."""
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline:
+def end_all(identity: str, patience: float = 0.0) -> None:
+    """Kill every process that was started in a lab, and those that they start meanwhile.
+
+    `patience` is the time, in seconds, that they have to end by themselves.
+    """
+    begin = time.monotonic()
+    while time.monotonic() < begin + patience + 5:
         left = [pid for pid, lab in processes_of_labs().items() if lab == identity]
         if not left:
             return
-        for pid in left:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        if time.monotonic() >= begin + patience:
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         time.sleep(POLL_SECONDS)
 
 
@@ -132,6 +137,13 @@ def resolve(command: list[str]) -> list[str]:
     return command
 
 
+def _prepare(parent: int, namespace: str | None) -> None:
+    """What a child of the lab does before it becomes the command."""
+    die_with_parent(parent)
+    if namespace is not None:
+        enter(namespace)
+
+
 class Command:
     """The command of a lab: one process, or one for each rank in the rank's own namespace."""
 
@@ -140,17 +152,14 @@ class Command:
         self.processes: list[subprocess.Popen[bytes]] = []
         parent = os.getpid()
 
-        def prepare(rank: int | None) -> None:
-            die_with_parent(parent)
-            if rank is not None:
-                enter(lab.namespaces[rank])
-
         for rank in range(lab.ranks) if per_rank else [None]:
             environment = {**QUIET, **os.environ, VARIABLE: lab.to_json()}
+            namespace = None
             if rank is not None:
                 environment |= lab.rank_environment(rank)
-            process = subprocess.Popen(command, env=environment, preexec_fn=lambda rank=rank: prepare(rank))
-            self.processes.append(process)
+                namespace = lab.namespaces[rank]
+            prepare = functools.partial(_prepare, parent, namespace)
+            self.processes.append(subprocess.Popen(command, env=environment, preexec_fn=prepare))
 
     def wait(self) -> int:
         """The exit status of the command, in a shell's terms; a rank that fails takes the others down with it."""

@@ -18,9 +18,9 @@ from luffy.lab.spec import LabSpec
 def run_lab(spec: LabSpec, command: list[str], per_rank: bool | None = None) -> int:
     """Run `command` in a cluster as `spec` describes; its exit status.
 
-    A command that starts its own ranks (this library's) runs once, and its ranks take their places in the lab. Any other
-    runs once per rank with torchrun's environment; `per_rank` overrides that guess. Raises UserError where this machine
-    does not allow a lab.
+    A command that starts its own ranks (this library's) runs once, and its ranks take their places in the lab. Any
+    other runs once per rank with torchrun's environment; `per_rank` overrides that guess. Raises UserError where this
+    machine does not allow a lab.
     """
     import_pyroute2()
     missing = missing_capabilities()
@@ -43,7 +43,7 @@ def run_lab(spec: LabSpec, command: list[str], per_rank: bool | None = None) -> 
             return Command(command, lab, per_rank).wait()
         finally:
             with undisturbed():
-                end_all(identity)
+                end_all(identity, patience=1.0)
                 network.close()
 
 

@@ -3,22 +3,15 @@
 Ranks are numbered through the nodes in order. Two ranks of one node talk over the node's own links, two ranks of
 different nodes over network cards:
 
-    --nic node (default)                          --nic rank
-
-    rank 0   rank 1        rank 2   rank 3        rank 0   rank 1        rank 2   rank 3
-     |  \\     |  \\          |  \\     |  \\          |  \\     |  \\          |  \\     |  \\
-     |   [card of node 0]   |   [card of node 1]   |  [card]  |  [card]   |  [card]  |  [card]
-     |       |  |           |       |  |           |    |     |    |      |    |     |    |
-    [node 0's switch]      [node 1's switch]      [node 0's switch]      [node 1's switch]
-             |                      |                   |          |           |          |
-            [       the network       ]                [             the network            ]
+    rank --link-- [switch of the node] --link-- rank
+    rank ----- [card] --inter-link-- [network] --inter-link-- [card] ----- rank of another node
 
 * A rank's link to its node's switch runs at `--link` in each direction, both at once (as PCIe does).
 * A card runs at `--inter-link` in each direction, both at once. `--nic node` gives a node **one** card, which its ranks
   share: the usual server on Ethernet. `--nic rank` gives every rank a card of its own: servers built for training.
 
-Traffic between nodes passes the cards and not the node's links. So every byte meets one class of link, the one by which
-the traffic meter counts it. `topology` is the same cluster in the words of the cost model, which prices a *rank's* share.
+Traffic between nodes passes the cards and not the node's links, so every byte meets one class of link, the one by which
+the traffic meter counts it. `topology` is the same cluster in the words of the cost model, which prices a rank's share.
 """
 
 from __future__ import annotations

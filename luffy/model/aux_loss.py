@@ -61,7 +61,7 @@ def auxiliary_loss(stats: tuple[RouterStats, ...], config: RouterConfig, comm: C
     if config.locality_loss > 0:
         log_probability = mean_probability.clamp_min(torch.finfo(mean_probability.dtype).tiny).log()
         locality_local = (entropy_local.sum() + (log_probability * probability).sum()) / T
-        local = local + config.locality_loss * locality_local
+        local = local + config.locality_loss * locality_local / len(stats)
     return AuxLoss(
         local=local,
         balance=E * (load * probability_total).sum(1).mean() / T,

@@ -10,33 +10,48 @@ T_att(B + 1, max(L, length_i)) - T_att(B, L): with padding, one long sequence le
 batches have no padding, and the cost is the plain sum of T_att(1, length) over the sequences.
 
 P is not read from a data sheet but fitted to measured times (`fit_attention_cost`). Operation counts are int64 and
-exact, and only they enter decisions; nanoseconds are for people and for adding to link times.
+exact, and only they enter decisions; nanoseconds are for people and for adding to link times. P itself therefore never
+changes a plan: what it scales, all ranks share.
+
+What can change one is that a device may run the two terms at different speeds: relative positions write scores to
+memory that other kernels keep on the chip, and a narrow model fills a matrix unit badly. `score_cost` says how much more
+one score operation costs than one projection operation; in the paper's formula they cost the same. Only powers of two
+are fitted, and only where they halve the squared error, so that the noise of a measurement seldom reaches a plan.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+SCORE_COST_ONE = 64  # fixed-point one of `score_cost`
+SCORE_COSTS = (64, 8, 16, 32, 128, 256, 512, 1024, 2048, 4096)  # what a fit may choose, the paper's formula first
+
 
 @dataclass(frozen=True)
 class AttentionCost:
     """T_att of the module docstring for width d = hidden_size and P = flops_per_second.
 
+    score_cost: operations of projections that cost as much as SCORE_COST_ONE operations of scores, an integer.
+    Counts are in operations of projections.
+
     All methods take scalars or arrays that broadcast and return int64 of the broadcast shape. Lengths are tokens.
-    Operation counts are exact below 2**63: 4096 sequences of 131072 tokens at width 16384 still fit.
-    Raises ValueError for a width or rate that is not positive.
+    Operation counts are exact below 2**63: at the default score_cost, 4096 sequences of 131072 tokens at width 16384
+    still fit.
+    Raises ValueError for a width, rate or cost that is not positive.
     """
 
     hidden_size: int = 1024
     flops_per_second: float = 1e13
+    score_cost: int = SCORE_COST_ONE
 
     def __post_init__(self) -> None:
-        if self.hidden_size < 1 or not self.flops_per_second > 0:
+        if self.hidden_size < 1 or not self.flops_per_second > 0 or self.score_cost < 1:
             raise ValueError(
-                f"attention cost: hidden_size {self.hidden_size} and flops_per_second {self.flops_per_second} "
-                "must be positive"
+                f"attention cost: hidden_size {self.hidden_size}, flops_per_second {self.flops_per_second} and "
+                f"score_cost {self.score_cost} must be positive"
             )
 
     def padded_flops(self, num_sequences: ArrayLike, longest: ArrayLike) -> np.ndarray:
@@ -44,7 +59,7 @@ class AttentionCost:
         B = np.asarray(num_sequences, dtype=np.int64)
         L = np.asarray(longest, dtype=np.int64)
         d = self.hidden_size
-        return B * L * (3 * d * d + 2 * d * L)
+        return B * L * (3 * d * d + 2 * d * L * self.score_cost // SCORE_COST_ONE)
 
     def sequence_flops(self, lengths: ArrayLike) -> np.ndarray:
         """Operations of each sequence by itself: what it adds to a packed batch."""
@@ -86,29 +101,55 @@ class CostFit:
     median_relative_error: float
     max_relative_error: float
     num_samples: int
+    score_cost: int = SCORE_COST_ONE
 
     def attention_cost(self, hidden_size: int) -> AttentionCost:
         """The cost model at this rate. The overhead is left out: every rank pays it wherever sequences go."""
-        return AttentionCost(hidden_size, self.flops_per_second)
+        return AttentionCost(hidden_size, self.flops_per_second, self.score_cost)
+
+    def seconds(self, flops: ArrayLike) -> np.ndarray:
+        """What operations of `attention_cost` should take, overhead included."""
+        return np.asarray(flops, dtype=np.float64) / self.flops_per_second + self.overhead_seconds
 
 
-def fit_attention_cost(hidden_size: int, samples: Sequence[tuple[int, int, float]]) -> CostFit:
+def fit_attention_cost(
+    hidden_size: int, samples: Sequence[tuple[int, int, float]], score_costs: Sequence[int] = (SCORE_COST_ONE,)
+) -> CostFit:
     """Fit P and a fixed overhead to measured (B, L, seconds) triples of padded attention.
 
     Least squares on the *relative* error, so that a microsecond batch counts as much as a second-long one:
     minimise sum((flops_i / P + overhead) / seconds_i - 1)^2 with overhead >= 0. Needs samples of at least two
-    operation counts to tell rate from overhead; with only one, the overhead is taken as zero. Raises ValueError
-    when there is no sample, a sample is not positive, or time does not grow with the work.
+    operation counts to tell rate from overhead; with only one, the overhead is taken as zero.
+
+    score_costs: what `score_cost` may be, the first unless another has at most half its squared error (SCORE_COSTS to
+    fit the second rate too). Needs batches of different lengths to tell scores from projections.
+
+    Raises ValueError when there is no sample, a sample is not positive, or time does not grow with the work.
     """
     if not samples:
         raise ValueError("attention fit: no measured (B, L, seconds) samples")
     table = np.asarray(samples, dtype=np.float64)
     if table.ndim != 2 or table.shape[1] != 3 or not (np.isfinite(table).all() and (table > 0).all()):
         raise ValueError("attention fit: every sample must be (B, L, seconds), all positive and finite")
-    model = AttentionCost(hidden_size)
-    flops = model.padded_flops(table[:, 0].astype(np.int64), table[:, 1].astype(np.int64)).astype(np.float64)
-    seconds = table[:, 2]
+    B, L, seconds = table[:, 0].astype(np.int64), table[:, 1].astype(np.int64), table[:, 2]
 
+    def squared_error(fit: CostFit) -> float:
+        flops = fit.attention_cost(hidden_size).padded_flops(B, L)
+        return float(np.square(fit.seconds(flops) / seconds - 1).sum())
+
+    # Two rates and an overhead need at least four samples of two lengths to be more than a way through the points.
+    choices = score_costs if len(table) > 3 and len(np.unique(L)) > 1 else score_costs[:1]
+    fits = [_fit_rate(AttentionCost(hidden_size, score_cost=choices[0]), B, L, seconds)]
+    for score_cost in choices[1:]:
+        with contextlib.suppress(ValueError):  # an absurd cost may well leave no rate
+            fits.append(_fit_rate(AttentionCost(hidden_size, score_cost=score_cost), B, L, seconds))
+    best = min(fits, key=squared_error)
+    return best if 2 * squared_error(best) <= squared_error(fits[0]) else fits[0]
+
+
+def _fit_rate(model: AttentionCost, B: np.ndarray, L: np.ndarray, seconds: np.ndarray) -> CostFit:
+    """Rate and overhead for the operation counts of `model`. B, L, seconds: [n]."""
+    flops = model.padded_flops(B, L).astype(np.float64)
     ratio = flops / seconds
     per_flop, overhead = float(ratio.sum() / (ratio @ ratio)), 0.0
     if len(np.unique(flops)) > 1:
@@ -121,4 +162,4 @@ def fit_attention_cost(hidden_size: int, samples: Sequence[tuple[int, int, float
         if intercept > 0:
             per_flop, overhead = float(slope), float(intercept)
     error = np.abs((flops * per_flop + overhead) / seconds - 1)
-    return CostFit(1 / per_flop, overhead, float(np.median(error)), float(error.max()), len(samples))
+    return CostFit(1 / per_flop, overhead, float(np.median(error)), float(error.max()), len(seconds), model.score_cost)

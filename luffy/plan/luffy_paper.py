@@ -22,6 +22,7 @@ import numpy as np
 
 from luffy.errors import UserError
 from luffy.plan.balance import budgets
+from luffy.plan.cost import SCORE_COST_ONE, AttentionCost
 from luffy.plan.problem import PlacementProblem
 from luffy.plan.result import PlacementPlan, make_plan
 from luffy.plan.traffic import benefit_matrix
@@ -50,17 +51,16 @@ def luffy_paper(problem: PlacementProblem, *, num_candidates: int = 4) -> Placem
 class _Batch:
     """The sequences a rank has been given so far. Plain Python integers: this loop is scalar by nature."""
 
-    def __init__(self, hidden_size: int, padded: bool) -> None:
-        self.hidden_size, self.padded = hidden_size, padded
+    def __init__(self, attention: AttentionCost, padded: bool) -> None:
+        self.hidden_size, self.score_cost, self.padded = attention.hidden_size, attention.score_cost, padded
         self.sequences = self.tokens = self.longest = self.flops = 0
 
     def flops_with(self, length: int) -> int:
         """Attention operations after adding one more sequence: AttentionCost, inlined for speed."""
         d = self.hidden_size
-        if self.padded:
-            longest = max(self.longest, length)
-            return (self.sequences + 1) * longest * (3 * d * d + 2 * d * longest)
-        return self.flops + length * (3 * d * d + 2 * d * length)
+        longest = max(self.longest, length) if self.padded else length
+        one = longest * (3 * d * d + 2 * d * longest * self.score_cost // SCORE_COST_ONE)
+        return (self.sequences + 1) * one if self.padded else self.flops + one
 
     def add(self, length: int) -> None:
         self.flops = self.flops_with(length)
@@ -71,7 +71,7 @@ class _Batch:
 
 def _greedy(problem: PlacementProblem, by_traffic: list[list[int]], q: int, order: Iterable[int]) -> np.ndarray | None:
     """int64 [S], or None when some sequence finds no rank with room."""
-    batches = [_Batch(problem.attention.hidden_size, problem.layout == "padded") for _ in range(problem.num_ranks)]
+    batches = [_Batch(problem.attention, problem.layout == "padded") for _ in range(problem.num_ranks)]
     lengths = problem.lengths.tolist()
     quotas = problem.quotas.tolist()
     limit = budgets(problem)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from luffy.errors import UserError
 from luffy.lab.namespace import inside
 from luffy.lab.probe import connect, measure, run_flows
 from luffy.plan.topology import parse_rate
@@ -78,10 +79,9 @@ def test_nothing_reaches_outside(network):
     with socket.create_server(("127.0.0.1", 0)) as listener, inside(lab.namespaces[0]):
         begin = time.monotonic()
         for address, reason in ((("192.0.2.1", 80), errno.ENETUNREACH), (listener.getsockname(), errno.ECONNREFUSED)):
-            with pytest.raises(OSError) as caught, socket.socket() as outward:  # noqa: PT011
+            with socket.socket() as outward:
                 outward.settimeout(10)
-                outward.connect(address)
-            assert caught.value.errno == reason
+                assert outward.connect_ex(address) == reason
         assert time.monotonic() - begin < 1
         assert {name for _, name in socket.if_nameindex()} == {"lo", "eth0", "net0"}
 
@@ -100,13 +100,15 @@ def test_a_lab_leaves_the_machines_own_network_alone_and_is_gone_when_closed(net
 
 
 def test_a_delay_is_added_where_the_kernel_can(network):
-    from luffy.errors import UserError
-
     try:
         lab = network(ranks=2, link=FAST, latency="5ms")
     except UserError as error:
-        assert "netem" in str(error) and "leave --latency out" in str(error)
-        pytest.skip(str(error))
+        line = str(error)
+    else:
+        line = ""
+    if line:
+        assert "netem" in line and "leave --latency out" in line
+        pytest.skip(line)
     report = measure(lab)["intra_node"]
     assert 0.004 < report.latency_seconds < 0.02
     assert near(report.alone_bytes_per_second, FAST)

@@ -196,7 +196,7 @@ def test_a_training_whose_rank_dies_ends_with_one_line(start_lab, tiny, tmp_path
 @pytest.mark.slow
 def test_recipes_are_compared_in_one_lab_and_a_mistake_of_the_command_is_its_own(start_lab, tiny, tmp_path):
     lab = start_lab(*LINKS, "--", "luffy", "compare", "--recipes", "vanilla,vanilla_dedup", *tiny, "--steps", "2")
-    out, err = lab.communicate(timeout=180)
+    _, err = lab.communicate(timeout=180)
     assert lab.returncode == 0, err
     summaries = json.loads((tmp_path / "run" / "compare.json").read_text())
     assert [s["world_size"] for s in summaries] == [2, 2] and all(s["lab"]["ranks"] == 2 for s in summaries)
