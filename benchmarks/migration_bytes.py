@@ -42,7 +42,7 @@ class Case:
     top_k: int = 2
     locality: float = 0.0
     seed: int = 0
-    steps: int = 500
+    steps: int = 300
     extra: str = ""
 
     @property
@@ -180,9 +180,10 @@ def main() -> None:
 @click.option("--data", required=True)
 @click.option("--device", default="cuda")
 @click.option("--jobs", default=1, help="Trainings side by side on the device.")
-@click.option("--budget-seconds", default=1e9)
+@click.option("--budget-seconds", default=1e9, help="Begin nothing that would end later.")
+@click.option("--only", default="", help="Only cases whose name holds one of these, comma separated.")
 @click.option("--out", required=True, type=click.Path(path_type=Path))
-def train_command(group: str, data: str, device: str, jobs: int, budget_seconds: float, out: Path) -> None:
+def train_command(group: str, data: str, device: str, jobs: int, budget_seconds: float, only: str, out: Path) -> None:
     begin, longest = time.perf_counter(), [0.0]
 
     def work(case: Case) -> None:
@@ -193,7 +194,7 @@ def train_command(group: str, data: str, device: str, jobs: int, budget_seconds:
         longest[0] = max(longest[0], time.perf_counter() - started)
 
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(work, cases(group)))
+        list(pool.map(work, (c for c in cases(group) if any(part in c.name for part in only.split(",")))))
 
 
 @main.command("table")

@@ -39,7 +39,8 @@ class RouterConfig:
     `z_loss`: weight of mean(logsumexp(logits)^2) (ST-MoE, arXiv 2202.08906).
     `locality_loss`: weight of sum_s (L_s / T) H(p_s) - H(p), with p_s the mean probabilities of sequence s (L_s of T
     tokens) and p the mean of all: minus the mutual information of sequence and expert. It asks that a sequence be
-    served by few experts while all experts stay in use, which is what sequence migration lives on.
+    served by few experts while all experts stay in use, which is what sequence migration lives on. It is a
+    mean over MoE layers, where the other two are sums: a weight that is free for 6 layers is free for 24.
     `bias_update_rate`: > 0 turns on the loss-free balancing bias (arXiv 2408.15664), added for the choice only.
     `capacity_factor`: None is dropless; else an expert takes at most ceil(factor * length * k / E) tokens of each
     sequence, earlier tokens first. Capacity is per sequence, so what is dropped depends neither on the rank that

@@ -51,13 +51,14 @@ class PlanTally:
 class Planner:
     """Places the sequences of one EP group after each MoE layer.
 
-    strategy: a name of luffy.plan.placement.STRATEGIES. topology: of the EP group. `tally` is shared by all layers.
+    strategy: a name of luffy.plan.placement.STRATEGIES. topology: of the EP group. attention: what attention costs,
+    which must be the same on every rank. `tally` is shared by all layers.
     """
 
     comm: Comm
     strategy: str
     topology: Topology
-    hidden_size: int
+    attention: AttentionCost
     tally: PlanTally = field(default_factory=PlanTally)
     _digests: Callable[[], torch.Tensor] | None = None
 
@@ -86,7 +87,7 @@ class Planner:
             topology=self.topology,
             row_num_bytes=row_num_bytes,
             next_counts=next_counts,
-            attention=AttentionCost(self.hidden_size),
+            attention=self.attention,
             layout="padded" if padded else "packed",
             balance=Balance.for_lengths(table.lengths),
         )

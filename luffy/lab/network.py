@@ -33,8 +33,7 @@ BURST_SECONDS = 2e-3
 MIN_BURST_BYTES = 2 * MTU
 QUEUE_BYTES = 64 * 2**20
 LINK, CARD = "eth0", "net0"  # a rank's ends: its node's switch, and its network card where there are several nodes
-# Names that a kernel's refusals go by.
-_REASONS = {errno.ENOENT: "it has none", errno.EOPNOTSUPP: "it has none", errno.EPERM: "not permitted"}
+_ABSENT = (errno.ENOENT, errno.EOPNOTSUPP, errno.ENOSYS)  # a kernel's answers where it was built without something
 
 
 def import_pyroute2() -> Any:
@@ -54,8 +53,10 @@ def _needing(what: str, mend: str = "run the lab on another machine") -> Iterato
         yield
     except (error_type, OSError) as error:
         number = getattr(error, "code", None) or getattr(error, "errno", None) or 0
-        reason = _REASONS.get(number, os.strerror(number) if number else str(error))
-        raise UserError(f"luffy lab: this machine's kernel refuses {what} ({reason}); {mend}") from error
+        if number in _ABSENT:
+            raise UserError(f"luffy lab: this machine's kernel has no {what}; {mend}") from error
+        reason = os.strerror(number) if number else str(error)
+        raise UserError(f"luffy lab: this machine refuses {what} ({reason}); {mend}") from error
 
 
 class Network:
@@ -156,13 +157,13 @@ class Network:
         parent = None
         if delay:
             mend = "leave --latency out"
-            with _needing("delays (the scheduler netem)", mend):
+            with _needing("scheduler for delays (sch_netem)", mend):
                 connection.tc("add", "netem", index, handle="1:", delay=round(delay * 1e6), limit=10**6)
             parent = "1:1"
         if rate is not None:
             burst = max(MIN_BURST_BYTES, int(rate * BURST_SECONDS))
             place = {"parent": parent} if parent else {}
-            with _needing("limits of rate (the scheduler tbf)", "leave --link and --inter-link out"):
+            with _needing("token buckets (sch_tbf)", "leave --link and --inter-link out"):
                 connection.tc(
                     "add", "tbf", index, handle="10:", rate=int(rate), burst=burst, limit=QUEUE_BYTES, **place
                 )

@@ -44,6 +44,7 @@ from luffy.exchange.copies import CopyKeys
 from luffy.model.experts import GroupedExperts
 from luffy.model.layers import FeedForward
 from luffy.model.router import Router
+from luffy.plan.cost import AttentionCost
 from luffy.plan.topology import Topology
 from luffy.recipes import Recipe, check_recipe
 
@@ -81,10 +82,12 @@ class Runtime:
         config: ModelConfig,
         recompute: bool = False,
         topology: Topology | None = None,
+        attention: AttentionCost | None = None,
     ) -> Runtime:
         """The runtime of `recipe` for a model of `config`; raises UserError where the two cannot go together.
 
         topology: links of the EP group. None: links within a node are taken as ten times as fast as those between.
+        attention: its cost, for planning. None: by the paper's formula, at a rate that no plan depends on.
         """
         check_recipe(recipe, config)
         mesh, planner = comm.mesh, None
@@ -92,7 +95,7 @@ class Runtime:
             nodes = [mesh.node_of_rank[r] for r in mesh.ep_ranks]
             topology = Topology(mesh.ep_size, nodes.count(nodes[0]), 1e10, 1e9)
         if recipe.placement != "stay":
-            planner = Planner(comm, recipe.placement, topology, config.hidden_size)
+            planner = Planner(comm, recipe.placement, topology, attention or AttentionCost(config.hidden_size))
         return cls(comm, PhaseClock(mesh.device), recipe, recompute, planner, topology)
 
 

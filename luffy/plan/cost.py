@@ -14,13 +14,13 @@ exact, and only they enter decisions; nanoseconds are for people and for adding 
 changes a plan: what it scales, all ranks share.
 
 What can change one is that a device may run the two terms at different speeds: relative positions write scores to
-memory that other kernels keep on the chip, and a narrow model fills a matrix unit badly. `score_cost` says how much more
-one score operation costs than one projection operation; in the paper's formula they cost the same. Only powers of two
-are fitted, and only where they halve the squared error, so that the noise of a measurement seldom reaches a plan.
+memory that other kernels keep on the chip, and a narrow model fills a matrix unit badly. `score_cost` says what one
+score operation costs in projection operations; in the paper's formula they cost the same. Only powers of two are
+fitted, and only where they halve the squared error, so that the noise of a measurement seldom reaches a plan.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,8 +34,8 @@ SCORE_COSTS = (64, 8, 16, 32, 128, 256, 512, 1024, 2048, 4096)  # what a fit may
 class AttentionCost:
     """T_att of the module docstring for width d = hidden_size and P = flops_per_second.
 
-    score_cost: operations of projections that cost as much as SCORE_COST_ONE operations of scores, an integer.
-    Counts are in operations of projections.
+    score_cost: projection operations that cost as much as SCORE_COST_ONE score operations. Counts are in projection
+    operations.
 
     All methods take scalars or arrays that broadcast and return int64 of the broadcast shape. Lengths are tokens.
     Operation counts are exact below 2**63: at the default score_cost, 4096 sequences of 131072 tokens at width 16384
@@ -115,7 +115,20 @@ class CostFit:
 def fit_attention_cost(
     hidden_size: int, samples: Sequence[tuple[int, int, float]], score_costs: Sequence[int] = (SCORE_COST_ONE,)
 ) -> CostFit:
-    """Fit P and a fixed overhead to measured (B, L, seconds) triples of padded attention.
+    """Fit P and a fixed overhead to measured (B, L, seconds) triples of padded attention: see `fit_operations`."""
+    if not samples:
+        raise ValueError("attention fit: no measured (B, L, seconds) samples")
+    table = np.asarray(samples, dtype=np.float64)
+    if table.ndim != 2 or table.shape[1] != 3 or not (np.isfinite(table).all() and (table > 0).all()):
+        raise ValueError("attention fit: every sample must be (B, L, seconds), all positive and finite")
+    B, L, seconds = table[:, 0].astype(np.int64), table[:, 1].astype(np.int64), table[:, 2]
+    return fit_operations(lambda c: AttentionCost(hidden_size, score_cost=c).padded_flops(B, L), seconds, score_costs)
+
+
+def fit_operations(
+    count: Callable[[int], ArrayLike], seconds: np.ndarray, score_costs: Sequence[int] = (SCORE_COST_ONE,)
+) -> CostFit:
+    """Fit P and a fixed overhead to batches that took `seconds` [n]; count(score_cost): their operations [n].
 
     Least squares on the *relative* error, so that a microsecond batch counts as much as a second-long one:
     minimise sum((flops_i / P + overhead) / seconds_i - 1)^2 with overhead >= 0. Needs samples of at least two
@@ -124,32 +137,26 @@ def fit_attention_cost(
     score_costs: what `score_cost` may be, the first unless another has at most half its squared error (SCORE_COSTS to
     fit the second rate too). Needs batches of different lengths to tell scores from projections.
 
-    Raises ValueError when there is no sample, a sample is not positive, or time does not grow with the work.
+    Raises ValueError when time does not grow with the work.
     """
-    if not samples:
-        raise ValueError("attention fit: no measured (B, L, seconds) samples")
-    table = np.asarray(samples, dtype=np.float64)
-    if table.ndim != 2 or table.shape[1] != 3 or not (np.isfinite(table).all() and (table > 0).all()):
-        raise ValueError("attention fit: every sample must be (B, L, seconds), all positive and finite")
-    B, L, seconds = table[:, 0].astype(np.int64), table[:, 1].astype(np.int64), table[:, 2]
 
-    def squared_error(fit: CostFit) -> float:
-        flops = fit.attention_cost(hidden_size).padded_flops(B, L)
-        return float(np.square(fit.seconds(flops) / seconds - 1).sum())
+    def fitted(score_cost: int) -> tuple[float, CostFit]:
+        flops = np.asarray(count(score_cost), dtype=np.float64)
+        fit = _fit_rate(flops, seconds, score_cost)
+        return float(np.square(fit.seconds(flops) / seconds - 1).sum()), fit
 
-    # Two rates and an overhead need at least four samples of two lengths to be more than a way through the points.
-    choices = score_costs if len(table) > 3 and len(np.unique(L)) > 1 else score_costs[:1]
-    fits = [_fit_rate(AttentionCost(hidden_size, score_cost=choices[0]), B, L, seconds)]
-    for score_cost in choices[1:]:
+    first = fitted(score_costs[0])
+    fits = [first]
+    # Two rates and an overhead go through any three points.
+    for score_cost in score_costs[1:] if len(seconds) > 3 else ():
         with contextlib.suppress(ValueError):  # an absurd cost may well leave no rate
-            fits.append(_fit_rate(AttentionCost(hidden_size, score_cost=score_cost), B, L, seconds))
-    best = min(fits, key=squared_error)
-    return best if 2 * squared_error(best) <= squared_error(fits[0]) else fits[0]
+            fits.append(fitted(score_cost))
+    best = min(fits, key=lambda f: f[0])
+    return best[1] if 2 * best[0] <= first[0] else first[1]
 
 
-def _fit_rate(model: AttentionCost, B: np.ndarray, L: np.ndarray, seconds: np.ndarray) -> CostFit:
-    """Rate and overhead for the operation counts of `model`. B, L, seconds: [n]."""
-    flops = model.padded_flops(B, L).astype(np.float64)
+def _fit_rate(flops: np.ndarray, seconds: np.ndarray, score_cost: int) -> CostFit:
+    """Rate and overhead. flops, seconds: float64 [n]."""
     ratio = flops / seconds
     per_flop, overhead = float(ratio.sum() / (ratio @ ratio)), 0.0
     if len(np.unique(flops)) > 1:
@@ -162,4 +169,4 @@ def _fit_rate(model: AttentionCost, B: np.ndarray, L: np.ndarray, seconds: np.nd
         if intercept > 0:
             per_flop, overhead = float(slope), float(intercept)
     error = np.abs((flops * per_flop + overhead) / seconds - 1)
-    return CostFit(1 / per_flop, overhead, float(np.median(error)), float(error.max()), len(seconds), model.score_cost)
+    return CostFit(1 / per_flop, overhead, float(np.median(error)), float(error.max()), len(seconds), score_cost)

@@ -31,6 +31,7 @@ from luffy.plan.traffic import bottleneck_femtoseconds, num_bytes_per_class, ran
 
 __all__ = [
     "STRATEGIES",
+    "WEIGHS_ATTENTION",
     "Balance",
     "Budgets",
     "PlacementPlan",
@@ -84,6 +85,10 @@ STRATEGIES: dict[str, Callable[..., PlacementPlan]] = {
     "best": best,
     "random": random_plan,
 }
+
+# Strategies whose plans depend on `PlacementProblem.attention`: through the growth of Algorithm 1, or through the
+# budget of attention operations. Where all lengths are equal, none does.
+WEIGHS_ATTENTION = frozenset({"luffy_paper", "best", "random"})
 
 
 def plan_placement(name: str, problem: PlacementProblem, **options: Any) -> PlacementPlan:
