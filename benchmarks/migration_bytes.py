@@ -33,6 +33,8 @@ LOCALITY = (0.0, 0.02, 0.05)
 FIT, JUDGE, COUNT = 4, 2, 6  # recorded steps: to fit a mapping, to judge it, to count bytes with
 SIZE = ("--layers 6 --hidden-size 512 --heads 8 --expert-hidden-size 2048 --dense-hidden-size 2048 "
         "--max-sequence-length 512 --vocab-size 8192 --batch-size 64 --lr 1e-3")  # fmt: skip
+SMALL = ("--layers 3 --hidden-size 128 --heads 4 --expert-hidden-size 256 --dense-hidden-size 256 "
+         "--max-sequence-length 128 --vocab-size 4096 --batch-size 32 --lr 2e-3")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,10 @@ def cases(group: str) -> Iterator[Case]:
     elif group == "experts":
         yield from (Case(experts=e, locality=x) for x in (0.0, 0.05) for e in (8, 32, 64))
     elif group == "presets":
-        small = "--expert-hidden-size 512"
+        small = "--expert-hidden-size 128"
         for x in (0.0, 0.05):
             yield Case("moe-bert-large", locality=x)
-            yield Case("moe-transformer-xl", locality=x, extra="--max-sequence-length 250")
+            yield Case("moe-transformer-xl", locality=x)
             yield Case("moe-llm", 64, 8, x, extra=small)
     elif group == "tiny":  # a trial of the benchmark itself
         yield Case("moe-gpt2-tiny", 16, 2, 0.05, steps=60, extra="--layers 2 --hidden-size 64 --heads 2 "
@@ -73,13 +75,13 @@ def cases(group: str) -> Iterator[Case]:
         raise click.BadParameter(f"no group {group}")
 
 
-def train(case: Case, data: str, device: str, out: Path) -> None:
+def train(case: Case, data: str, device: str, size: str, out: Path) -> None:
     """Train with traces, unless it was done before."""
     if (out / "summary.json").exists():
         return
     every = max(1, case.steps // 100)
     command = [sys.executable, "-m", "luffy.train.cli", "train", "--recipe", "vanilla_dedup", "--model", case.model]
-    command += f"{SIZE} --experts {case.experts} --top-k {case.top_k} --locality-loss {case.locality}".split()
+    command += f"{size} --experts {case.experts} --top-k {case.top_k} --locality-loss {case.locality}".split()
     command += f"--seed {case.seed} --steps {case.steps} --trace-every {every} --eval-every 0 --eval-batches 20".split()
     command += [*case.extra.split(), "--checkpoint-every", "0", "--no-tensorboard", "--overwrite"]
     done = subprocess.run(
@@ -140,13 +142,13 @@ def expert_shares(steps: list[TraceStep], num_experts: int) -> list[list[list[fl
     return out
 
 
-def run_case(case: Case, data: str, device: str, out: Path) -> None:
+def run_case(case: Case, data: str, device: str, size: str, out: Path) -> None:
     folder = out / case.name
     result = folder / "result.json"
     if result.exists():
         return
     begin = time.perf_counter()
-    train(case, data, device, folder)
+    train(case, data, device, size, folder)
     files = sorted((folder / "trace").glob("*.npz"))
     late = join_traces([RoutingTrace.load(p) for p in files[-(FIT + JUDGE + COUNT) :]])
     early = join_traces([RoutingTrace.load(p) for p in files[2:4]])
@@ -157,6 +159,7 @@ def run_case(case: Case, data: str, device: str, out: Path) -> None:
     locality = [r["locality"] for r in read_metrics(folder / "metrics.jsonl")[-50:]]
     content = {
         **vars(case),
+        "size": size,
         "valid_loss": summary["valid_loss"],
         "environment": summary["environment"],
         "sequence_entropy": float(np.mean([x["sequence_entropy"] for x in locality])),
@@ -181,16 +184,19 @@ def main() -> None:
 @click.option("--device", default="cuda")
 @click.option("--jobs", default=1, help="Trainings side by side on the device.")
 @click.option("--budget-seconds", default=1e9, help="Begin nothing that would end later.")
+@click.option("--small", is_flag=True, help="A size for the CPU.")
 @click.option("--only", default="", help="Only cases whose name holds one of these, comma separated.")
 @click.option("--out", required=True, type=click.Path(path_type=Path))
-def train_command(group: str, data: str, device: str, jobs: int, budget_seconds: float, only: str, out: Path) -> None:
+def train_command(
+    group: str, data: str, device: str, jobs: int, budget_seconds: float, only: str, small: bool, out: Path
+) -> None:
     begin, longest = time.perf_counter(), [0.0]
 
     def work(case: Case) -> None:
         started = time.perf_counter()
         if started - begin + longest[0] > budget_seconds:
             return
-        run_case(case, data, device, out)
+        run_case(case, data, device, SMALL if small else SIZE, out)
         longest[0] = max(longest[0], time.perf_counter() - started)
 
     with ThreadPoolExecutor(jobs) as pool:
