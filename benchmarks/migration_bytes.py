@@ -34,7 +34,7 @@ FIT, JUDGE, COUNT = 4, 2, 6  # recorded steps: to fit a mapping, to judge it, to
 SIZE = ("--layers 6 --hidden-size 512 --heads 8 --expert-hidden-size 2048 --dense-hidden-size 2048 "
         "--max-sequence-length 512 --vocab-size 8192 --batch-size 64 --lr 1e-3")  # fmt: skip
 SMALL = ("--layers 3 --hidden-size 128 --heads 4 --expert-hidden-size 256 --dense-hidden-size 256 "
-         "--max-sequence-length 128 --vocab-size 4096 --batch-size 32 --lr 2e-3")  # fmt: skip
+         "--max-sequence-length 64 --vocab-size 2048 --batch-size 32 --lr 2e-3")  # fmt: skip
 
 
 @dataclass(frozen=True)
