@@ -22,6 +22,7 @@ from pathlib import Path
 import click
 import numpy as np
 
+from luffy.plan.cost import AttentionCost
 from luffy.plan.mapping import plan_mapping
 from luffy.plan.replay import Wire, learn_follows, replay_step, spread_evenly
 from luffy.plan.topology import Topology
@@ -109,7 +110,7 @@ def replay(trace: RoutingTrace, ranks: int) -> dict[str, dict[str, float]]:
     fit, judge, count = steps[:FIT], steps[FIT : FIT + JUDGE], steps[FIT + JUDGE :]
     links = Topology.flat(ranks)
     start = spread_evenly(trace.num_layers, trace.num_experts, ranks)
-    size = {"row_num_bytes": trace.row_num_bytes, "hidden_size": trace.hidden_size}
+    size = {"row_num_bytes": trace.row_num_bytes, "attention": AttentionCost(trace.hidden_size)}
 
     def wire(strategy: str = "stay", look_ahead: str = "none", **more: object) -> Wire:
         return Wire(links, strategy=strategy, look_ahead=look_ahead, **size, **more)  # type: ignore[arg-type]

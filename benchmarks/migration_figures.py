@@ -49,10 +49,10 @@ def draw_shares(cases: list[dict], path: Path) -> None:
 
 def by_candidates(trace: RoutingTrace) -> list[dict[str, float]]:
     """For each q: combine rows that cross, and the slowest rank's attention operations, over those of staying."""
-    wire = Wire(Topology.flat(RANKS), trace.row_num_bytes, "stay", hidden_size=trace.hidden_size, padded=True)
+    cost = AttentionCost(trace.hidden_size)
+    wire = Wire(Topology.flat(RANKS), trace.row_num_bytes, "stay", attention=cost, padded=True)
     owners = spread_evenly(trace.num_layers, trace.num_experts, RANKS)
     asked = [layer.problem for step in trace.steps for layer in replay_step(step, owners, wire)]
-    cost = AttentionCost(trace.hidden_size)
 
     def operations(problem: PlacementProblem, homes: np.ndarray) -> np.ndarray:
         held = [problem.lengths[homes == r] for r in range(RANKS)]

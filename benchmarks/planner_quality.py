@@ -20,6 +20,7 @@ from scipy.optimize import linprog
 from scipy.sparse import coo_matrix, vstack
 
 from luffy.plan.balance import budgets
+from luffy.plan.cost import AttentionCost
 from luffy.plan.placement import Balance, PlacementProblem, plan_placement
 from luffy.plan.replay import Wire, replay_step, spread_evenly
 from luffy.plan.topology import Topology
@@ -40,7 +41,7 @@ def random_like(trace: RoutingTrace, seed: int) -> RoutingTrace:
 
 def problems(trace: RoutingTrace, links: Topology) -> list[PlacementProblem]:
     owners = spread_evenly(trace.num_layers, trace.num_experts, links.world_size)
-    wire = Wire(links, trace.row_num_bytes, "best", "router", hidden_size=trace.hidden_size)
+    wire = Wire(links, trace.row_num_bytes, "best", "router", attention=AttentionCost(trace.hidden_size))
     return [layer.problem for step in trace.steps for layer in replay_step(step, owners, wire)]
 
 

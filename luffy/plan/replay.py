@@ -5,7 +5,7 @@ and the planner that places sequences here is the one of training. (That a repla
 meter counted in the step itself is tested.) Only token rows are counted, forward; backward moves the same again.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -33,7 +33,7 @@ class Wire:
     strategy: str = "stay"
     look_ahead: str = "none"
     copies: str = "ranks"
-    hidden_size: int = 1024
+    attention: AttentionCost = field(default_factory=AttentionCost)
     padded: bool = False
     follows: np.ndarray | None = None
 
@@ -98,7 +98,7 @@ def replay_step(
             topology=wire.topology,
             row_num_bytes=wire.row_num_bytes,
             next_counts=following,
-            attention=AttentionCost(wire.hidden_size),
+            attention=wire.attention,
             layout="padded" if wire.padded else "packed",
             balance=Balance.for_lengths(step.lengths),
         )

@@ -72,6 +72,9 @@ class TrainOptions:
     rehome_every: int | None = option(
         None, "Steps between re-homings of experts; 0: never (default: the recipe's).", "Training"
     )
+    profile_attention: bool = option(
+        True, "Measure attention at the start where plans weigh it; without, plans repeat bit for bit.", "Training"
+    )
     trace_every: int = option(0, "Record routing in every n-th step, in OUT/trace; 0: never.", "Training")
 
     layers: int | None = option(None, "Blocks.", "Model")

@@ -23,6 +23,7 @@ from luffy.comm import Comm, RowExchange, all_to_all_rows
 from luffy.errors import RankMismatchError
 from luffy.model import Transformer
 from luffy.model.moe_layer import MoELayer
+from luffy.plan.cost import AttentionCost
 from luffy.plan.mapping import MappingPlan, plan_mapping
 from luffy.plan.replay import Wire
 from luffy.plan.trace import TraceStep
@@ -60,7 +61,7 @@ def wire_of(model: Transformer, padded: bool) -> Wire:
         strategy=rt.recipe.placement,
         look_ahead="router" if rt.recipe.look_ahead else "none",
         copies=rt.recipe.copies,
-        hidden_size=width,
+        attention=AttentionCost(width) if rt.planner is None else rt.planner.attention,
         padded=padded,
     )
 

@@ -4,7 +4,8 @@
            -> clip -> AdamW -> move the loss-free bias -> write metrics
 
 A run is a pure function of its options and its data: weights come from (seed, name), sequences from (seed, step), so
-a resumed run continues exactly where the checkpoint stood.
+a resumed run continues exactly where the checkpoint stood. The one thing measured, the cost of attention, can only
+change where sequences are rebuilt, hence the order of summation; it is kept in the checkpoint (luffy.train.attention).
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from luffy.errors import UserError
 from luffy.lab.place import current_lab
 from luffy.model import ModelOutput, Runtime, build_model
 from luffy.model.aux_loss import AuxLoss
+from luffy.plan.topology import Topology, parse_topology
 from luffy.plan.trace import RoutingTrace, TraceStep
+from luffy.train.attention import AttentionFit, attention_for_planning
 from luffy.train.batching import gather_step, make_micro_batch
 from luffy.train.checkpoint import (
     list_checkpoints,
@@ -83,7 +86,7 @@ class Trainer:
             )
 
         self.loader, self.valid_loader = loader(corpus.train), loader(corpus.valid, shuffle=False)
-        self.runtime = Runtime.create(self.comm, options.get_recipe(), self.config, options.recompute, options.links())
+        self.runtime = Runtime.create(self.comm, options.get_recipe(), self.config, options.recompute, self._links())
         self.clock = self.runtime.clock
         name = options.dtype if options.dtype != "auto" else "bfloat16" if mesh.device.type == "cuda" else "float32"
         self.dtype_name = name
@@ -94,6 +97,14 @@ class Trainer:
         self.memory = self._empty_memory(micro_size // mesh.world_size)
         self.step = 0
         self.valid_loss: float | None = None
+        self.attention_fit: AttentionFit | None = None
+
+    def _links(self) -> Topology | None:
+        """The links to plan for: those of --topology, else those of the lab that this run stands in, else unknown."""
+        lab = current_lab()
+        if self.options.topology is None and lab is not None and lab.topology and lab.ranks == self.mesh.ep_size:
+            return parse_topology(lab.topology, "--link")
+        return self.options.links()
 
     def _empty_memory(self, num_sequences: int) -> tuple[torch.Tensor, ...] | None:
         """Zeros for segment recurrence: one [S, M, D] per block."""
@@ -332,9 +343,13 @@ class Trainer:
             "ep_size": self.mesh.ep_size,
             "world_size": self.mesh.world_size,
             "valid_loss": self.valid_loss,
+            "attention_fit": self._attention_fit(),
         }
         keep = self.options.keep_checkpoints
         save_checkpoint(self.checkpoints, self.step, self._state(), meta, self.mesh, keep)
+
+    def _attention_fit(self) -> dict[str, Any] | None:
+        return None if self.attention_fit is None else self.attention_fit.to_dict()
 
     def restore(self, path: Path) -> None:
         """Continue from `path`. Raises UserError when it is damaged or belongs to another model or data order."""
@@ -351,6 +366,8 @@ class Trainer:
         prepare_optimizer(self.optimizer)
         load_checkpoint(path, self._state(), self.mesh)
         self.step, self.valid_loss = meta["step"], meta["valid_loss"]
+        fit = meta.get("attention_fit")
+        self.attention_fit = None if fit is None else AttentionFit.from_dict(fit)
 
     # ---------------------------------------------------------------- the run
 
@@ -360,10 +377,13 @@ class Trainer:
         found = list_checkpoints(self.checkpoints) if o.resume else []
         if found:
             self.restore(found[-1])
+        dtype = getattr(torch, self.dtype_name)
+        self.attention_fit = attention_for_planning(o, self.config, self.runtime, dtype, self.attention_fit)
         writer = None
         if first:
             writer = MetricsWriter(self.out, self.step if found else None, tensorboard=o.tensorboard)
-            write_json_atomic(self.out / "config.json", {"options": o.to_dict(), "model": self.config.to_dict()})
+            about = {"options": o.to_dict(), "model": self.config.to_dict(), "attention_fit": self._attention_fit()}
+            write_json_atomic(self.out / "config.json", about)
         try:
             with TrainProgress(o.steps, start_step=self.step, enabled=first) as progress:
                 if o.resume and first:
@@ -424,6 +444,7 @@ class Trainer:
                 "ep_size": self.mesh.ep_size,
                 "dtype": self.dtype_name,
                 "environment": describe_machine(self.mesh.device.type),
+                **({} if self.attention_fit is None else {"attention_fit": self._attention_fit()}),
                 **({"lab": lab.describe()} if (lab := current_lab()) else {}),
             },
         )

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from luffy.plan.cost import AttentionCost
 from luffy.plan.placement import (
     STRATEGIES,
+    WEIGHS_ATTENTION,
     Balance,
     PlacementProblem,
     budgets,
@@ -56,8 +57,9 @@ def test_every_plan_passes_its_own_check(name, shape, layout, uneven):
     st.integers(0, 1000),
     st.floats(0, 0.5),
     st.booleans(),
+    st.sampled_from([1, 64, 2048]),
 )
-def test_budgets_hold_at_any_slack_and_any_start(name, S, N, seed, slack, padded):
+def test_budgets_hold_at_any_slack_and_any_start(name, S, N, seed, slack, padded, score_cost):
     rng = np.random.default_rng(seed)
     problem = PlacementProblem(
         counts=rng.integers(0, 50, (S, N)),
@@ -65,7 +67,7 @@ def test_budgets_hold_at_any_slack_and_any_start(name, S, N, seed, slack, padded
         home_rank=rng.integers(0, N, S),
         topology=topology(N, 2 if N % 2 == 0 else 1),
         row_num_bytes=8,
-        attention=AttentionCost(16),
+        attention=AttentionCost(16, score_cost=score_cost),
         layout="padded" if padded else "packed",
         balance=Balance("tokens", slack),
     )
@@ -73,6 +75,22 @@ def test_budgets_hold_at_any_slack_and_any_start(name, S, N, seed, slack, padded
     plan.check(problem)
     if name == "best":
         assert weighted_bytes(problem, plan.new_home) <= weighted_bytes(problem, problem.home_rank)
+
+
+def test_only_the_strategies_that_say_so_weigh_attention():
+    changed = set()
+    for seed in range(8):
+        for layout in ("packed", "padded"):
+            problem = make_problem(40, 4, seed=seed, uneven=True, layout=layout)
+            for name in STRATEGIES:
+                plans = [
+                    plan_placement(name, replace(problem, attention=AttentionCost(64, rate, score_cost))).digest()
+                    for rate, score_cost in ((1e9, 64), (1e15, 64), (1e9, 8192), (1e9, 1))
+                ]
+                assert plans[0] == plans[1]  # the rate itself never changes a plan
+                if len(set(plans)) > 1:
+                    changed.add(name)
+    assert changed == WEIGHS_ATTENTION
 
 
 @settings(max_examples=40, deadline=None)

@@ -41,6 +41,7 @@ def small(corpus, tmp_path):
             "eval_batches": 1,
             "checkpoint_every": 3,
             "tensorboard": False,
+            "profile_attention": False,
         }
         return settings | changes
 
