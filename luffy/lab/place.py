@@ -61,6 +61,17 @@ class Lab:
         whole = asdict(self)
         return {key: whole[key] for key in ("ranks", "nodes", "nic", "topology", "latency_seconds", "links")}
 
+    @property
+    def network(self) -> str:
+        """The links in a phrase for a report, as they were measured with all ranks at work."""
+        names = {"intra_node": "in a node", "inter_node": f"between nodes ({self.nic} cards)"}
+        found = [
+            f"{report['together_bytes_per_second'] * 8 / 1e6:.0f} Mbit/s {names[name]}"
+            + (f" (asked {asked * 8 / 1e6:.0f})" if (asked := report["asked_bytes_per_second"]) else " (no limit)")
+            for name, report in self.links.items()
+        ]
+        return "emulated links: " + " and ".join(found) if found else "emulated links"
+
     def rank_environment(self, rank: int) -> dict[str, str]:
         """What torchrun would tell this rank, for its place in the lab."""
         per_node = self.ranks // self.nodes

@@ -53,6 +53,8 @@ def compare(names: str, options: TrainOptions) -> list[dict[str, Any]]:
     write_json_atomic(out / "compare.json", summaries)
     page = write_compare_report(out, summaries)
     click.echo(table(summaries))
+    if "network" in summaries[0]:
+        click.echo(f"network:     {summaries[0]['network']}")
     click.echo(f"report:      {page}")
     return summaries
 

@@ -25,7 +25,7 @@ from luffy.comm.meter import DIRECTIONS, LINK_CLASSES, by_direction, by_link
 from luffy.data import SequenceLoader, mask_for_mlm, prepare_corpus
 from luffy.data.loader import Sequence
 from luffy.errors import UserError
-from luffy.lab.place import current_lab
+from luffy.lab.place import Lab, current_lab
 from luffy.model import ModelOutput, Runtime, build_model
 from luffy.model.aux_loss import AuxLoss
 from luffy.plan.topology import Topology, parse_topology
@@ -445,8 +445,13 @@ class Trainer:
                 "dtype": self.dtype_name,
                 "environment": describe_machine(self.mesh.device.type),
                 **({} if self.attention_fit is None else {"attention_fit": self._attention_fit()}),
-                **({"lab": lab.describe()} if (lab := current_lab()) else {}),
+                **(_in_lab(lab) if (lab := current_lab()) else {}),
             },
         )
         summary.write(self.out)
         return summary
+
+
+def _in_lab(lab: Lab) -> dict[str, Any]:
+    """What a report needs to know of a run behind emulated links."""
+    return {"lab": lab.describe(), "provenance": "emulated", "network": lab.network}

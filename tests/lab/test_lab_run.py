@@ -156,6 +156,8 @@ def test_a_training_runs_behind_the_links_and_its_summary_says_so(start_lab, tin
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["world_size"] == 4
     assert summary["lab"]["topology"] == "2x2:intra=200mbit,inter=50mbit"
+    assert summary["provenance"] == "emulated"
+    assert "(asked 100)" in summary["network"]
     for name, asked in (("intra_node", 2.5e7), ("inter_node", 1.25e7)):
         link = summary["lab"]["links"][name]
         assert link["asked_bytes_per_second"] == asked
