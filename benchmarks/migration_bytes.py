@@ -29,7 +29,7 @@ from luffy.plan.topology import Topology
 from luffy.plan.trace import RoutingTrace, TraceStep, join_traces
 from luffy.train.metrics import read_metrics
 
-RANKS = (4, 8, 16)
+RANKS = (2, 4, 8, 16)
 LOCALITY = (0.0, 0.02, 0.05)
 FIT, JUDGE, COUNT = 4, 2, 6  # recorded steps: to fit a mapping, to judge it, to count bytes with
 SIZE = ("--layers 6 --hidden-size 512 --heads 8 --expert-hidden-size 2048 --dense-hidden-size 2048 "
