@@ -254,6 +254,6 @@ def forward(
         locality.append(of_sequences - entropy(torch.cat(seen.probabilities).mean(0)))
     auxiliary = config.router.balance_loss * sum(balance) + config.router.z_loss * sum(z_loss)
     if config.router.locality_loss:
-        auxiliary = auxiliary + config.router.locality_loss * sum(locality) / len(locality)
+        auxiliary = auxiliary + config.router.locality_loss * sum(locality) / max(1, len(locality))
     loss = token_loss + auxiliary * num_tokens / tokens
     return OracleOutput(loss, token_loss, balance, z_loss, locality, logits, layers, new_memory)
