@@ -106,7 +106,7 @@ def table(summaries: list[dict[str, Any]]) -> str:
                 format_bytes(s["step_bytes_by_link"]["inter_node"]),
                 f"{100 * s['plan']['moved_share']:.0f}%",
                 f"{format_seconds(s['plan']['seconds'])} ({format_seconds(s['plan']['exposed_seconds'])})",
-                f"{s['tokens_spread']:.2f}",
+                f"{s['tokens_spread']:.2f}" if s["tokens_spread"] else "-",
                 "-" if valid is None else f"{valid:.4f}",
             )
         )
