@@ -27,6 +27,8 @@ from luffy.plan.cost import SCORE_COSTS, AttentionCost, CostFit, fit_operations
 
 LEAST_BATCHES = 5  # run however slow the device is
 ROUNDS = (3, 6)  # at least (if they fit in twice the time allowed), and at most
+_CYCLES_PER_SECOND = 2e9  # of a GPU's clock, about
+_LONGEST_WAIT = 20e-3
 _SMALLEST_SHARE = 32  # no batch is smaller than the largest by more: overhead, not work, would be fitted there
 
 
@@ -79,6 +81,7 @@ class AttentionTimer:
             for p in self.module.parameters():
                 p.copy_(torch.randn(p.shape, generator=generator) * config.init_std)
         self.module.to(device)
+        self._launch_seconds = 2e-3
 
     def batch(self, lengths: Sequence[int], padded: bool) -> TokenBatch:
         table = SequenceTable(np.asarray(lengths, dtype=np.int64), np.zeros(len(lengths), dtype=np.int64))
@@ -124,11 +127,16 @@ class AttentionTimer:
             begin = time.perf_counter()
             self._run(batch)
             return time.perf_counter() - begin
+        # Launching the kernels of a small batch takes longer than running them, and a training step launches far ahead
+        # of the device. So the device is kept busy until all of them are queued; what is timed is their work.
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(self.device)
+        torch.cuda._sleep(int(_CYCLES_PER_SECOND * 1.5 * self._launch_seconds))
+        begin = time.perf_counter()
         start.record()
         self._run(batch)
         end.record()
+        self._launch_seconds = max(self._launch_seconds, min(time.perf_counter() - begin, _LONGEST_WAIT))
         torch.cuda.synchronize(self.device)
         return float(start.elapsed_time(end)) / 1e3
 

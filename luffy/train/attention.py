@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import click
 import numpy as np
 import torch
 
@@ -110,6 +111,11 @@ def attention_for_planning(
                     budget_seconds=BUDGET_SECONDS,
                 )
             fit = agree(profile, comm, device_name, options.layout)
+        if fit.num_samples == 0 and mesh.rank == 0:
+            click.echo(
+                "attention's times did not grow with the work (is the device busy?): planning by the paper's formula",
+                err=True,
+            )
     runtime.planner.attention = fit.attention_cost(config.hidden_size)
     comm.meter.take()  # agreeing is not part of a step's traffic
     return fit
