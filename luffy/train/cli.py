@@ -68,7 +68,30 @@ def compare(recipes: str, **values: Any) -> None:
 
 
 @cli.command()
-def recipes() -> None:
+@click.option("--trace", required=True, type=click.Path(path_type=Path), help="Trace file, folder of them, or a run.")
+@click.option("--topology", "spec", required=True, help="The cluster, such as 4x8:intra=200gbit,inter=25gbit.")
+@click.option("--recipes", default=",".join(RECIPES), show_default=True, help="Recipes, separated by commas.")
+@click.option("--layout", type=click.Choice(["packed", "padded"]), default="packed", show_default=True)
+@click.option("--compute-seconds", type=float, help="Seconds a step computes on one rank: adds the step's time.")
+@click.option("--json", "target", type=click.Path(path_type=Path), help="Write the numbers here.")
+@click.option("--figure", type=click.Path(path_type=Path), help="Draw them here (PNG).")
+def plan(
+    trace: Path,
+    spec: str,
+    recipes: str,
+    layout: str,
+    compute_seconds: float | None,
+    target: Path | None,
+    figure: Path | None,
+) -> None:
+    """Predict the bytes and seconds of every recipe on a cluster that you need not have, from recorded routing."""
+    from luffy.train.plan import run_plan
+
+    run_plan(trace, spec, recipes, layout, compute_seconds, target, figure)
+
+
+@cli.command("recipes")
+def list_recipes() -> None:
     """List the recipes."""
     width = max(map(len, RECIPES))
     for recipe in RECIPES.values():

@@ -1,0 +1,107 @@
+"""What a recipe would cost on a cluster that one does not have: bytes counted from a trace, seconds predicted.
+
+Bytes come from replaying recorded routing (`luffy.plan.replay`): they are counts, as exact as the trace is typical.
+Seconds are a model of the links and nothing else. An exchange ends when its busiest rank has sent and received
+everything: bytes of a link class over that class's rate, in full duplex, the two classes side by side, and one
+latency of the slowest class in use. Layers follow each other, and backward moves the same bytes as forward.
+
+Left out: contention between ranks of a node for one network card (give each rank its share as the rate), gradient
+synchronisation, and any overlap with computation. So the seconds are those that an exchange keeps a link busy.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from luffy.plan.mapping import plan_mapping
+from luffy.plan.replay import LayerReplay, Wire, replay_step
+from luffy.plan.topology import LinkClass, Topology
+from luffy.plan.trace import TraceStep
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one step, forward and backward, mean over the steps counted.
+
+    dispatch, combine: bytes by link class (local, intra-node, inter-node), summed over ranks. exchange_seconds: of the
+    busiest rank of each exchange. moved_share: of the sequences of all layers. num_steps: counted.
+    """
+
+    recipe: str
+    dispatch: tuple[float, float, float]
+    combine: tuple[float, float, float]
+    exchange_seconds: float
+    moved_share: float
+    num_steps: int
+    rehomed: bool = False
+
+    @property
+    def num_bytes(self) -> tuple[float, float]:
+        """(intra-node, inter-node), both directions."""
+        return self.dispatch[1] + self.combine[1], self.dispatch[2] + self.combine[2]
+
+
+def exchange_seconds(rows: np.ndarray, homes: np.ndarray, row_num_bytes: int, topology: Topology) -> float:
+    """Seconds of one all-to-all between homes [S] and the ranks of rows [S, N]; the way back takes as long."""
+    N = topology.world_size
+    between = np.zeros((N, N), dtype=np.int64)
+    np.add.at(between, homes, rows)
+    classes, slowest, latency = topology.link_class_matrix(), 0.0, 0.0
+    rates = (topology.intra_node_bytes_per_second, topology.inter_node_bytes_per_second)
+    for link, rate in zip((LinkClass.INTRA_NODE, LinkClass.INTER_NODE), rates, strict=True):
+        over = np.where(classes == link, between, 0)
+        busiest = int(max(over.sum(0).max(), over.sum(1).max()))
+        slowest = max(slowest, busiest * row_num_bytes / rate)
+        if busiest:
+            latency = max(latency, topology.latency_seconds[link])
+    return slowest + latency
+
+
+def _seconds(layer: LayerReplay, wire: Wire) -> float:
+    counts, size = layer.problem.counts, wire.row_num_bytes
+    return sum(exchange_seconds(counts, h, size, wire.topology) for h in (layer.homes_before, layer.homes_after))
+
+
+def predict(
+    recipe: str, steps: Sequence[TraceStep], owners: np.ndarray, wire: Wire, rehome: bool = False
+) -> Prediction:
+    """Run the recorded steps of one trace through `wire`. owners [layers, E].
+
+    rehome: first fit a mapping of experts to the earlier half of the steps, judge it on the next quarter, and count on
+    the rest, which neither has seen. Needs at least four steps, and is left out with fewer. The bytes of moving
+    experts are not weighed: what is asked is what a mapping can do.
+
+    Raises ValueError as `replay_step` does, or without steps.
+    """
+    if not steps:
+        raise ValueError("a prediction needs recorded steps")
+    rehome = rehome and len(steps) >= 4 and wire.topology.world_size > 1
+    counted = counted_steps(steps)
+    if rehome:
+        half = len(steps) // 2
+        fit, judge = steps[:half], steps[half : len(steps) - len(counted)]
+        owners = plan_mapping(fit, judge, owners, wire, expert_num_bytes=0, steps_until_next=1).owners
+    layers = [layer for step in counted for layer in replay_step(step, owners, wire)]
+    n = len(counted)
+
+    def total(parts: list[tuple[int, int, int]]) -> tuple[float, float, float]:
+        local, intra, inter = 2 * np.array(parts, dtype=np.float64).sum(0) / n
+        return float(local), float(intra), float(inter)
+
+    sequences = sum(len(layer.homes_before) for layer in layers)
+    moved = sum(int((layer.homes_before != layer.homes_after).sum()) for layer in layers)
+    return Prediction(
+        recipe,
+        total([layer.dispatch for layer in layers]),
+        total([layer.combine for layer in layers]),
+        2 * sum(_seconds(layer, wire) for layer in layers) / n,
+        moved / max(1, sequences),
+        n,
+        rehome,
+    )
+
+
+def counted_steps(steps: Sequence[TraceStep]) -> Sequence[TraceStep]:
+    """The last quarter of the steps, at least one: the same for every recipe, so that all count the same tokens."""
+    return steps[-max(1, len(steps) // 4) :]

@@ -1,0 +1,160 @@
+"""`luffy plan`: what every recipe would put on the links of a cluster, from a recorded trace.
+
+The trace comes from `luffy train --trace-every`; the cluster need not exist. See `luffy.plan.prediction` for what is
+counted (bytes) and what is modelled (seconds).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from luffy.errors import UserError
+from luffy.plan.cost import AttentionCost
+from luffy.plan.prediction import Prediction, counted_steps, predict
+from luffy.plan.replay import Wire, spread_evenly
+from luffy.plan.topology import Topology, parse_topology
+from luffy.plan.trace import RoutingTrace, join_traces
+from luffy.recipes import Recipe, get_recipe
+from luffy.report.style import LINK_COLOURS, draw, legend_below, new_figure, save_png, tick_format, titles
+from luffy.report.units import format_bytes, format_seconds
+from luffy.train.metrics import write_json_atomic
+
+MOST_STEPS = 12  # the newest of a folder: routers move, and old steps flatter
+
+
+def load_trace(path: Path) -> RoutingTrace:
+    """One file, or the newest steps of a folder of them (a run's `trace`, or the run itself)."""
+    if path.is_dir():
+        folder = path / "trace" if (path / "trace").is_dir() else path
+        files = sorted(folder.glob("*.npz"))[-MOST_STEPS:]
+        if not files:
+            raise UserError(f"--trace {path}: holds no .npz files; record some with luffy train --trace-every 10")
+        return join_traces([RoutingTrace.load(f) for f in files])
+    if not path.exists():
+        raise UserError(f"--trace {path}: no such file; record one with luffy train --trace-every 10")
+    return RoutingTrace.load(path)
+
+
+def wire_for(recipe: Recipe, trace: RoutingTrace, topology: Topology, padded: bool) -> Wire:
+    look_ahead = "router" if recipe.look_ahead else "none"
+    attention = AttentionCost(trace.hidden_size)
+    return Wire(topology, trace.row_num_bytes, recipe.placement, look_ahead, recipe.copies, attention, padded)
+
+
+def predict_recipes(
+    trace: RoutingTrace, topology: Topology, recipes: list[Recipe], padded: bool = False
+) -> list[Prediction]:
+    """One prediction a recipe, experts beginning as a model deals them. Raises UserError where the trace cannot fill
+    the cluster.
+    """
+    N, E = topology.world_size, trace.num_experts
+    if E % N:
+        raise UserError(f"--topology: {N} ranks cannot share the trace's {E} experts evenly; name a divisor of {E}")
+    fewest = min(len(step.lengths) for step in trace.steps)
+    if fewest < N:
+        raise UserError(
+            f"--topology: the trace has {fewest} sequences a step, fewer than {N} ranks; record one with --batch-size "
+            f"{N} or more"
+        )
+    owners = spread_evenly(trace.num_layers, E, N)
+    return [
+        predict(r.name, trace.steps, owners, wire_for(r, trace, topology, padded), rehome=r.rehome_every > 0)
+        for r in recipes
+    ]
+
+
+def show(predictions: list[Prediction], compute_seconds: float | None, console: Console) -> None:
+    console.print("one step, forward and backward: bytes counted by replay, seconds predicted")
+    table = Table(box=None, pad_edge=False)
+    columns = ["in nodes", "between", "share", "links busy", "moved"]
+    if compute_seconds is not None:
+        columns += ["step", "speed-up"]
+    table.add_column("recipe", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    first = predictions[0]
+    for p in predictions:
+        share = sum(p.num_bytes) / sum(first.num_bytes) if sum(first.num_bytes) else 1.0
+        cells = [format_bytes(p.num_bytes[0]), format_bytes(p.num_bytes[1]), f"{share:.2f}"]
+        cells += [format_seconds(p.exchange_seconds), f"{p.moved_share:.0%}"]
+        if compute_seconds is not None:
+            step = compute_seconds + p.exchange_seconds
+            cells += [format_seconds(step), f"{(compute_seconds + first.exchange_seconds) / step:.2f}x"]
+        table.add_row(p.recipe, *cells)
+    console.print(table)
+    console.print(f"share and speed-up are over {first.recipe}")
+    if rehomed := [p.recipe for p in predictions if p.rehomed]:
+        console.print(f"{', '.join(rehomed)}: experts re-homed to earlier steps of the trace")
+
+
+def build_figure(predictions: list[Prediction], spec: str) -> Figure:
+    """Bytes that leave a rank, by link class, one bar a recipe, its seconds beside it."""
+    figure, axes = new_figure(height=1.5 + 0.36 * len(predictions))
+    names = [p.recipe for p in predictions]
+    left = [0.0] * len(names)
+    for i, (link, label) in enumerate((("intra_node", "within nodes"), ("inter_node", "between nodes"))):
+        widths = [p.num_bytes[i] for p in predictions]
+        if any(widths):
+            axes.barh(names, widths, left=left, color=LINK_COLOURS[link], label=label)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    for y, p in enumerate(predictions):
+        axes.annotate(
+            format_seconds(p.exchange_seconds), (left[y], y), xytext=(4, 0), textcoords="offset points", va="center"
+        )
+    axes.invert_yaxis()
+    axes.margins(x=0.2)
+    axes.set_xlim(left=0)
+    tick_format(axes.xaxis, format_bytes)
+    axes.set_xlabel(spec.replace(":", ", ", 1).replace(",", ", ").replace(",  ", ", "), fontsize=8)
+    titles(axes, "Bytes that cross in a step", "counted; the seconds beside: predicted")
+    legend_below(axes, 2)
+    return figure
+
+
+def run_plan(
+    trace: Path,
+    spec: str,
+    recipes: str,
+    layout: str,
+    compute_seconds: float | None,
+    target: Path | None,
+    figure: Path | None,
+) -> None:
+    """What `luffy plan` does: read, predict, print, and write what was asked for."""
+    if compute_seconds is not None and not 0 <= compute_seconds < float("inf"):
+        raise UserError(f"--compute-seconds {compute_seconds}: seconds cannot be negative or endless")
+    topology = parse_topology(spec, "--topology")
+    chosen = [get_recipe(name.strip()) for name in recipes.split(",") if name.strip()]
+    if not chosen:
+        raise UserError("--recipes names no recipe; leave it out for all of them")
+    recorded = load_trace(trace)
+    predictions = predict_recipes(recorded, topology, chosen, padded=layout == "padded")
+    console = Console(soft_wrap=True)
+    counted = counted_steps(recorded.steps)
+    tokens = sum(int(s.lengths.sum()) for s in counted) // len(counted)
+    console.print(
+        f"{recorded.about.get('model', 'model')}: {recorded.num_layers} MoE layers, {recorded.num_experts} experts, "
+        f"top-{recorded.top_k}; steps {counted[0].step}-{counted[-1].step}, {tokens} tokens each; "
+        f"{topology.world_size} ranks"
+    )
+    show(predictions, compute_seconds, console)
+    if any(get_recipe(p.recipe).rehome_every and not p.rehomed for p in predictions):
+        console.print("experts stay as dealt: re-homing needs a trace of at least 4 steps")
+    if target is not None:
+        content = {
+            "provenance": "bytes counted by replay, seconds predicted",
+            "trace": str(trace),
+            "topology": spec,
+            "compute_seconds": compute_seconds,
+            "predictions": [asdict(p) for p in predictions],
+        }
+        write_json_atomic(target, json.loads(json.dumps(content)))
+    if figure is not None:
+        png, _ = draw(lambda: build_figure(predictions, spec))
+        save_png(figure, png)

@@ -1,0 +1,73 @@
+"""`luffy plan` as a user meets it: a trace, a cluster, a table, a picture, and clear refusals."""
+
+import json
+
+import numpy as np
+import pytest
+
+from luffy.plan.trace import RoutingTrace, TraceStep
+from luffy.train.cli import main
+
+E, K, LAYERS = 16, 2, 2
+
+
+def save_trace(path, steps=8, sequences=16, seed=0):
+    rng = np.random.default_rng(seed)
+    made = []
+    for n in range(steps):
+        lengths = np.full(sequences, 8)
+        chosen = np.argsort(rng.random((LAYERS, 8 * sequences, E)), axis=2)[:, :, :K]
+        made.append(TraceStep(n + 1, lengths, np.zeros(sequences, dtype=np.int64), chosen, chosen[1:]))
+    owners = np.zeros((LAYERS, E), dtype=np.int64)
+    for step in made:
+        name = path / "trace" / f"step-{step.step:08d}.npz"
+        RoutingTrace((step,), E, K, 32, 64, owners, {"model": "m"}).save(name)
+    return path
+
+
+def fails(capsys, *arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", *map(str, arguments)])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def test_all_recipes_in_a_table_a_file_and_a_picture(tmp_path, capsys):
+    run = save_trace(tmp_path / "run")
+    target, picture = tmp_path / "plan.json", tmp_path / "plan.png"
+    main(["plan", "--trace", str(run), "--topology", "2x4:intra=64gbit,inter=8gbit", "--compute-seconds", "0.001",
+          "--json", str(target), "--figure", str(picture)])  # fmt: skip
+    text = capsys.readouterr().out
+    found = {p["recipe"]: p for p in json.loads(target.read_text())["predictions"]}
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    for recipe, p in found.items():
+        assert recipe in text
+        assert p["exchange_seconds"] > 0 and p["num_steps"] == 2
+    total = {r: sum(p["dispatch"][1:]) + sum(p["combine"][1:]) for r, p in found.items()}
+    assert total["luffy"] < total["vanilla_dedup"] < total["vanilla"]
+    assert found["luffy"]["rehomed"] and not found["netmoe"]["rehomed"]
+
+
+def test_one_file_is_a_trace_too_and_says_that_experts_stay(tmp_path, capsys):
+    run = save_trace(tmp_path / "run")
+    main(["plan", "--trace", str(run / "trace" / "step-00000003.npz"), "--topology", "8:intra=1gbit"])
+    text = capsys.readouterr().out
+    assert "steps 3-3" in text and "needs a trace of at least 4 steps" in text
+
+
+def test_what_cannot_be_planned_is_refused_by_the_option(tmp_path, capsys):
+    run = save_trace(tmp_path / "run", steps=1, sequences=4)
+    trace = ("--trace", run)
+    assert "--topology" in fails(capsys, *trace, "--topology", "3:intra=1gbit")
+    assert "--batch-size 8" in fails(capsys, *trace, "--topology", "8:intra=1gbit")
+    assert "--compute-seconds" in fails(capsys, *trace, "--topology", "2:intra=1gbit", "--compute-seconds", "-1")
+    assert "--recipe" in fails(capsys, *trace, "--topology", "2:intra=1gbit", "--recipes", "nothing")
+    assert "--recipes" in fails(capsys, *trace, "--topology", "2:intra=1gbit", "--recipes", ",")
+    assert "no such file" in fails(capsys, "--trace", tmp_path / "none", "--topology", "2:intra=1gbit")
+    (tmp_path / "empty").mkdir()
+    assert "--trace-every" in fails(capsys, "--trace", tmp_path / "empty", "--topology", "2:intra=1gbit")
+    broken = tmp_path / "broken.npz"
+    broken.write_bytes(b"PK\x03\x04 cut off")
+    assert "damaged" in fails(capsys, "--trace", broken, "--topology", "2:intra=1gbit")
