@@ -8,6 +8,7 @@ There is one MoE layer; a recipe says what it does on each axis:
 * `placement`: where a sequence lives after the layer ("stay": where it came from; else a strategy of
   `luffy.plan.placement`). `look_ahead`: the strategy also prices the next layer's dispatch, predicted by applying
   the next router to the present stream.
+* `wire`: the formats in which rows cross links (`--wire` overrides it; see luffy.exchange.wire).
 * `rehome_every`: steps between re-homings of experts, 0 for never (`--rehome-every` overrides it).
 
 Lossless recipes compute the same function as a dense model on one device.
@@ -31,6 +32,37 @@ class Recipe:
     placement: str = "stay"
     look_ahead: bool = False
     rehome_every: int = 0
+    wire: str = "model"
+
+
+WIRE_FORMATS = ("model", "bf16", "fp8", "int8", "int4")
+WIRE_DIRECTIONS = ("dispatch", "combine", "dispatch_backward", "combine_backward")
+WIRE_SETS = {
+    "safe": "int8",
+    "aggressive": "dispatch=int4,combine=int8,dispatch_backward=int4,combine_backward=int8",
+}
+
+
+def parse_wire(text: str) -> dict[str, str]:
+    """``int8``, ``safe`` or ``dispatch=int4,combine=int8`` -> the format of every direction ("model" if not named).
+
+    Raises UserError naming --wire.
+    """
+    spec = WIRE_SETS.get(text, text)
+    if spec in WIRE_FORMATS:
+        return dict.fromkeys(WIRE_DIRECTIONS, spec)
+    formats: dict[str, str] = {}
+    for item in spec.split(","):
+        direction, equals, name = (part.strip() for part in item.partition("="))
+        if not equals or direction not in WIRE_DIRECTIONS or name not in WIRE_FORMATS:
+            raise UserError(
+                f"--wire {text}: cannot read '{item}'; give one of {', '.join((*WIRE_SETS, *WIRE_FORMATS))}, or "
+                f"DIRECTION=FORMAT, with directions {', '.join(WIRE_DIRECTIONS)}"
+            )
+        if direction in formats:
+            raise UserError(f"--wire {text}: {direction} is given twice")
+        formats[direction] = name
+    return dict.fromkeys(WIRE_DIRECTIONS, "model") | formats
 
 
 RECIPES: dict[str, Recipe] = {
@@ -76,6 +108,12 @@ def get_recipe(name: str) -> Recipe:
 
 def check_recipe(recipe: Recipe, config: ModelConfig) -> None:
     """Raise UserError where a recipe cannot train a model."""
+    coded = set(parse_wire(recipe.wire).values()) != {"model"}
+    if coded and recipe.placement != "stay":
+        raise UserError(
+            f"--wire {recipe.wire} cannot be combined with --recipe {recipe.name}: a sequence that moves takes its "
+            "residual from the dispatched rows, which a narrower format would round; use --recipe vanilla_dedup"
+        )
     if config.memory_length and recipe.placement != "stay":
         raise UserError(
             f"--memory-length cannot be combined with --recipe {recipe.name}: the states of a segment stay on the rank "

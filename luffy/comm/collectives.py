@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -93,6 +94,22 @@ class Comm:
         return out.unflatten(0, (len(ranks), tensor.numel())).reshape(len(ranks), *tensor.shape)
 
 
+class Codec(Protocol):
+    """A way to write rows on the wire; see luffy.exchange.wire."""
+
+    def encode(self, rows: Tensor) -> Tensor:
+        """[n, D] -> uint8 [n, width]."""
+        ...
+
+    def decode(self, coded: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+        """uint8 [n, width] -> [n, size] of dtype."""
+        ...
+
+
+# For each tensor, how it travels forward and its gradient backward; None: as it is.
+Codecs = Sequence[tuple[Codec | None, Codec | None]]
+
+
 @dataclass(frozen=True)
 class RowExchange:
     """Where rows go: `input_splits[r]` of mine to EP rank r, `output_splits[r]` from r. The own entry may be 0."""
@@ -115,11 +132,12 @@ def _move(
     tensors: Sequence[Tensor],
     directions: Sequence[str],
     exchange: RowExchange,
+    codecs: Sequence[Codec | None],
     meanwhile: Callable[[], None] | None = None,
 ) -> list[Tensor]:
     """One all-to-all of `tensors` side by side; `meanwhile` runs on the host while the rows are under way."""
     mesh, meter = exchange.comm.mesh, exchange.comm.meter
-    columns = [_as_bytes(t) for t in tensors]
+    columns = [_as_bytes(t) if c is None else c.encode(t) for t, c in zip(tensors, codecs, strict=True)]
     widths = [c.shape[1] for c in columns]
     for width, direction in zip(widths, directions, strict=True):
         for peer, rows in zip(mesh.ep_ranks, exchange.input_splits, strict=True):
@@ -146,24 +164,27 @@ def _move(
     if work is not None:
         work.wait()
     moved, start = [], 0
-    for tensor, width in zip(tensors, widths, strict=True):
+    for tensor, width, codec in zip(tensors, widths, codecs, strict=True):
         block = receive[:, start : start + width]
+        start += width
+        if codec is not None:
+            moved.append(codec.decode(block, tensor.shape[1], tensor.dtype))
+            continue
         if len(tensors) > 1:  # a copy, since a dtype needs its own alignment and strides
             block = block.clone(memory_format=torch.contiguous_format)
         block = block.view(tensor.dtype)
         moved.append(block.reshape(block.shape[0], *tensor.shape[1:]))
-        start += width
     return moved
 
 
 class _AllToAllRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, exchange, forward_directions, backward_directions, meanwhile, *tensors):
-        ctx.exchange = exchange
+    def forward(ctx, exchange, forward_directions, backward_directions, codecs, meanwhile, *tensors):
+        ctx.exchange, ctx.codecs = exchange, codecs
         ctx.backward_directions = backward_directions
         # Decided from dtypes, which all ranks share, not from requires_grad, which they might not.
         ctx.differentiable = [t.is_floating_point() for t in tensors]
-        moved = _move(tensors, forward_directions, exchange, meanwhile)
+        moved = _move(tensors, forward_directions, exchange, [c for c, _ in codecs], meanwhile)
         ctx.mark_non_differentiable(*(m for m in moved if not m.is_floating_point()))
         return tuple(moved)
 
@@ -174,11 +195,12 @@ class _AllToAllRows(torch.autograd.Function):
             [grads[i] for i in picked],
             [ctx.backward_directions[i] for i in picked],
             ctx.exchange.reversed(),
+            [ctx.codecs[i][1] for i in picked],
         )
         out: list[Tensor | None] = [None] * len(grads)
         for i, grad in zip(picked, moved, strict=True):
             out[i] = grad
-        return None, None, None, None, *out
+        return None, None, None, None, None, *out
 
 
 def all_to_all_rows(
@@ -187,13 +209,18 @@ def all_to_all_rows(
     *,
     directions: Sequence[str],
     backward_directions: Sequence[str],
+    codecs: Codecs | None = None,
     meanwhile: Callable[[], None] | None = None,
 ) -> list[Tensor]:
     """Send rows to the ranks of the EP group and receive theirs; differentiable in every floating tensor.
 
     tensors: each [sum(input_splits), ...], rows ordered by destination rank.
     directions, backward_directions: the meter's name for each tensor's bytes, forward and backward.
+    codecs: how each tensor is written on the wire (coded ones are [n, D]); None: all as they are.
     meanwhile: host work to do while the rows travel (planning).
     Returns tensors of [sum(output_splits), ...], rows ordered by source rank.
     """
-    return list(_AllToAllRows.apply(exchange, tuple(directions), tuple(backward_directions), meanwhile, *tensors))
+    coding = tuple(codecs) if codecs is not None else ((None, None),) * len(tensors)
+    return list(
+        _AllToAllRows.apply(exchange, tuple(directions), tuple(backward_directions), coding, meanwhile, *tensors)
+    )

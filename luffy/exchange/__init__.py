@@ -15,6 +15,7 @@ from luffy.exchange.migrate import (
 from luffy.exchange.permute import Pairs, pairs_by_expert, weighted_sum
 from luffy.exchange.planning import Planner, PlanTally
 from luffy.exchange.recorder import Recorder
+from luffy.exchange.wire import codecs_of
 
 __all__ = [
     "Copies",
@@ -27,6 +28,7 @@ __all__ = [
     "Recorder",
     "by_table",
     "carries_residual",
+    "codecs_of",
     "combine",
     "combine_at_new_home",
     "copy_keys",

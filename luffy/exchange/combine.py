@@ -5,12 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from luffy.comm import all_to_all_rows
+from luffy.comm import Codec, all_to_all_rows
 from luffy.exchange.copies import Copies
 
 
-def combine(hidden: Tensor, partial: Tensor, copies: Copies) -> Tensor:
+def combine(
+    hidden: Tensor, partial: Tensor, copies: Copies, wire: tuple[Codec | None, Codec | None] = (None, None)
+) -> Tensor:
     """hidden [T, D] (the residual), partial [R, D] from this rank's experts -> new stream [T, D].
+
+    wire: how partial sums are written on the wire, and their gradients.
 
     Rows return in the order in which dispatch sent them, so their tokens are known without being told.
     """
@@ -20,6 +24,7 @@ def combine(hidden: Tensor, partial: Tensor, copies: Copies) -> Tensor:
         copies.exchange.reversed(),
         directions=("combine",),
         backward_directions=("combine_backward",),
+        codecs=(wire,),
     )
     rows = torch.cat([partial[:n], remote])  # [C, D]
     # Up to K partial sums meet in a token; adding them in bfloat16 would round K times.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from luffy.comm import all_to_all_rows
+from luffy.comm import Codec, all_to_all_rows
 from luffy.exchange.copies import Copies
 
 
@@ -39,11 +39,13 @@ def dispatch(
     per: str,
     *,
     global_token: Tensor | None = None,
+    wire: tuple[Codec | None, Codec | None] = (None, None),
     meanwhile: Callable[[], None] | None = None,
 ) -> Received:
     """hidden [T, D], ids and weights [T, K] -> the rows that this rank's experts serve.
 
-    global_token: int64 [T], sent along where sequences may move. meanwhile: host work while the rows travel.
+    global_token: int64 [T], sent along where sequences may move. wire: how rows are written on the wire, and
+    their gradients. meanwhile: host work while the rows travel.
     """
     ids, weights = topk_expert_ids[copies.token], topk_weights[copies.token]  # [C, K]
     if per == "pairs":  # such a copy serves one choice, and need not tell of the others: K becomes 1
@@ -58,6 +60,7 @@ def dispatch(
         copies.exchange,
         directions=("dispatch", *("control",) * (len(columns) - 1)),
         backward_directions=("dispatch_backward", *("control",) * (len(columns) - 1)),
+        codecs=(wire, *((None, None),) * (len(columns) - 1)),
         meanwhile=meanwhile,
     )
     rows, ids, weights, *tokens = (torch.cat([c[:n], r]) for c, r in zip(columns, remote, strict=True))

@@ -30,6 +30,7 @@ from luffy.exchange import (
     Recorder,
     by_table,
     carries_residual,
+    codecs_of,
     combine,
     combine_at_new_home,
     copy_keys,
@@ -148,7 +149,7 @@ class MoELayer(nn.Module):
         received = dispatch(
             hidden, ids, routing.topk_weights, copies, rt.recipe.copies,
             global_token=None if rt.planner is None else layout.global_token,
-            meanwhile=None if rt.planner is None else plan,
+            wire=codecs_of(rt.recipe, "dispatch"), meanwhile=None if rt.planner is None else plan,
         )  # fmt: skip
         migration = migrations[0]
         rows = boundary(received.rows, rt.clock, "exchange", "experts")
@@ -160,7 +161,7 @@ class MoELayer(nn.Module):
         partial = boundary(partial, rt.clock, "experts", "exchange")
 
         if migration is None:
-            hidden = self._base(combine(hidden, partial, copies), normed)
+            hidden = self._base(combine(hidden, partial, copies, codecs_of(rt.recipe, "combine")), normed)
         else:
             orphans = self._orphan_tokens(keys, migration)
             hidden = combine_at_new_home(

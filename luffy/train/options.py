@@ -6,7 +6,7 @@ touching data or devices is checked when the object is made, so a mistake costs 
 
 from __future__ import annotations
 
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from typing import Any
 
 from luffy.config import DTYPES, ModelConfig, _one_of, _require, model_preset
@@ -75,6 +75,12 @@ class TrainOptions:
     profile_attention: bool = option(
         True, "Measure attention at the start where plans weigh it; without, plans repeat bit for bit.", "Training"
     )
+    wire: str | None = option(
+        None,
+        "Format of rows on links: model, bf16, fp8, int8, int4, safe, aggressive, or DIRECTION=FORMAT,... with "
+        "dispatch, combine, dispatch_backward, combine_backward (default: the recipe's).",
+        "Training",
+    )
     trace_every: int = option(0, "Record routing in every n-th step, in OUT/trace; 0: never.", "Training")
 
     layers: int | None = option(None, "Blocks.", "Model")
@@ -131,7 +137,8 @@ class TrainOptions:
         check_recipe(recipe, config)
 
     def get_recipe(self) -> Recipe:
-        return get_recipe(self.recipe)
+        recipe = get_recipe(self.recipe)
+        return recipe if self.wire is None else replace(recipe, wire=self.wire)
 
     def get_rehome_every(self) -> int:
         """Steps between re-homings of experts; 0 is never."""
