@@ -8,6 +8,8 @@ There is one MoE layer; a recipe says what it does on each axis:
 * `placement`: where a sequence lives after the layer ("stay": where it came from; else a strategy of
   `luffy.plan.placement`). `look_ahead`: the strategy also prices the next layer's dispatch, predicted by applying
   the next router to the present stream.
+* `condense`: which similar tokens share one row and its answer (`--condense` overrides it; see
+  luffy.exchange.condense).
 * `wire`: the formats in which rows cross links (`--wire` overrides it; see luffy.exchange.wire).
 * `rehome_every`: steps between re-homings of experts, 0 for never (`--rehome-every` overrides it).
 
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from luffy.condensation import parse_condense
 from luffy.config import ModelConfig
 from luffy.errors import UserError
 
@@ -32,6 +35,7 @@ class Recipe:
     placement: str = "stay"
     look_ahead: bool = False
     rehome_every: int = 0
+    condense: str = "none"
     wire: str = "model"
 
 
@@ -79,8 +83,19 @@ RECIPES: dict[str, Recipe] = {
         ),
         Recipe(
             "luffy_paper",
-            "sequence migration by Algorithm 1 of arXiv 2411.15419 (without token condensation)",
+            "arXiv 2411.15419: sequence migration by Algorithm 1, token condensation by its similarity graph",
             placement="luffy_paper",
+            condense="paper",
+        ),
+        Recipe(
+            "lsh_moe",
+            "tokens hashed alike share their centroid's answer (LSH-MoE, NeurIPS 2024; in decoders the future leaks)",
+            condense="lsh:6",
+        ),
+        Recipe(
+            "lsh_moe_causal",
+            "LSH-MoE with each bucket's earliest token in place of its centroid: no future reaches a token",
+            condense="lsh-causal:6",
         ),
         Recipe(
             "netmoe",
@@ -108,6 +123,12 @@ def get_recipe(name: str) -> Recipe:
 
 def check_recipe(recipe: Recipe, config: ModelConfig) -> None:
     """Raise UserError where a recipe cannot train a model."""
+    condensation = parse_condense(recipe.condense)
+    if condensation is not None and condensation.compensate and recipe.placement != "stay":
+        raise UserError(
+            f"--condense {recipe.condense} cannot be combined with --recipe {recipe.name}: its correction is made "
+            "where the token came from, so sequences must stay; use --recipe lsh_moe"
+        )
     coded = set(parse_wire(recipe.wire).values()) != {"model"}
     if coded and recipe.placement != "stay":
         raise UserError(

@@ -127,6 +127,7 @@ class TokenBatch:
     memory: Transformer-XL's states of the previous segment, one [S_local, M, D] per block, or None.
     new_memory: the same for the next segment, filled block by block.
     router_stats: what each MoE layer passed so far has to say to the auxiliary losses.
+    similarity: what the last MoE layer found of pairs of tokens, where the recipe looks back at it.
     """
 
     hidden: Tensor
@@ -135,6 +136,7 @@ class TokenBatch:
     memory: tuple[Tensor, ...] | None = None
     new_memory: tuple[Tensor, ...] = ()
     router_stats: tuple[Any, ...] = field(default=(), repr=False)
+    similarity: Any = field(default=None, repr=False)
 
     def with_hidden(self, hidden: Tensor) -> TokenBatch:
         return replace(self, hidden=hidden)

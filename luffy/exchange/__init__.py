@@ -1,23 +1,28 @@
-"""Differentiable stages that execute an exchange: copies, dispatch, permute, combine."""
+"""Differentiable stages that execute an exchange: condense, copies, dispatch, permute, combine or rebuild."""
 
+from luffy.exchange.audit import tally
 from luffy.exchange.combine import combine
+from luffy.exchange.condense import Condensed, CondenseState, SimilarityHistory, condense, only_sent
 from luffy.exchange.copies import Copies, ExpertMap, copy_keys, exchange_counts
 from luffy.exchange.dispatch import Received, dispatch
 from luffy.exchange.migrate import (
     Migration,
+    alone_per_sequence,
     by_table,
-    carries_residual,
-    combine_at_new_home,
     counts_per_sequence,
     rows_at_favourite,
     transfer,
 )
 from luffy.exchange.permute import Pairs, pairs_by_expert, weighted_sum
 from luffy.exchange.planning import Planner, PlanTally
+from luffy.exchange.rebuild import SharedAnswers, carries_residual, combine_at_new_home, orphan_tokens, own_shared
 from luffy.exchange.recorder import Recorder
+from luffy.exchange.shared import combine_condensed, rows_to_send
 from luffy.exchange.wire import codecs_of
 
 __all__ = [
+    "CondenseState",
+    "Condensed",
     "Copies",
     "ExpertMap",
     "Migration",
@@ -26,17 +31,27 @@ __all__ = [
     "Planner",
     "Received",
     "Recorder",
+    "SharedAnswers",
+    "SimilarityHistory",
+    "alone_per_sequence",
     "by_table",
     "carries_residual",
     "codecs_of",
     "combine",
     "combine_at_new_home",
+    "combine_condensed",
+    "condense",
     "copy_keys",
     "counts_per_sequence",
     "dispatch",
     "exchange_counts",
+    "only_sent",
+    "orphan_tokens",
+    "own_shared",
     "pairs_by_expert",
     "rows_at_favourite",
+    "rows_to_send",
+    "tally",
     "transfer",
     "weighted_sum",
 ]

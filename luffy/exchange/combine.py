@@ -9,14 +9,11 @@ from luffy.comm import Codec, all_to_all_rows
 from luffy.exchange.copies import Copies
 
 
-def combine(
-    hidden: Tensor, partial: Tensor, copies: Copies, wire: tuple[Codec | None, Codec | None] = (None, None)
-) -> Tensor:
-    """hidden [T, D] (the residual), partial [R, D] from this rank's experts -> new stream [T, D].
+def return_rows(partial: Tensor, copies: Copies, wire: tuple[Codec | None, Codec | None] = (None, None)) -> Tensor:
+    """partial [R, D] of this rank's experts -> the answers to this rank's own copies, [C, D], in their order.
 
-    wire: how partial sums are written on the wire, and their gradients.
-
-    Rows return in the order in which dispatch sent them, so their tokens are known without being told.
+    wire: how partial sums are written on the wire, and their gradients. Rows return in the order in which dispatch
+    sent them, so their tokens are known without being told.
     """
     n = copies.num_local
     (remote,) = all_to_all_rows(
@@ -26,7 +23,14 @@ def combine(
         backward_directions=("combine_backward",),
         codecs=(wire,),
     )
-    rows = torch.cat([partial[:n], remote])  # [C, D]
+    return torch.cat([partial[:n], remote])
+
+
+def combine(
+    hidden: Tensor, partial: Tensor, copies: Copies, wire: tuple[Codec | None, Codec | None] = (None, None)
+) -> Tensor:
+    """hidden [T, D] (the residual), partial [R, D] from this rank's experts -> new stream [T, D]."""
+    rows = return_rows(partial, copies, wire)
     # Up to K partial sums meet in a token; adding them in bfloat16 would round K times.
     wide = torch.promote_types(hidden.dtype, torch.float32)
     return hidden.to(wide).index_add(0, copies.token, rows.to(wide)).to(hidden.dtype)

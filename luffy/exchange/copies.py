@@ -78,6 +78,18 @@ class Copies:
     num_local: int
     exchange: RowExchange
     num_pairs: int
+    top_k: int
+
+    @property
+    def flat(self) -> Tensor:
+        """token * K + slot, the name of each copy among all that are possible: int64 [C]."""
+        return self.token * self.top_k + self.slot
+
+    def places(self, num_possible: int) -> Tensor:
+        """Where each possible copy stands among these, C for those that are not: int64 [num_possible]."""
+        place = torch.full((num_possible,), len(self.token), dtype=torch.int64, device=self.token.device)
+        place[self.flat] = torch.arange(len(self.token), device=self.token.device)
+        return place
 
 
 def exchange_counts(
@@ -110,5 +122,6 @@ def exchange_counts(
         num_local=num_local,
         exchange=RowExchange(comm, tuple(out), tuple(into)),
         num_pairs=int(gathered[:, 1, me].sum()),
+        top_k=K,
     )
     return copies, gathered[:, 2:]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from luffy.comm import Codec, all_to_all_rows
+from luffy.exchange.condense import Condensed
 from luffy.exchange.copies import Copies
 
 
@@ -23,12 +24,21 @@ class Received:
 
     rows: [R, D] of the stream. expert_ids: int64 [R, K], -1 for dropped choices; ids of experts elsewhere are among
     them. weights: [R, K]. Where a copy is a pair, K is 1 here. global_token: int64 [R], set where sequences may move.
+
+    Set where tokens are condensed: shared, bool [R, K], choices that are answered with weight one. audit: int64 [R],
+    from an audited row to the row that would have represented it, in rows; 0 for all others.
     """
 
     rows: Tensor
     expert_ids: Tensor
     weights: Tensor
     global_token: Tensor | None = None
+    shared: Tensor | None = None
+    audit: Tensor | None = None
+
+
+# Marks a shared choice beside its expert id: ids fit in 14 bits, and 16,383 experts are more than anyone trains.
+_SHARED = 1 << 14
 
 
 def dispatch(
@@ -38,20 +48,28 @@ def dispatch(
     copies: Copies,
     per: str,
     *,
+    rows: Tensor | None = None,
+    condensed: Condensed | None = None,
     global_token: Tensor | None = None,
     wire: tuple[Codec | None, Codec | None] = (None, None),
     meanwhile: Callable[[], None] | None = None,
 ) -> Received:
     """hidden [T, D], ids and weights [T, K] -> the rows that this rank's experts serve.
 
-    global_token: int64 [T], sent along where sequences may move. wire: how rows are written on the wire, and
+    rows: [C, D] to send in place of the copies' tokens. condensed: what became of the copies; `copies` are those that
+    travel. global_token: int64 [T], sent along where sequences may move. wire: how rows are written on the wire, and
     their gradients. meanwhile: host work while the rows travel.
     """
-    ids, weights = topk_expert_ids[copies.token], topk_weights[copies.token]  # [C, K]
+    choices = topk_expert_ids
+    if condensed is not None:
+        choices = choices.masked_fill(condensed.copy & ~condensed.sent, -1) + condensed.shared * _SHARED
+        topk_weights = topk_weights.masked_fill(condensed.shared, 1.0)
+    ids, weights = choices[copies.token], topk_weights[copies.token]  # [C, K]
     if per == "pairs":  # such a copy serves one choice, and need not tell of the others: K becomes 1
         ids, weights = (t.gather(1, copies.slot[:, None]) for t in (ids, weights))
-    # Expert ids fit in 16 bits: 32,767 experts are more than anyone trains.
-    columns = [hidden[copies.token], ids.to(torch.int16), weights]
+    columns = [hidden[copies.token] if rows is None else rows, ids.to(torch.int16), weights]
+    if condensed is not None:
+        columns.append(_audit_offsets(copies, condensed))
     if global_token is not None:
         columns.append(global_token[copies.token].to(torch.int32))
     n = copies.num_local
@@ -63,5 +81,17 @@ def dispatch(
         codecs=(wire, *((None, None),) * (len(columns) - 1)),
         meanwhile=meanwhile,
     )
-    rows, ids, weights, *tokens = (torch.cat([c[:n], r]) for c, r in zip(columns, remote, strict=True))
-    return Received(rows, ids.long(), weights, tokens[0].long() if tokens else None)
+    rows, ids, weights, *rest = (torch.cat([c[:n], r]) for c, r in zip(columns, remote, strict=True))
+    ids, tokens = ids.long(), None if global_token is None else rest[-1].long()
+    if condensed is None:
+        return Received(rows, ids, weights, tokens)
+    shared = (ids >= 0) & (ids >= _SHARED)
+    return Received(rows, ids - shared * _SHARED, weights, tokens, shared, rest[0].long())
+
+
+def _audit_offsets(copies: Copies, condensed: Condensed) -> Tensor:
+    """From each copy to the one it is audited against, both bound for one rank and so in one order there: int32 [C]."""
+    against = condensed.audited.flatten()[copies.flat]
+    place = copies.places(condensed.audited.numel())
+    here = torch.arange(len(against), device=against.device)
+    return torch.where(against >= 0, place[against.clamp_min(0)] - here, 0).to(torch.int32)

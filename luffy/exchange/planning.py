@@ -67,21 +67,19 @@ class Planner:
         layer: int,
         layout: Layout,
         counts: np.ndarray,
-        orphans: np.ndarray,
+        alone: np.ndarray | None,
         next_counts: np.ndarray | None,
         row_num_bytes: int,
         padded: bool,
     ) -> Migration | None:
         """Where each sequence is rebuilt; None where nobody moves. Call `confirm` before acting on it.
 
-        counts, next_counts: int64 [S, N]. orphans: int64 [S], whose residual travels if its sequence does.
+        counts, next_counts: int64 [S, N]. alone: int64 [S, N], residuals that travel if a sequence is rebuilt there.
         """
         begin = time.perf_counter()
         table = layout.table
-        held = counts.copy()
-        held[np.arange(len(orphans)), table.home_rank] += orphans
         problem = PlacementProblem(
-            counts=held,
+            counts=counts if alone is None else counts + kept_off_the_wire(alone, table.home_rank),
             lengths=table.lengths,
             home_rank=table.home_rank,
             topology=self.topology,
@@ -95,7 +93,7 @@ class Planner:
         plan = plan_placement(self.strategy, problem, **options)
         self._digests = self.comm.start_all_gather_ep(torch.tensor([plan.digest()], dtype=torch.int64))
         self.tally.plans += 1
-        self.tally.sequences += len(orphans)
+        self.tally.sequences += len(counts)
         self.tally.moved += plan.num_moved
         tokens = np.bincount(plan.new_home, table.lengths, minlength=counts.shape[1])
         fullest = float(tokens.max() / max(tokens.mean(), 1e-9))
@@ -104,7 +102,7 @@ class Planner:
         if plan.num_moved == 0:
             return None
         new = Layout(table.moved(plan.new_home), self.comm.mesh.ep_rank, layout.device)
-        return Migration(layout, new, counts, orphans)
+        return Migration(layout, new, counts, alone)
 
     def confirm(self, layer: int) -> None:
         """Wait until all ranks have planned; RankMismatchError names the layer and the ranks that planned differently.
@@ -122,3 +120,15 @@ class Planner:
                 f"MoE layer {layer}: ranks {odd} planned another placement than the other {len(digests) - len(odd)} "
                 "ranks; the plan was not executed"
             )
+
+
+def kept_off_the_wire(alone: np.ndarray, home_rank: np.ndarray) -> np.ndarray:
+    """Residuals as rows of a PlacementProblem: those that do not travel if a sequence is at a rank, int64 [S, N].
+
+    With one class of links the costs of any two ranks then differ by what their residuals cost; with two, a row that
+    would be spared at either of two ranks is priced as if it came from both.
+    """
+    S = np.arange(len(home_rank))
+    kept = alone.max(1, keepdims=True, initial=0) - alone
+    kept[S, home_rank] = alone.max(1, initial=0)
+    return kept

@@ -29,7 +29,8 @@ class AuxLoss:
     For the metrics, without gradient and global: `balance` [] (mean over layers, unweighted; 1 when all experts are
     used evenly), `z` [layers], `load` [layers, E] (share of choices), `dropped` [] (share of choices).
     `sequence_entropy`, `expert_entropy` [layers]: mean H(p_s) and H(p) in nats. `favourite_share` [layers]: of a
-    sequence's rows, the share at the rank that holds most of them, mean over rows.
+    sequence's rows, the share at the rank that holds most of them, mean over rows. `condensed` [layers, 5]: see
+    luffy.exchange.audit; zeros where nothing is condensed.
     """
 
     local: Tensor
@@ -40,6 +41,7 @@ class AuxLoss:
     sequence_entropy: Tensor
     expert_entropy: Tensor
     favourite_share: Tensor
+    condensed: Tensor
 
 
 def auxiliary_loss(stats: tuple[RouterStats, ...], config: RouterConfig, comm: Comm, num_tokens: int) -> AuxLoss | None:
@@ -52,8 +54,10 @@ def auxiliary_loss(stats: tuple[RouterStats, ...], config: RouterConfig, comm: C
     entropy_local = torch.stack([s.sequence_entropy for s in stats])  # [layers], local
     parts = [torch.stack([s.assigned for s in stats]), probability, z_local[:, None], entropy_local[:, None]]
     parts += [torch.stack([s.dropped for s in stats])[:, None], torch.stack([s.rows for s in stats])]
+    parts += [torch.stack([s.condensed for s in stats])]
     totals = comm.all_reduce(torch.cat([p.detach() for p in parts], dim=1))
-    assigned, probability_total, z_total, entropy, dropped, rows = totals.split([E, E, 1, 1, 1, 2], dim=1)
+    sizes = [E, E, 1, 1, 1, 2, 5]
+    assigned, probability_total, z_total, entropy, dropped, rows, condensed = totals.split(sizes, dim=1)
     load = assigned / (T * config.top_k)  # [layers, E]
     balance_local = E * (load * probability).sum() / T
     local = config.balance_loss * balance_local + config.z_loss * z_local.sum() / T
@@ -71,4 +75,5 @@ def auxiliary_loss(stats: tuple[RouterStats, ...], config: RouterConfig, comm: C
         sequence_entropy=entropy.flatten() / T,
         expert_entropy=entropy_of_sums(mean_probability),
         favourite_share=rows[:, 1] / rows[:, 0].clamp_min(1),
+        condensed=condensed,
     )

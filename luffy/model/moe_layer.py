@@ -20,25 +20,38 @@ from torch.utils.checkpoint import checkpoint
 
 from luffy.comm import Comm
 from luffy.comm.clock import PhaseClock, boundary
+from luffy.condensation import parse_condense
 from luffy.config import ModelConfig
 from luffy.data.batch import TokenBatch
 from luffy.exchange import (
+    Condensed,
+    CondenseState,
     ExpertMap,
     Migration,
     Planner,
     Received,
     Recorder,
+    SharedAnswers,
+    SimilarityHistory,
+    alone_per_sequence,
     by_table,
     carries_residual,
     codecs_of,
     combine,
     combine_at_new_home,
+    combine_condensed,
+    condense,
     copy_keys,
     counts_per_sequence,
     dispatch,
     exchange_counts,
+    only_sent,
+    orphan_tokens,
+    own_shared,
     pairs_by_expert,
     rows_at_favourite,
+    rows_to_send,
+    tally,
     weighted_sum,
 )
 from luffy.exchange.copies import CopyKeys
@@ -65,6 +78,7 @@ class Runtime:
     """What every layer of one model shares: the network, the clock, the recipe, what to recompute.
 
     topology: of the EP group, for everything that plans. planner: None for recipes that move no sequence.
+    condense: None for recipes that condense no tokens.
     """
 
     comm: Comm
@@ -73,6 +87,8 @@ class Runtime:
     recompute: bool = False
     planner: Planner | None = None
     topology: Topology | None = None
+    condense: CondenseState | None = None
+    _streams: list[torch.cuda.Stream] = field(default_factory=list)
     recorder: Recorder = field(default_factory=Recorder)
 
     @classmethod
@@ -97,7 +113,19 @@ class Runtime:
             topology = Topology(mesh.ep_size, nodes.count(nodes[0]), 1e10, 1e9)
         if recipe.placement != "stay":
             planner = Planner(comm, recipe.placement, topology, attention or AttentionCost(config.hidden_size))
-        return cls(comm, PhaseClock(mesh.device), recipe, recompute, planner, topology)
+        scheme = parse_condense(recipe.condense)
+        num_layers = sum(config.is_moe_layer(i) for i in range(config.num_layers))
+        state = None if scheme is None else CondenseState(scheme, [scheme.level] * num_layers)
+        return cls(comm, PhaseClock(mesh.device), recipe, recompute, planner, topology, state)
+
+    def side_stream(self) -> torch.cuda.Stream:
+        """A stream of its own for work that the layer does not wait for at once.
+
+        It waits for the main stream before each use, so what it allocated is never reused while still being read.
+        """
+        if not self._streams:
+            self._streams.append(torch.cuda.Stream(self.comm.mesh.device))
+        return self._streams[0]
 
 
 class MoELayer(nn.Module):
@@ -117,6 +145,8 @@ class MoELayer(nn.Module):
         self.experts = GroupedExperts(config, E // mesh.ep_size)
         shared = config.num_shared_experts * config.expert_hidden_size
         self.shared_experts = FeedForward(config, shared) if shared else None
+        self.causal, self.no_norm = config.causal, nn.Identity()
+        self.layer_of_moe = sum(config.is_moe_layer(i) for i in range(layer))
         self.register_buffer("slot_of_expert", torch.arange(E))
         self.slot_of_expert: Tensor
 
@@ -126,50 +156,60 @@ class MoELayer(nn.Module):
 
     def forward(self, batch: TokenBatch, norm: nn.Module, predict_next: Predictor | None = None) -> TokenBatch:
         """`predict_next(hidden)` says which copies the next MoE layer is likely to want; see `Recipe.look_ahead`."""
-        rt, mesh, experts = self.runtime, self.runtime.comm.mesh, self.expert_map
+        rt, mesh = self.runtime, self.runtime.comm.mesh
         hidden, layout = batch.hidden, batch.layout  # [T, D]
         normed = norm(hidden)
         routing, stats = self.router(normed, layout)
-        ids = routing.topk_expert_ids
+        ids, weights = routing.topk_expert_ids, routing.topk_weights  # [T, K]
 
-        hidden = boundary(hidden, rt.clock, "other", "exchange")
-        keys = copy_keys(ids, experts, mesh.ep_rank, mesh.ep_size, rt.recipe.copies)
+        keys = copy_keys(ids, self.expert_map, mesh.ep_rank, mesh.ep_size, rt.recipe.copies)
         stats = replace(stats, rows=rows_at_favourite(keys, layout, mesh.ep_size).to(stats.rows.dtype))
-        forecast = None if predict_next is None else predict_next(batch.hidden)
+        condensed, history, forecast = self._foresight(normed, ids, keys, batch, predict_next)
         if rt.recorder.active:
             rt.recorder.note(layout, ids, None if forecast is None else forecast.topk_expert_ids)
         forecast = forecast if rt.recipe.look_ahead else None
-        wanted = self._what_planners_ask(keys, batch, forecast)
-        copies, gathered = exchange_counts(keys, ids, rt.comm, wanted)
+
+        hidden = boundary(hidden, rt.clock, "other", "exchange")
+        sent = keys if condensed is None else only_sent(keys, condensed)
+        wanted = self._what_planners_ask(sent, condensed, batch, forecast)
+        copies, gathered = exchange_counts(sent, ids, rt.comm, wanted)
         migrations: list[Migration | None] = [None]
 
         def plan() -> None:
             migrations[0] = self._plan(gathered.numpy(), batch, forecast is not None)
 
+        # LSH-MoE's correction x - c is made with what the experts see, so that is what travels there.
+        corrects = condensed is not None and rt.condense is not None and rt.condense.scheme.compensate
+        stream, norm_there = (normed, self.no_norm) if corrects else (hidden, norm)
+        rows = None if condensed is None else rows_to_send(stream, copies, condensed, rt.condense.scheme)  # type: ignore[union-attr]
         received = dispatch(
-            hidden, ids, routing.topk_weights, copies, rt.recipe.copies,
+            hidden, ids, weights, copies, rt.recipe.copies, rows=rows, condensed=condensed,
             global_token=None if rt.planner is None else layout.global_token,
             wire=codecs_of(rt.recipe, "dispatch"), meanwhile=None if rt.planner is None else plan,
         )  # fmt: skip
         migration = migrations[0]
-        rows = boundary(received.rows, rt.clock, "exchange", "experts")
-        partial = self._run_experts(replace(received, rows=rows), copies.num_pairs, norm)
+        received = replace(received, rows=boundary(received.rows, rt.clock, "exchange", "experts"))
+        partial = self._run_experts(received, copies.num_pairs, norm_there)
+        if condensed is not None:
+            stats = replace(stats, condensed=self._audit(condensed, received, partial).to(stats.condensed.dtype))
         if rt.planner is not None:
             rt.planner.confirm(self.layer)
-        if migration is not None:
-            partial = self._add_residual(partial, replace(received, rows=rows), migration, norm)
-        partial = boundary(partial, rt.clock, "experts", "exchange")
 
-        if migration is None:
-            hidden = self._base(combine(hidden, partial, copies, codecs_of(rt.recipe, "combine")), normed)
+        if migration is not None:
+            shared = self._shared_answers(received, condensed, weights, keys)
+            hidden, layout = self._rebuild(hidden, partial, received, migration, sent, shared, norm), migration.new
         else:
-            orphans = self._orphan_tokens(keys, migration)
-            hidden = combine_at_new_home(
-                hidden, partial, received, migration, rt.comm, lambda h: self._base(h, norm(h)), orphans
-            )
-            layout = migration.new
+            partial, wire = boundary(partial, rt.clock, "experts", "exchange"), codecs_of(rt.recipe, "combine")
+            if condensed is None:
+                hidden = combine(hidden, partial, copies, wire)
+            else:
+                correct = (normed, rows) if corrects and rows is not None else None
+                hidden = combine_condensed(hidden, partial, copies, condensed, weights, wire, correct)
+            hidden = self._base(hidden, normed)
         hidden = boundary(hidden, rt.clock, "exchange", "other")
-        return replace(batch, hidden=hidden, layout=layout, router_stats=(*batch.router_stats, stats))
+        return replace(
+            batch, hidden=hidden, layout=layout, router_stats=(*batch.router_stats, stats), similarity=history
+        )
 
     def _base(self, hidden: Tensor, normed: Tensor) -> Tensor:
         """What a token has besides its routed experts: its residual, and the experts that all tokens share."""
@@ -182,43 +222,73 @@ class MoELayer(nn.Module):
             ids = self.router.choose(norm(hidden))[2]
             return Forecast(ids, copy_keys(ids, self.expert_map, mesh.ep_rank, mesh.ep_size, rt.recipe.copies))
 
-    def _what_planners_ask(self, keys: CopyKeys, batch: TokenBatch, forecast: Forecast | None) -> Tensor | None:
-        """int64 [S_max, N + 1 (+ N + 1)]: copies by rank, orphans, and the same predicted for the next layer."""
+    # ---------------------------------------------------------------- before anything is sent
+
+    def _foresight(
+        self, normed: Tensor, ids: Tensor, keys: CopyKeys, batch: TokenBatch, predict_next: Predictor | None
+    ) -> tuple[Condensed | None, SimilarityHistory | None, Forecast | None]:
+        """What is condensed, and what the next layer will want: on a GPU beside each other, on streams of their own."""
+        rt = self.runtime
+
+        def forecast() -> Forecast | None:
+            return None if predict_next is None else predict_next(batch.hidden)
+
+        if rt.condense is None or not rt.condense.on or not self.training or not torch.is_grad_enabled():
+            return None, None, forecast()
+
+        def decide() -> tuple[Condensed, SimilarityHistory | None]:
+            assert rt.condense is not None
+            return condense(
+                rt.condense, self.layer_of_moe, normed.detach(), ids, keys, batch.layout, self.expert_map,
+                rt.comm.mesh.ep_rank, causal=self.causal, by_sequence=rt.planner is not None,
+                pairs=rt.recipe.copies == "pairs", history=batch.similarity,
+            )  # fmt: skip
+
+        if not normed.is_cuda:
+            rt.clock.switch("condense")
+            condensed, history = decide()
+            rt.clock.switch("other")
+            return condensed, history, forecast()
+        here, beside = torch.cuda.current_stream(), rt.side_stream()
+        beside.wait_stream(here)
+        with torch.cuda.stream(beside):
+            condensed, history = decide()
+        foreseen = forecast()
+        rt.clock.switch("condense")  # only what the forecast did not hide
+        here.wait_stream(beside)
+        rt.clock.switch("other")
+        return condensed, history, foreseen
+
+    def _what_planners_ask(
+        self, sent: CopyKeys, condensed: Condensed | None, batch: TokenBatch, forecast: Forecast | None
+    ) -> Tensor | None:
+        """int64 [S_max, n N]: copies by rank, then residuals that no row carries, then the next layer's copies."""
         if self.runtime.planner is None:
             return None
         N, layout = self.runtime.comm.mesh.ep_size, batch.layout
         num_rows = int(np.bincount(layout.table.home_rank, minlength=N).max())
-        parts = [counts_per_sequence(keys, layout, N, num_rows)]
+        parts = [counts_per_sequence(sent, layout, N, num_rows)]
+        if self._can_be_alone(condensed):
+            shared = None if condensed is None else condensed.shared
+            parts.append(alone_per_sequence(sent, shared, layout, N, num_rows))
         if forecast is not None:
             parts.append(counts_per_sequence(forecast.keys, layout, N, num_rows))
         return torch.cat(parts, dim=1)
 
+    def _can_be_alone(self, condensed: Condensed | None) -> bool:
+        """Whether a token may have no row that carries its residual."""
+        return condensed is not None or self.router.config.capacity_factor is not None
+
     def _plan(self, gathered: np.ndarray, batch: TokenBatch, looks_ahead: bool) -> Migration | None:
         rt = self.runtime
         assert rt.planner is not None
-        N = rt.comm.mesh.ep_size
-        table = by_table(gathered, batch.layout.table)  # [S, N + 1 (+ N + 1)]
-        next_counts = table[:, N + 1 : 2 * N + 1] if looks_ahead else None
+        blocks = np.split(by_table(gathered, batch.layout.table), gathered.shape[2] // rt.comm.mesh.ep_size, axis=1)
+        counts, next_counts = blocks[0], blocks.pop() if looks_ahead else None
+        alone = blocks[1] if len(blocks) > 1 else None
         row_num_bytes = batch.hidden.shape[1] * batch.hidden.element_size()
-        return rt.planner.plan(
-            self.layer, batch.layout, table[:, :N], table[:, N], next_counts, row_num_bytes, batch.padded
-        )
+        return rt.planner.plan(self.layer, batch.layout, counts, alone, next_counts, row_num_bytes, batch.padded)
 
-    def _add_residual(self, partial: Tensor, received: Received, migration: Migration, norm: nn.Module) -> Tensor:
-        """The residual of tokens whose sequence moves, added by the one rank that carries each of them."""
-        carries = carries_residual(received, migration, self.expert_map, self.runtime.comm.mesh.ep_rank)
-        if self.shared_experts is None:
-            return partial + received.rows * carries[:, None]
-        index = carries.nonzero().squeeze(1)  # a read-back on a GPU: cheaper than the shared experts on every row
-        rows = received.rows[index]
-        return partial.index_add(0, index, self._base(rows, norm(rows)))
-
-    def _orphan_tokens(self, keys: CopyKeys, migration: Migration) -> Tensor | None:
-        """Rows of tokens that reached no rank though their sequence moves; only capacity makes any."""
-        if self.router.config.capacity_factor is None:
-            return None
-        moved = torch.from_numpy(migration.moved[migration.old.sequences]).to(keys.rank.device)
-        return (~keys.is_copy.any(1) & moved[migration.old.sequence_of_token]).nonzero().squeeze(1)
+    # ---------------------------------------------------------------- where rows arrived
 
     def _run_experts(self, received: Received, num_pairs: int, norm: nn.Module) -> Tensor:
         """Partial sums [R, D] over the experts of this rank, one for each received row."""
@@ -231,3 +301,42 @@ class MoELayer(nn.Module):
         if self.runtime.recompute and torch.is_grad_enabled():
             return checkpoint(local_work, received.rows, received.weights, use_reentrant=False)
         return local_work(received.rows, received.weights)
+
+    def _audit(self, condensed: Condensed, received: Received, partial: Tensor) -> Tensor:
+        state = self.runtime.condense
+        return tally(condensed, received, partial, state is not None and state.scheme.policy == "budget")
+
+    def _shared_answers(
+        self, received: Received, condensed: Condensed | None, weights: Tensor, keys: CopyKeys
+    ) -> SharedAnswers | None:
+        own = own_shared(received, self.expert_map, self.runtime.comm.mesh.ep_rank)
+        return None if condensed is None or own is None else SharedAnswers(condensed, weights, keys.rank, own)
+
+    def _rebuild(
+        self,
+        hidden: Tensor,
+        partial: Tensor,
+        received: Received,
+        migration: Migration,
+        sent: CopyKeys,
+        shared: SharedAnswers | None,
+        norm: nn.Module,
+    ) -> Tensor:
+        """The stream at the new homes [T_new, D], each residual added by the one rank that carries it."""
+        rt = self.runtime
+        carried = carries_residual(received, migration, self.expert_map, rt.comm.mesh.ep_rank)
+        if self.shared_experts is None:
+            partial = partial + received.rows * carried.added[:, None]
+        else:
+            index = carried.added.nonzero().squeeze(1)  # a read-back: cheaper than the shared experts on every row
+            rows = received.rows[index]
+            partial = partial.index_add(0, index, self._base(rows, norm(rows)))
+        partial = boundary(partial, rt.clock, "experts", "exchange")
+        condensed = None if shared is None else shared.condensed
+        orphans = None
+        if self._can_be_alone(condensed):
+            orphans = orphan_tokens(sent, None if condensed is None else condensed.shared, migration)
+        return combine_at_new_home(
+            hidden, partial, received, migration, rt.comm, lambda h: self._base(h, norm(h)), orphans,
+            carried.apart, shared,
+        )  # fmt: skip

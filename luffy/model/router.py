@@ -36,7 +36,7 @@ class RouterStats:
     probability_sum [E] (gradient): normalised scores. assigned [E]: choices. z_sum [] (gradient): sum of
     logsumexp^2. sequence_entropy [] (gradient): sum over sequences of length * H(mean probabilities), in nats.
     dropped []: choices beyond capacity. rows [2]: copies of this rank's tokens, and those of them that go to their
-    sequence's favourite rank (filled in by the layer, which knows where experts live).
+    sequence's favourite rank; condensed [5]: see luffy.exchange.audit (both filled in by the layer).
     """
 
     probability_sum: Tensor
@@ -45,6 +45,7 @@ class RouterStats:
     sequence_entropy: Tensor
     dropped: Tensor
     rows: Tensor
+    condensed: Tensor
 
 
 class Router(nn.Module):
@@ -86,6 +87,7 @@ class Router(nn.Module):
             sequence_entropy=entropy_of_sums(by_sequence).sum(),
             dropped=dropped,
             rows=scores.new_zeros(2),
+            condensed=scores.new_zeros(5),
         )
         return Routing(ids, weights), stats
 

@@ -1,6 +1,6 @@
 """Real ranks for tests, and the slow dense oracle that exactness is measured against."""
 
-from luffy.testing.oracle import OracleOutput
+from luffy.testing.oracle import Condensing, OracleOutput
 from luffy.testing.oracle_tools import (
     gather_full,
     largest_error,
@@ -13,6 +13,7 @@ from luffy.testing.oracle_train import OracleStep, oracle_step, oracle_train
 from luffy.testing.ranks import RankFailedError, run_ranks
 
 __all__ = [
+    "Condensing",
     "OracleOutput",
     "OracleStep",
     "RankFailedError",

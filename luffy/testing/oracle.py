@@ -153,8 +153,38 @@ def expert(config: ModelConfig, params: Params, name: str, e: int, x: Tensor) ->
     return activate(config, x @ params[name + ".w_in"][e] + b_in) @ params[name + ".w_out"][e] + b_out
 
 
-def mixture(config: ModelConfig, params: Params, name: str, x: Tensor, seen: LayerChoices) -> Tensor:
-    """One sequence through the experts, x [L, D] -> [L, D]; notes in `seen` what was chosen."""
+@dataclass
+class Condensing:
+    """What stands for each token at each expert of one layer: `leader` int64 [all tokens, E], the token itself or
+    another. centroid: the mean of all that have this leader. compensate: adds x - c to the expert's answer.
+    """
+
+    leader: Tensor
+    centroid: bool = False
+    compensate: bool = False
+
+    def inputs(self, expert: int, everyone: Tensor) -> Tensor:
+        """everyone [all tokens, D] -> what the expert sees for each token, [all tokens, D]."""
+        leader = self.leader[:, expert]
+        if not self.centroid:
+            return everyone[leader]
+        return torch.stack([everyone[leader == leader[t]].mean(0) for t in range(len(everyone))])
+
+
+def mixture(
+    config: ModelConfig,
+    params: Params,
+    name: str,
+    x: Tensor,
+    seen: LayerChoices,
+    condensing: Condensing | None = None,
+    everyone: Tensor | None = None,
+    first: int = 0,
+) -> Tensor:
+    """One sequence through the experts, x [L, D] -> [L, D]; notes in `seen` what was chosen.
+
+    condensing, with the rows of all sequences and where this one's begin: see there.
+    """
     router, E, K = config.router, config.router.num_experts, config.router.top_k
     logits = x @ params[name + ".router.weight"].T  # [L, E]
     scores = softmax(logits) if router.score == "softmax" else torch.sigmoid(logits)
@@ -174,7 +204,12 @@ def mixture(config: ModelConfig, params: Params, name: str, x: Tensor, seen: Lay
     total = torch.zeros_like(x)
     for e in range(E):
         tokens = served[:, e].nonzero().flatten()
-        answers = expert(config, params, name + ".experts", e, x[tokens])
+        rows = x[tokens]
+        if condensing is not None and everyone is not None:
+            rows = condensing.inputs(e, everyone)[first + tokens]
+        answers = expert(config, params, name + ".experts", e, rows)
+        if condensing is not None and condensing.compensate:
+            answers = answers + x[tokens] - rows
         total = total.index_add(0, tokens, weights[tokens, e][:, None] * answers)
     if config.num_shared_experts:
         total = total + feed_forward(config, params, name + ".shared_experts", x)
@@ -185,22 +220,42 @@ def mixture(config: ModelConfig, params: Params, name: str, x: Tensor, seen: Lay
     return total
 
 
-def block(config: ModelConfig, params: Params, layer: int, x: Tensor, memory: Tensor, seen: LayerChoices) -> Tensor:
-    """One sequence through block `layer`; memory [M, D] holds raw states, normed as this segment's are."""
+def first_half(config: ModelConfig, params: Params, layer: int, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+    """One sequence through the attention of block `layer`: the stream after it, and what the second half sees.
+
+    memory [M, D] holds raw states, normed as this segment's are.
+    """
     name = f"blocks.{layer}"
-
-    def second(y: Tensor) -> Tensor:
-        if config.is_moe_layer(layer):
-            return mixture(config, params, name + ".moe", y, seen)
-        return feed_forward(config, params, name + ".ffn", y)
-
     if config.norm_placement == "post":
         x = x + attention(config, params, name + ".attention", x, memory)
         x = norm(config, params, name + ".attention_norm", x)
-        return norm(config, params, name + ".ffn_norm", x + second(x))
+        return x, x
     normed, normed_memory = (norm(config, params, name + ".attention_norm", y) for y in (x, memory))
     x = x + attention(config, params, name + ".attention", normed, normed_memory)
-    return x + second(norm(config, params, name + ".ffn_norm", x))
+    return x, norm(config, params, name + ".ffn_norm", x)
+
+
+def blocks(
+    config: ModelConfig,
+    params: Params,
+    layer: int,
+    hidden: list[Tensor],
+    memories: Sequence[Tensor],
+    seen: LayerChoices,
+    condensing: Condensing | None,
+) -> list[Tensor]:
+    """All sequences through block `layer`."""
+    name, out, first = f"blocks.{layer}", [], 0
+    halves = [first_half(config, params, layer, x, m) for x, m in zip(hidden, memories, strict=True)]
+    everyone = torch.cat([y for _, y in halves])
+    for x, y in halves:
+        if config.is_moe_layer(layer):
+            total = x + mixture(config, params, name + ".moe", y, seen, condensing, everyone, first)
+        else:
+            total = x + feed_forward(config, params, name + ".ffn", y)
+        out.append(norm(config, params, name + ".ffn_norm", total) if config.norm_placement == "post" else total)
+        first += len(x)
+    return out
 
 
 def entropy(p: Tensor) -> Tensor:
@@ -217,9 +272,18 @@ def head(config: ModelConfig, params: Params, x: Tensor) -> Tensor:
 
 
 def forward(
-    config: ModelConfig, params: Params, sequences: Sequence[Any], tokens: int, labels: int, memory: Memory | None
+    config: ModelConfig,
+    params: Params,
+    sequences: Sequence[Any],
+    tokens: int,
+    labels: int,
+    memory: Memory | None,
+    condensing: Sequence[Condensing] | None = None,
 ) -> OracleOutput:
-    """One micro-batch. `tokens`, `labels`: numbers of them in the whole step, which normalise the losses."""
+    """One micro-batch. `tokens`, `labels`: numbers of them in the whole step, which normalise the losses.
+
+    condensing: of each MoE layer; None where every token reaches its own experts.
+    """
     hidden = []
     for sequence in sequences:
         x = params["token_embedding.weight"][torch.as_tensor(sequence.tokens)]
@@ -234,7 +298,8 @@ def forward(
         states = [torch.cat([m, x]).detach() for m, x in zip(before, hidden, strict=True)]
         new_memory.append([s[max(0, len(s) - config.memory_length) :] for s in states])
         seen = LayerChoices([], [], [], [])
-        hidden = [block(config, params, i, x, m, seen) for x, m in zip(hidden, before, strict=True)]
+        condensed = condensing[len(layers)] if condensing is not None and config.is_moe_layer(i) else None
+        hidden = blocks(config, params, i, hidden, before, seen, condensed)
         if config.is_moe_layer(i):
             layers.append(seen)
 

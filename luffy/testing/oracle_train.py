@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from luffy.config import ModelConfig
-from luffy.testing.oracle import IGNORED, Memory, OracleOutput, Params, forward
+from luffy.testing.oracle import IGNORED, Condensing, Memory, OracleOutput, Params, forward
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,17 @@ def oracle_step(
     params: Params,
     micro_batches: Sequence[Sequence[Any]],
     memories: Sequence[Memory] | None = None,
+    condensing: Sequence[Condensing] | None = None,
 ) -> OracleStep:
     """Loss and all gradients of one step; `memories` holds what each micro-batch remembers.
 
-    Parameters that no token touched (an idle expert) get a gradient of zeros, never None.
+    condensing: of the layers of a single micro-batch. Parameters that no token touched (an idle expert) get a gradient of zeros, never None.
     """
     variables = leaves(params)
     tokens = sum(len(s.tokens) for micro in micro_batches for s in micro)
     labels = sum(int(y != IGNORED) for micro in micro_batches for s in micro for y in s.labels)
     outputs = [
-        forward(config, variables, micro, tokens, max(labels, 1), memories[i] if memories else None)
+        forward(config, variables, micro, tokens, max(labels, 1), memories[i] if memories else None, condensing)
         for i, micro in enumerate(micro_batches)
     ]
     loss = torch.stack([out.loss for out in outputs]).sum()

@@ -18,7 +18,8 @@ from luffy.testing import run_ranks
 
 from .cases import TINY_PRESETS, Case, assert_exact, build, run_step, shrunk
 
-MOVING = ("luffy_paper", "netmoe", "luffy")
+PAPER = replace(get_recipe("luffy_paper"), condense="none")
+MOVING = (PAPER, get_recipe("netmoe"), get_recipe("luffy"))
 RANDOM = Recipe("random", "random balanced plans", placement="random")
 
 
@@ -39,7 +40,7 @@ def test_random_plans_equal_the_oracle_in_loss_gradients_and_trained_weights(pre
     )
 
 
-@pytest.mark.parametrize("recipe", MOVING)
+@pytest.mark.parametrize("recipe", MOVING, ids=lambda r: r.name)
 def test_every_strategy_equals_the_oracle(recipe):
     for world, lengths, preset in ((2, "uneven", "moe-gpt2-tiny"), (4, "equal", "moe-bert-large-tiny")):
         assert_exact(Case(shrunk(preset), world=world, recipe=recipe, batch=8, lengths=lengths, steps=2))
@@ -89,8 +90,8 @@ def _bytes(rank, case):
     if planner is not None:
         whole = planner.plan
 
-        def watched(layer, layout, counts, orphans, *rest):
-            migration = whole(layer, layout, counts, orphans, *rest)
+        def watched(layer, layout, counts, alone, *rest):
+            migration = whole(layer, layout, counts, alone, *rest)
             home = layout.table.home_rank if migration is None else migration.new.table.home_rank
             away = counts.sum() - counts[np.arange(len(home)), home].sum()
             predicted[0] += away * model.config.hidden_size * 8  # float64

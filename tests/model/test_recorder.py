@@ -35,7 +35,7 @@ def record(rank: int, case: Case) -> dict:
         ("vanilla_dedup", "moe-llm-tiny", {"top_k": 4, "capacity_factor": 0.7}),
         ("luffy", "moe-gpt2-tiny", {"num_layers": 3}),
         ("netmoe", "moe-bert-large-tiny", {"moe_every": 2, "num_layers": 4}),
-        ("luffy_paper", "moe-llm-tiny", {}),
+        ("luffy", "moe-llm-tiny", {}),
     ],
 )
 def test_replayed_bytes_are_the_meters(recipe: str, preset: str, changes: dict) -> None:

@@ -1,0 +1,81 @@
+"""What `--condense` can say: how alike tokens are found, and how alike they must be.
+
+none          every copy travels
+static:0.9    cosine of the experts' inputs at least 0.9
+paper         threshold of equation 2 of arXiv 2411.15419, 1 / (1 + exp((l_ini - l) / l_ini)), over its whole
+              similarity graph with the history filter
+budget:0.1    threshold of each layer moved until the measured relative error of an answer that is shared is 0.1
+lsh:6         LSH-MoE: equal under six cross-polytope hashes; centroids travel, Y = E(c) + (x - c)
+lsh-causal:6  the same with a bucket's earliest token in place of its centroid
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from luffy.errors import UserError
+
+POLICIES = ("static", "paper", "budget", "lsh", "lsh-causal")
+EXAMPLES = "none, static:0.9, paper, budget:0.1, lsh:6, lsh-causal:6"
+
+
+@dataclass(frozen=True)
+class Condensation:
+    """How tokens are condensed.
+
+    policy: as in `--condense`. level: the threshold, the error budget or the number of hashes.
+    window: copies among which a representative is looked for; 0: all that go from one rank to one expert.
+    history: the paper's filter: a pair above 0.8 in the previous block is alike, below 0.2 it is not.
+    nearest: a token goes to the most similar representative; else to the first that covers it.
+    local: copies that stay on their rank are condensed too, which saves computing but no traffic.
+    representative: "member" sends one of the tokens, "centroid" their mean.
+    gradient: "exact" of the condensed forward; "spread": every token gets the mean's share of what comes back.
+    audit_share: share of condensed copies that is sent anyway, to measure the error (policy budget).
+    """
+
+    policy: str
+    level: float
+    window: int = 128
+    history: bool = False
+    nearest: bool = True
+    local: bool = False
+    representative: str = "member"
+    gradient: str = "exact"
+    audit_share: float = 1 / 32
+
+    @property
+    def hashed(self) -> bool:
+        """Whether alike is what hashes alike, instead of what is close."""
+        return self.policy.startswith("lsh")
+
+    @property
+    def compensate(self) -> bool:
+        """Whether a token adds its difference to what was sent for it: Y = E(c) + (x - c)."""
+        return self.hashed
+
+
+def parse_condense(text: str) -> Condensation | None:
+    """The scheme that `--condense` names, None for "none"; raises UserError naming the option."""
+    name, colon, value = text.partition(":")
+    if name == "none" and not colon:
+        return None
+    level = {"paper": 0.5, "lsh": 6.0, "lsh-causal": 6.0}.get(name)
+    if name not in POLICIES or (level is None and not colon) or (name == "paper" and colon):
+        raise UserError(f"--condense {text}: unknown; give one of {EXAMPLES}")
+    if colon:
+        try:
+            level = float(value)
+        except ValueError:
+            raise UserError(f"--condense {text}: {value!r} is not a number; give one of {EXAMPLES}") from None
+    assert level is not None
+    if name == "static" and not -1 <= level <= 2:
+        raise UserError(f"--condense {text}: a threshold lies between -1 and 1 (above 1 nothing is condensed)")
+    if name == "budget" and not 0 <= level <= 1:
+        raise UserError(f"--condense {text}: an error budget lies between 0 and 1")
+    if name.startswith("lsh") and not (level == int(level) and 1 <= level <= 16):
+        raise UserError(f"--condense {text}: give between 1 and 16 hashes")
+    if name == "paper":
+        return Condensation(name, level, window=0, history=True, nearest=False, local=True)
+    if name == "lsh":
+        return Condensation(name, level, window=0, local=True, representative="centroid")
+    return Condensation(name, level)

@@ -1,0 +1,241 @@
+"""Condense: which copies travel, and which take the answer of one that does.
+
+Among the copies that one rank sends to one expert, similar ones are represented by one (arXiv 2411.15419, section V).
+A *copy* is what can be saved, not a choice: a copy that serves two experts of its rank would have to find both of its
+answers elsewhere, apart from each other, so only copies that serve one expert take part. What travels for others is
+sent with weight one: its answer E(norm(h)) comes back unweighted, once, and every token it stands for takes it times
+a weight of its own. Backward is the derivative of just that, so a representative receives the sum of what its tokens
+would have.
+
+Decided from what the sender knows, before anything is sent:
+
+    group      copies by expert; also by sequence where sequences move, so that whom a copy represents lives with it
+    window     copies of a group in the order of position, W at a time (luffy.kernels.representatives)
+    audit      a few condensed copies are sent all the same; where both answers are computed they are compared
+               (luffy.exchange.audit)
+
+Condensation is for training only: evaluation never condenses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from luffy.condensation import Condensation
+from luffy.data.batch import Layout
+from luffy.exchange.copies import CopyKeys, ExpertMap
+from luffy.exchange.hashing import same_bucket
+from luffy.kernels.representatives import choose_representatives, settle
+from luffy.plan.condensation import ALIKE, UNLIKE
+
+
+@dataclass
+class CondenseState:
+    """The scheme, and what changes from step to step; shared by all layers, equal on all ranks.
+
+    thresholds: of each MoE layer. on: False in warm-up and after the condensed part of a run. step: seeds the audit.
+    """
+
+    scheme: Condensation
+    thresholds: list[float] = field(default_factory=list)
+    on: bool = True
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Condensed:
+    """What became of the T * K possible copies of this rank; [T, K] each, copies named t * K + k.
+
+    leader: the copy whose answer serves this one, itself where it is sent. copy: real ones. sent: those that travel.
+    shared: those sent with weight one. audited: of a condensed copy that is sent all the same, the copy that would have
+    represented it, else -1.
+    """
+
+    leader: Tensor
+    copy: Tensor
+    sent: Tensor
+    shared: Tensor
+    audited: Tensor
+
+    @property
+    def takes_shared(self) -> Tensor:
+        """Whether a copy's answer comes unweighted, from itself or from another: bool [T, K]."""
+        return self.copy & self.shared.flatten()[self.leader]
+
+
+@dataclass(frozen=True)
+class SimilarityHistory:
+    """What one block found of pairs of tokens, for the paper's filter: uint8 [T, T], rows and columns in the order of
+    `global_token`; 0 unknown, 1 below S2, 2 between, 3 above S1."""
+
+    global_token: Tensor
+    code: Tensor
+
+    def codes_for(self, global_token: Tensor) -> Tensor:
+        """[T', T'] for the tokens that are here now; 0 for those that were elsewhere."""
+        ordered, index = self.global_token.sort()
+        at = torch.searchsorted(ordered, global_token).clamp_max(max(0, len(ordered) - 1))
+        known = ordered[at] == global_token
+        row = index[at]
+        return self.code[row][:, row] * (known[:, None] & known[None, :])
+
+
+def find_groups(
+    ids: Tensor, keys: CopyKeys, layout: Layout, num_experts: int, ep_rank: int, *, local: bool, by_sequence: bool,
+    pairs: bool,
+) -> tuple[Tensor, int]:  # fmt: skip
+    """(group of each possible copy, int64 [T, K]; number of groups). Copies that cannot be condensed have group G."""
+    alone = keys.is_copy.clone()
+    if not pairs:  # exactly one expert at its rank
+        same = (keys.rank[:, :, None] == keys.rank[:, None, :]).sum(2)
+        alone &= same == 1
+    if not local:
+        alone &= keys.rank != ep_rank
+    group, G = ids, num_experts
+    if by_sequence:
+        group, G = ids + num_experts * layout.sequence_of_token[:, None], num_experts * layout.num_sequences
+    return torch.where(alone, group, G), G
+
+
+def make_windows(group: Tensor, num_groups: int, layout: Layout, window: int) -> Tensor:
+    """Copies of each window in the order of position, then of sequence: int64 [windows, W], -1 where empty.
+
+    A window begins where its group does, and is filled in that order: which window a copy is in depends on nothing
+    that stands behind it.
+    """
+    T, K = group.shape
+    S, P = max(1, layout.num_sequences), max(1, layout.max_length)
+    time = (layout.positions * S + layout.sequence_of_token)[:, None]  # [T, 1]
+    order = (group * (P * S) + time).flatten().argsort(stable=True)
+    ordered = group.flatten()[order]
+    counts = torch.zeros(num_groups + 1, dtype=torch.int64, device=group.device)
+    counts.index_add_(0, ordered, torch.ones_like(ordered))
+    W = window or max(1, int(counts[:num_groups].max()) if num_groups else 1)
+    start = counts.cumsum(0) - counts
+    place = torch.arange(T * K, device=group.device) - start[ordered]
+    needed = (counts + W - 1) // W
+    needed[num_groups] = 0
+    first = needed.cumsum(0) - needed
+    num_windows = -(-T * K // W) + num_groups  # an upper bound that needs no read-back
+    at = torch.where(ordered < num_groups, (first[ordered] + place // W) * W + place % W, num_windows * W)
+    rows = torch.full((num_windows * W + 1,), -1, dtype=torch.int64, device=group.device)
+    rows[at] = order
+    return rows[:-1].unflatten(0, (num_windows, W))
+
+
+def leaders(rows: Tensor, leader_place: Tensor, num_copies: int) -> Tensor:
+    """Places in windows [windows, W] -> the copy that represents each of num_copies, int64."""
+    leader = torch.arange(num_copies + 1, device=rows.device)
+    leader[torch.where(rows >= 0, rows, num_copies)] = rows.gather(1, leader_place)
+    return leader[:-1]
+
+
+def condense(
+    state: CondenseState,
+    layer: int,
+    x: Tensor,
+    ids: Tensor,
+    keys: CopyKeys,
+    layout: Layout,
+    experts: ExpertMap,
+    ep_rank: int,
+    *,
+    causal: bool,
+    by_sequence: bool,
+    pairs: bool,
+    history: SimilarityHistory | None = None,
+) -> tuple[Condensed, SimilarityHistory | None]:
+    """Decide for one layer. x [T, D]: the experts' inputs. Without gradient: the choice is discrete."""
+    scheme, (T, K) = state.scheme, ids.shape
+    with torch.no_grad():
+        E = experts.slot_of_expert.shape[0]
+        # Where sequences move, who is local follows from a plan that knows the whole batch: to spare local copies
+        # would tell a token of its future, and let results depend on where it lives.
+        local = scheme.local or by_sequence
+        group, G = find_groups(ids, keys, layout, E, ep_rank, local=local, by_sequence=by_sequence, pairs=pairs)
+        found = None
+        if scheme.hashed:
+            leader = same_bucket(x, group, G, layout, int(scheme.level), layer, E)
+        else:
+            unit = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
+            if x.is_cuda and x.dtype == torch.bfloat16:
+                unit = unit.to(x.dtype)
+            rows = make_windows(group, G, layout, scheme.window)
+            threshold, token = state.thresholds[layer], torch.where(rows >= 0, rows // K, -1)
+            if scheme.history:
+                place, found = _with_history(unit, token, threshold, causal, scheme, history, layout)
+            else:
+                place = choose_representatives(unit, token, threshold, causal=causal, nearest=scheme.nearest)
+            leader = leaders(rows, place, T * K)
+        return _settle_copies(leader.unflatten(0, (T, K)), keys, state, layer, layout), found
+
+
+def _settle_copies(leader: Tensor, keys: CopyKeys, state: CondenseState, layer: int, layout: Layout) -> Condensed:
+    T, K = leader.shape
+    own = torch.arange(T * K, device=leader.device).unflatten(0, (T, K))
+    condensed = (leader != own) & keys.is_copy
+    stands = torch.zeros(T * K + 1, dtype=torch.bool, device=leader.device)
+    stands[torch.where(condensed, leader, T * K).flatten()] = True
+    audited = torch.full_like(leader, -1)
+    if state.scheme.policy == "budget":
+        name = layout.global_token[:, None] * K + torch.arange(K, device=leader.device)
+        picked = condensed & (_mix(name, state.step, layer) < state.scheme.audit_share)
+        audited = torch.where(picked, leader, audited)
+        leader, condensed = torch.where(picked, own, leader), condensed & ~picked
+    return Condensed(
+        leader=leader,
+        copy=keys.is_copy,
+        sent=keys.is_copy & ~condensed,
+        shared=stands[:-1].unflatten(0, (T, K)) | (audited >= 0),
+        audited=audited,
+    )
+
+
+def _mix(name: Tensor, step: int, layer: int) -> Tensor:
+    """A number in [0, 1) for each name: the same wherever the token is and whenever the step is repeated."""
+    salt = (step * 0x3F58476D1CE4E5B9 + layer * 0x14D049BB133111EB) & (2**63 - 1)
+    z = name * 0x1E3779B97F4A7C15 + salt
+    z = (z ^ (z >> 30)) * 0x3F58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x14D049BB133111EB
+    return ((z ^ (z >> 31)) & 0xFFFFFF).to(torch.float32) / 0x1000000
+
+
+def _with_history(
+    unit: Tensor,
+    token: Tensor,
+    threshold: float,
+    causal: bool,
+    scheme: Condensation,
+    history: SimilarityHistory | None,
+    layout: Layout,
+) -> tuple[Tensor, SimilarityHistory]:
+    """The paper's filter: pairs that the previous block settled are not looked at again. n^2 memory, as published."""
+    T = unit.shape[0]
+    real, at = token >= 0, token.clamp_min(0)
+    tile = unit[at]
+    similarity = tile @ tile.transpose(1, 2)
+    pair = at[:, :, None] * T + at[:, None, :]  # [w, W, W]
+    if history is not None:
+        code = history.codes_for(layout.global_token).flatten()[pair]
+        similarity = similarity.masked_fill(code == 3, 1.0).masked_fill(code == 1, 0.0)
+    place = settle(similarity, real, threshold, causal, scheme.nearest)
+    code = (2 + (similarity > ALIKE).to(torch.uint8) - (similarity < UNLIKE).to(torch.uint8)).to(torch.uint8)
+    table = torch.zeros(T * T + 1, dtype=torch.uint8, device=unit.device)
+    table[torch.where(real[:, :, None] & real[:, None, :], pair, T * T)] = code
+    return place, SimilarityHistory(layout.global_token, table[:-1].unflatten(0, (T, T)))
+
+
+def only_sent(keys: CopyKeys, condensed: Condensed) -> CopyKeys:
+    """The keys without the copies that do not travel."""
+    dropped = keys.is_copy & ~condensed.sent
+    last = keys.keys.new_full((), torch.iinfo(torch.int64).max)
+    return replace(
+        keys,
+        keys=torch.where(dropped.flatten(), last, keys.keys),
+        is_copy=condensed.sent,
+        rank=keys.rank.masked_fill(dropped, -1),
+    )

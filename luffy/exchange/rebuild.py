@@ -1,0 +1,159 @@
+"""Rebuild: a moved sequence is put together from answers at its new home b.
+
+Its residual is not sent from the old home: dispatch already brought h_t, un-normed, to every rank with an expert of the
+token, and one of those ranks, the *carrier*, adds it to its partial sum. The carrier is b itself where b holds a row of
+the token (then the residual never travels again), else the rank of the token's first row.
+
+Two kinds of row cannot carry. A row whose answer is shared (luffy.exchange.condense) goes back unsummed, for others
+take it too; b can still take the residual from such a row of its own. A token that sent no row at all, condensed or dropped
+by capacity, has none. Where neither b nor any other row can, the old home sends the residual: an *orphan*.
+
+What a receiver must be told is which token each row belongs to: one int32 a row. Where answers are shared it must also
+learn who takes which, and with what weight: that table follows its sequence from the old home.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from luffy.comm import Comm, all_to_all_rows
+from luffy.exchange.condense import Condensed
+from luffy.exchange.copies import CopyKeys, ExpertMap
+from luffy.exchange.dispatch import Received
+from luffy.exchange.migrate import Migration, transfer
+from luffy.exchange.shared import take_shared
+
+
+@dataclass(frozen=True)
+class Carried:
+    """For each received row, bool [R]: `added` to its partial sum here; `apart`: added to the token here, by itself."""
+
+    added: Tensor
+    apart: Tensor | None
+
+
+def own_shared(received: Received, experts: ExpertMap, ep_rank: int) -> Tensor | None:
+    """Whether the answer of each received row is shared: bool [R]; None where nothing is condensed."""
+    if received.shared is None:
+        return None
+    return (received.shared & (experts.rank_of(received.expert_ids) == ep_rank)).any(1)
+
+
+def carries_residual(received: Received, migration: Migration, experts: ExpertMap, ep_rank: int) -> Carried:
+    """What this rank does about the residual of each received row."""
+    assert received.global_token is not None
+    sequence, new_home, _ = migration.place_of(received.global_token)
+    moved = migration.on_device(migration.moved)[sequence].bool()
+    ranks = experts.rank_of(received.expert_ids)  # [R, K], -1 where no row was sent
+    home_has_it = (ranks == new_home[:, None]).any(1)
+    plain = ranks if received.shared is None else ranks.masked_fill(received.shared, -1)
+    first = plain.gather(1, (plain >= 0).to(torch.int8).argmax(1, keepdim=True)).squeeze(1)
+    carries = moved & (torch.where(home_has_it, new_home, first) == ep_rank)
+    mine = own_shared(received, experts, ep_rank)
+    return Carried(carries, None) if mine is None else Carried(carries & ~mine, carries & mine)
+
+
+def orphan_tokens(keys: CopyKeys, shared: Tensor | None, migration: Migration) -> Tensor:
+    """Rows of this rank's tokens whose residual no row carries to their new home, int64. `keys`: of the sent copies."""
+    sequence = torch.from_numpy(migration.old.sequences).to(keys.rank.device)[migration.old.sequence_of_token]
+    moved = migration.on_device(migration.moved)[sequence].bool()
+    new_home = migration.on_device(migration.new.table.home_rank)[sequence]
+    plain = keys.rank >= 0 if shared is None else (keys.rank >= 0) & ~shared
+    at_home = (keys.rank == new_home[:, None]).any(1)
+    return (moved & ~plain.any(1) & ~at_home).nonzero().squeeze(1)
+
+
+@dataclass(frozen=True)
+class SharedAnswers:
+    """Who takes which answer. condensed: of this rank's tokens, with their `weights` [T, K] and the `rank` that each
+    copy goes to, int64 [T, K]. own: whether the answer of each received row is shared, bool [R].
+    """
+
+    condensed: Condensed
+    weights: Tensor
+    rank: Tensor
+    own: Tensor
+
+    def follow(self, migration: Migration, comm: Comm, source: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        """The table at the new homes: (place among the answers there, weight), [T_new, K] each.
+
+        source, row: int64 [n], the rank that each answer there came from, and the new row of the token that was sent
+        for it; row -1 for answers that are not shared.
+        """
+        K, T_new = self.weights.shape[1], migration.new.num_tokens
+        takes = self.condensed.takes_shared
+        leader = migration.old.global_token[self.condensed.leader // K].to(torch.int32)
+        columns = [leader, torch.where(takes, self.rank, -1).to(torch.int16), self.weights]
+        leader, rank, weights = transfer(columns, migration.old, migration.new, comm, "control")  # [T_new, K]
+        n, rank = len(source), rank.long()
+        table = torch.full((comm.mesh.ep_size * T_new + 1,), n, dtype=torch.int64, device=source.device)
+        table[torch.where(row < 0, comm.mesh.ep_size * T_new, source * T_new + row)] = torch.arange(
+            n, device=source.device
+        )
+        at = rank * T_new + migration.place_of(leader.long().flatten())[2].unflatten(0, leader.shape)
+        return torch.where(rank < 0, n, table[torch.where(rank < 0, 0, at)]), weights
+
+
+def combine_at_new_home(
+    hidden: Tensor,
+    partial: Tensor,
+    received: Received,
+    migration: Migration,
+    comm: Comm,
+    base: Callable[[Tensor], Tensor],
+    orphans: Tensor | None = None,
+    apart: Tensor | None = None,
+    shared: SharedAnswers | None = None,
+) -> Tensor:
+    """Partial sums (residuals already added by their carriers) to the new homes: the stream there, [T_new, D].
+
+    hidden [T, D]: the stream at the old home. partial [R, D]. base(h): what a token has besides its routed experts,
+    h itself plus shared experts; applied here to tokens that stay, to orphans (int64, rows of `hidden`) and to what is
+    taken from rows `apart` (bool [R]). shared: who takes which answer; None where each is its token's own.
+    """
+    assert received.global_token is not None
+    me, T_new = comm.mesh.ep_rank, migration.new.num_tokens
+    tokens, rows = received.global_token, partial
+    is_shared = None if shared is None else shared.own
+    if orphans is not None:
+        tokens = torch.cat([tokens, migration.old.global_token[orphans]])
+        rows = torch.cat([rows, base(hidden[orphans])])
+        if is_shared is not None:
+            is_shared = torch.cat([is_shared, is_shared.new_zeros(len(orphans))])
+    _, new_home, slot = migration.place_of(tokens)
+    order = torch.where(new_home == me, 0, new_home + 1)
+    by_home = torch.argsort(order, stable=True)
+    exchange = migration.exchange(comm)
+    n = rows.shape[0] - sum(exchange.input_splits)  # those that are at their new home already
+    if is_shared is not None:
+        slot = torch.where(is_shared, -1 - slot, slot)
+    rows, slot = rows[by_home], slot[by_home].to(torch.int32)
+    remote, remote_slot = all_to_all_rows(
+        [rows[n:], slot[n:]],
+        exchange,
+        directions=("combine", "control"),
+        backward_directions=("combine_backward", "control"),
+    )
+    before, after = migration.stayed_rows()
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    out = torch.zeros(T_new, hidden.shape[1], dtype=wide, device=hidden.device)
+    out = out.index_add(0, after, base(hidden[before]).to(wide))
+    if apart is not None:
+        index = apart.nonzero().squeeze(1)
+        taken = base(received.rows[index]).to(wide)
+        out = out.index_add(0, migration.place_of(received.global_token[index])[2], taken)
+    if shared is None:
+        out = out.index_add(0, slot[:n].long(), rows[:n].to(wide))
+        return out.index_add(0, remote_slot.long(), remote.to(wide)).to(hidden.dtype)
+    answers, slot = torch.cat([rows[:n], remote]), torch.cat([slot[:n], remote_slot]).long()
+    mine = slot < 0
+    out = out.index_add(0, torch.where(mine, 0, slot), answers.masked_fill(mine[:, None], 0).to(wide))
+    splits = torch.tensor([n, *exchange.output_splits], device=slot.device)  # own rows stand first
+    ranks = torch.tensor([me, *range(comm.mesh.ep_size)], device=slot.device)
+    source = torch.repeat_interleave(ranks, splits, output_size=len(slot))
+    place, weights = shared.follow(migration, comm, source, torch.where(mine, -1 - slot, -1))
+    return take_shared(out, answers, place, weights).to(hidden.dtype)

@@ -1,0 +1,71 @@
+"""Shared answers: what is sent for several copies, and how each takes its part of the answer.
+
+An answer that is shared came back unweighted. Every copy that it serves adds it to its token with the token's own gate
+weight, the one that was sent included. LSH-MoE also adds what the sent row differs by: Y = E(c) + (x - c).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from luffy.comm import Codec
+from luffy.condensation import Condensation
+from luffy.exchange.combine import return_rows
+from luffy.exchange.condense import Condensed
+from luffy.exchange.copies import Copies
+
+
+def rows_to_send(x: Tensor, copies: Copies, condensed: Condensed, scheme: Condensation) -> Tensor:
+    """x [T, D] -> the rows that travel, [C, D]: of one token each, or the mean of all that a row stands for."""
+    rows = x[copies.token]
+    if scheme.representative == "member" and scheme.gradient == "exact":
+        return rows
+    wide = torch.promote_types(x.dtype, torch.float32)
+    C, (T, K) = len(copies.token), condensed.leader.shape
+    place = copies.places(T * K)[condensed.leader]  # [T, K]
+    place = torch.where(condensed.copy, place, C)
+    total = torch.zeros(C + 1, x.shape[1], dtype=wide, device=x.device)
+    count = torch.zeros(C + 1, dtype=wide, device=x.device)
+    for k in range(K):
+        total = total.index_add(0, place[:, k], x.to(wide))
+        count = count.index_add(0, place[:, k], torch.ones_like(x[:, 0], dtype=wide))
+    mean = (total[:C] / count[:C, None]).to(x.dtype)
+    if scheme.representative == "centroid":
+        return mean
+    return rows.detach() + (mean - mean.detach())
+
+
+def take_shared(out: Tensor, answers: Tensor, place: Tensor, weights: Tensor) -> Tensor:
+    """out [T, D] plus weights[t, k] * answers[place[t, k]] over k; place = len(answers) stands for none."""
+    padded = torch.cat([answers, answers.new_zeros(1, answers.shape[1])])
+    for k in range(place.shape[1]):
+        out = out + weights[:, k, None].to(out.dtype) * padded[place[:, k]].to(out.dtype)
+    return out
+
+
+def combine_condensed(
+    hidden: Tensor,
+    partial: Tensor,
+    copies: Copies,
+    condensed: Condensed,
+    weights: Tensor,
+    wire: tuple[Codec | None, Codec | None] = (None, None),
+    correct: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """`combine` where some answers are shared: the new stream, [T, D]. weights [T, K].
+
+    correct: (x [T, D], rows that travelled [C, D]); what shares an answer adds x - c to it. None: no correction.
+    """
+    rows = return_rows(partial, copies, wire)  # [C, D]
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    shared = condensed.shared.flatten()[copies.flat]
+    out = hidden.to(wide).index_add(0, copies.token, rows.masked_fill(shared[:, None], 0).to(wide))
+    takes, C = condensed.takes_shared, len(rows)
+    place = torch.where(takes, copies.places(takes.numel())[condensed.leader], C)
+    out = take_shared(out, rows, place, weights)
+    if correct is not None:
+        x, sent = correct
+        out = out + (weights * takes).sum(1, keepdim=True).to(wide) * x.to(wide)
+        out = take_shared(out, -sent, place, weights)
+    return out.to(hidden.dtype)

@@ -1,0 +1,1 @@
+"""Kernels in Triton, each beside the torch reference that it is tested against."""
