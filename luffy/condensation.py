@@ -1,20 +1,28 @@
 """What `--condense` can say: how alike tokens are found, and how alike they must be.
 
-none          every copy travels
-static:0.9    cosine of the experts' inputs at least 0.9
-paper         threshold of equation 2 of arXiv 2411.15419, 1 / (1 + exp((l_ini - l) / l_ini)), over its whole
-              similarity graph with the history filter
-budget:0.1    threshold of each layer moved until the measured relative error of an answer that is shared is 0.1
-lsh:6         LSH-MoE: equal under six cross-polytope hashes; centroids travel, Y = E(c) + (x - c)
-lsh-causal:6  the same with a bucket's earliest token in place of its centroid
+    none          every copy travels
+    static:0.9    cosine of the experts' inputs at least 0.9
+    paper         threshold of equation 2 of arXiv 2411.15419, 1 / (1 + exp((l_ini - l) / l_ini)), over its whole
+                  similarity graph with the history filter
+    budget:0.1    threshold of each layer moved until the measured relative error of an answer that is shared is 0.1
+    lsh:6         LSH-MoE: equal under six cross-polytope hashes; centroids travel, Y = E(c) + (x - c)
+    lsh-causal:6  the same with a bucket's earliest token in place of its centroid
+
+Behind it, separated by commas:
+
+    local         copies that stay on their rank are condensed too: less computing, no fewer bytes
+    window=64     copies among which a representative is looked for (16, 32, 64 or 128)
+    centroid      the mean of alike tokens travels in place of one of them (encoders only: it tells of the future)
+    spread        backward, what comes back is shared among the tokens as if their mean had been sent
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from luffy.errors import UserError
 
+WINDOWS = ("16", "32", "64", "128")
 POLICIES = ("static", "paper", "budget", "lsh", "lsh-causal")
 EXAMPLES = "none, static:0.9, paper, budget:0.1, lsh:6, lsh-causal:6"
 
@@ -56,8 +64,9 @@ class Condensation:
 
 def parse_condense(text: str) -> Condensation | None:
     """The scheme that `--condense` names, None for "none"; raises UserError naming the option."""
-    name, colon, value = text.partition(":")
-    if name == "none" and not colon:
+    spec, *extras = (part.strip() for part in text.split(","))
+    name, colon, value = spec.partition(":")
+    if name == "none" and not colon and not extras:
         return None
     level = {"paper": 0.5, "lsh": 6.0, "lsh-causal": 6.0}.get(name)
     if name not in POLICIES or (level is None and not colon) or (name == "paper" and colon):
@@ -74,8 +83,26 @@ def parse_condense(text: str) -> Condensation | None:
         raise UserError(f"--condense {text}: an error budget lies between 0 and 1")
     if name.startswith("lsh") and not (level == int(level) and 1 <= level <= 16):
         raise UserError(f"--condense {text}: give between 1 and 16 hashes")
+    scheme = Condensation(name, level)
     if name == "paper":
-        return Condensation(name, level, window=0, history=True, nearest=False, local=True)
-    if name == "lsh":
-        return Condensation(name, level, window=0, local=True, representative="centroid")
-    return Condensation(name, level)
+        scheme = replace(scheme, window=0, history=True, nearest=False, local=True)
+    elif name == "lsh":
+        scheme = replace(scheme, local=True, representative="centroid")
+    for extra in extras:
+        scheme = _with_extra(scheme, extra, text)
+    return scheme
+
+
+def _with_extra(scheme: Condensation, extra: str, text: str) -> Condensation:
+    if extra == "local":
+        return replace(scheme, local=True)
+    if extra == "centroid" and not scheme.hashed:
+        return replace(scheme, representative="centroid")
+    if extra == "spread":
+        return replace(scheme, gradient="spread")
+    if extra.startswith("window=") and extra[7:] in WINDOWS and scheme.window:
+        return replace(scheme, window=int(extra[7:]))
+    raise UserError(
+        f"--condense {text}: cannot read {extra!r}; behind the scheme may stand local, centroid, spread, "
+        f"window=N with N one of {', '.join(WINDOWS)}"
+    )

@@ -95,7 +95,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe(
             "lsh_moe_causal",
             "LSH-MoE with each bucket's earliest token in place of its centroid: no future reaches a token",
-            condense="lsh-causal:6",
+            condense="lsh-causal:6,local",
         ),
         Recipe(
             "netmoe",
@@ -123,11 +123,20 @@ def get_recipe(name: str) -> Recipe:
 
 def check_recipe(recipe: Recipe, config: ModelConfig) -> None:
     """Raise UserError where a recipe cannot train a model."""
-    condensation = parse_condense(recipe.condense)
-    if condensation is not None and condensation.compensate and recipe.placement != "stay":
+    scheme = parse_condense(recipe.condense)
+    if scheme is not None and recipe.placement != "stay":
+        at_home = {"lsh": scheme.hashed, "centroid": scheme.representative == "centroid",
+                   "spread": scheme.gradient == "spread"}  # fmt: skip
+        for name, yes in at_home.items():
+            if yes:
+                raise UserError(
+                    f"--condense {recipe.condense} cannot be combined with --recipe {recipe.name}: with {name} a row "
+                    "is not its token's own stream, which a sequence that moves would take; use --recipe vanilla_dedup"
+                )
+    if scheme is not None and not scheme.hashed and scheme.representative == "centroid" and config.causal:
         raise UserError(
-            f"--condense {recipe.condense} cannot be combined with --recipe {recipe.name}: its correction is made "
-            "where the token came from, so sequences must stay; use --recipe lsh_moe"
+            f"--condense {recipe.condense}: a mean of tokens would tell {config.name}, a decoder, of the future; leave "
+            "out centroid"
         )
     coded = set(parse_wire(recipe.wire).values()) != {"model"}
     if coded and recipe.placement != "stay":

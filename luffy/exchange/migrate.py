@@ -121,8 +121,8 @@ class Migration:
         lengths = self.old.table.lengths
         before_rows = [self.old.starts[i] + np.arange(lengths[s]) for i, s in keep]
         after_rows = [self.new.starts[after[int(s)]] + np.arange(lengths[s]) for _, s in keep]
-        before, after = (np.concatenate([empty, *rows]) for rows in (before_rows, after_rows))
-        return self.on_device(before), self.on_device(after)
+        rows = [np.concatenate([empty, *parts]) for parts in (before_rows, after_rows)]
+        return self.on_device(rows[0]), self.on_device(rows[1])
 
 
 def transfer(columns: list[Tensor], old: Layout, new: Layout, comm: Comm, direction: str) -> list[Tensor]:

@@ -5,8 +5,8 @@ token, and one of those ranks, the *carrier*, adds it to its partial sum. The ca
 the token (then the residual never travels again), else the rank of the token's first row.
 
 Two kinds of row cannot carry. A row whose answer is shared (luffy.exchange.condense) goes back unsummed, for others
-take it too; b can still take the residual from such a row of its own. A token that sent no row at all, condensed or dropped
-by capacity, has none. Where neither b nor any other row can, the old home sends the residual: an *orphan*.
+take it too; b can still take the residual from such a row of its own. A token that sent no row at all, condensed or
+dropped by capacity, has none. Where neither b nor any other row can, the old home sends the residual: an *orphan*.
 
 What a receiver must be told is which token each row belongs to: one int32 a row. Where answers are shared it must also
 learn who takes which, and with what weight: that table follows its sequence from the old home.

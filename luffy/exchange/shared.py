@@ -33,7 +33,7 @@ def rows_to_send(x: Tensor, copies: Copies, condensed: Condensed, scheme: Conden
     mean = (total[:C] / count[:C, None]).to(x.dtype)
     if scheme.representative == "centroid":
         return mean
-    return rows.detach() + (mean - mean.detach())
+    return rows.detach() + (mean - mean.detach())  # forward the member, backward the mean
 
 
 def take_shared(out: Tensor, answers: Tensor, place: Tensor, weights: Tensor) -> Tensor:

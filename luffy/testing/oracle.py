@@ -291,7 +291,8 @@ def forward(
             x = x + params["position_embedding.weight"][: len(sequence.tokens)]
         hidden.append(norm(config, params, "embedding_norm", x) if config.norm_placement == "post" else x)
 
-    layers, new_memory = [], []
+    layers: list[LayerChoices] = []
+    new_memory = []
     for i in range(config.num_layers):
         before = memory[i] if memory else [x[:0] for x in hidden]
         # The last M states, kept without gradient, as Transformer-XL does.

@@ -38,7 +38,8 @@ def oracle_step(
 ) -> OracleStep:
     """Loss and all gradients of one step; `memories` holds what each micro-batch remembers.
 
-    condensing: of the layers of a single micro-batch. Parameters that no token touched (an idle expert) get a gradient of zeros, never None.
+    condensing: of the layers of a single micro-batch.
+    Parameters that no token touched (an idle expert) get a gradient of zeros, never None.
     """
     variables = leaves(params)
     tokens = sum(len(s.tokens) for micro in micro_batches for s in micro)

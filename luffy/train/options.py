@@ -81,6 +81,14 @@ class TrainOptions:
         "dispatch, combine, dispatch_backward, combine_backward (default: the recipe's).",
         "Training",
     )
+    condense: str | None = option(
+        None,
+        "Let similar tokens share a row: none, static:0.9, paper, budget:0.1, lsh:6, lsh-causal:6; behind it may stand "
+        ",local ,window=N ,centroid ,spread (default: the recipe's).",
+        "Training",
+    )
+    condense_warmup: int = option(0, "Steps before condensation begins.", "Training")
+    condense_until: float = option(1.0, "Share of the steps after which it ends.", "Training")
     trace_every: int = option(0, "Record routing in every n-th step, in OUT/trace; 0: never.", "Training")
 
     layers: int | None = option(None, "Blocks.", "Model")
@@ -120,10 +128,11 @@ class TrainOptions:
             value = getattr(self, name)
             _require(value >= 1, f"--{name.replace('_', '-')} {value} must be at least 1")
         for name in ("eval_every", "checkpoint_every", "clip_norm", "weight_decay", "lr", "timeout_seconds",
-                     "rehome_every", "trace_every"):  # fmt: skip
+                     "rehome_every", "trace_every", "condense_warmup"):  # fmt: skip
             value = getattr(self, name)
             _require(value is None or value >= 0, f"--{name.replace('_', '-')} {value} must not be negative")
         _require(not (self.resume and self.overwrite), "--resume and --overwrite exclude each other")
+        _require(0 <= self.condense_until <= 1, f"--condense-until {self.condense_until} must lie between 0 and 1")
         recipe, config = self.get_recipe(), self.model_config()
         _require(
             self.sequence_length is None or 1 <= self.sequence_length <= config.max_sequence_length,
@@ -138,7 +147,8 @@ class TrainOptions:
 
     def get_recipe(self) -> Recipe:
         recipe = get_recipe(self.recipe)
-        return recipe if self.wire is None else replace(recipe, wire=self.wire)
+        recipe = recipe if self.wire is None else replace(recipe, wire=self.wire)
+        return recipe if self.condense is None else replace(recipe, condense=self.condense)
 
     def get_rehome_every(self) -> int:
         """Steps between re-homings of experts; 0 is never."""

@@ -146,6 +146,8 @@ def run_plan(
     show(predictions, compute_seconds, console)
     if any(get_recipe(p.recipe).rehome_every and not p.rehomed for p in predictions):
         console.print("experts stay as dealt: re-homing needs a trace of at least 4 steps")
+    if alike := [p.recipe for p in predictions if get_recipe(p.recipe).condense != "none"]:
+        console.print(f"{', '.join(alike)}: counted without condensation; a trace of routing does not say who is alike")
     if target is not None:
         content = {
             "provenance": "bytes counted by replay, seconds predicted",

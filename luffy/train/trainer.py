@@ -40,6 +40,7 @@ from luffy.train.checkpoint import (
     save_checkpoint,
     training_state,
 )
+from luffy.train.condensing import CondenseControl
 from luffy.train.export import export_safetensors
 from luffy.train.gradients import GradientSync, make_optimizer
 from luffy.train.metrics import MetricsWriter, RunSummary, describe_machine, read_metrics, write_json_atomic
@@ -98,6 +99,7 @@ class Trainer:
         self.step = 0
         self.valid_loss: float | None = None
         self.attention_fit: AttentionFit | None = None
+        self.condensing = CondenseControl(self.runtime.condense, options)
 
     def _links(self) -> Topology | None:
         """The links to plan for: those of --topology, else those of the lab that this run stands in, else unknown."""
@@ -148,12 +150,14 @@ class Trainer:
         begin, A = time.perf_counter(), self.options.accumulate
         self.clock.start()
         rehomed = self._rehome()
+        self.condensing.before(self.step)
         tracing = self.options.trace_every and (self.step + 1) % self.options.trace_every == 0
         traced: list[TraceStep] = []
         micro_batches = [self._read(self.step * A + m) for m in range(A)]
         announced = gather_step(micro_batches, self.comm)
         token_loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         aux: AuxLoss | None = None
+        condensed: torch.Tensor | None = None
         for m, sequences in enumerate(micro_batches):
             micro = make_micro_batch(
                 sequences, m, announced, self.comm,
@@ -166,6 +170,8 @@ class Trainer:
             output.loss.backward()
             token_loss += output.token_loss
             aux = output.aux
+            if aux is not None:
+                condensed = aux.condensed if condensed is None else condensed + aux.condensed
             if self.memory is not None:
                 self.memory = output.memory
         self.sync.finish()
@@ -177,7 +183,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._move_choice_bias(aux)
-        totals |= self._planning()
+        totals |= self._planning() | self.condensing.after(totals["loss"], condensed)
         self.step += 1
         if tracing:
             self._write_trace(traced)
@@ -344,6 +350,7 @@ class Trainer:
             "world_size": self.mesh.world_size,
             "valid_loss": self.valid_loss,
             "attention_fit": self._attention_fit(),
+            "condensing": self.condensing.to_dict(),
         }
         keep = self.options.keep_checkpoints
         save_checkpoint(self.checkpoints, self.step, self._state(), meta, self.mesh, keep)
@@ -366,6 +373,7 @@ class Trainer:
         prepare_optimizer(self.optimizer)
         load_checkpoint(path, self._state(), self.mesh)
         self.step, self.valid_loss = meta["step"], meta["valid_loss"]
+        self.condensing.restore(meta.get("condensing"))
         fit = meta.get("attention_fit")
         self.attention_fit = None if fit is None else AttentionFit.from_dict(fit)
 

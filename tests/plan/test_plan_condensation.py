@@ -18,8 +18,10 @@ def rows(seed: int, n: int, clusters: int, spread: float) -> np.ndarray:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    seed=st.integers(0, 10**6), n=st.integers(0, 40), clusters=st.integers(1, 6), spread=st.sampled_from([0, 0.1, 0.5]),
-    threshold=st.sampled_from([-1.0, 0.3, 0.9, 1.5]), causal=st.booleans(), nearest=st.booleans(), recount=st.booleans(),
+    seed=st.integers(0, 10**6), n=st.integers(0, 40), clusters=st.integers(1, 6),
+    spread=st.sampled_from([0, 0.1, 0.5]),
+    threshold=st.sampled_from([-1.0, 0.3, 0.9, 1.5]), causal=st.booleans(), nearest=st.booleans(),
+    recount=st.booleans(),
 )  # fmt: skip
 def test_everyone_is_represented_at_the_threshold_or_represents_itself(
     seed, n, clusters, spread, threshold, causal, nearest, recount
