@@ -60,9 +60,10 @@ def settle(similarity: Tensor, real: Tensor, threshold: float, causal: bool, nea
     key = (W - place).expand(real.shape) if causal else edges.sum(2) * W + (W - 1 - place)
     stops = edges & (key[:, :, None] > key[:, None, :])  # [w, i, j]: i, if it represents, stands for j
     open_, represents = real.clone(), torch.zeros_like(real)
+    reach = stops.to(torch.float32)  # as a matrix product both questions are one pass over the tile
     while bool(open_.any()):
-        covered = (stops & represents[:, :, None]).any(1)
-        waiting = (stops & open_[:, :, None]).any(1)
+        hits = torch.stack([represents, open_], dim=1).to(reach.dtype) @ reach  # [w, 2, W]
+        covered, waiting = hits[:, 0] > 0, hits[:, 1] > 0
         represents |= open_ & ~covered & ~waiting
         open_ &= ~covered & waiting
     score = similarity if nearest else key[:, :, None].to(similarity.dtype).expand_as(similarity)

@@ -1,0 +1,169 @@
+"""What condensation does to quality, and how many rows it spares: the same model trained under every scheme.
+
+    python benchmarks/condensation_quality.py train --data FOLDER --device cuda --jobs 6 --out runs/condense
+    python benchmarks/condensation_quality.py table --out runs/condense --json docs/results/condensation_quality.json \
+        --figure docs/figures/condensation_pareto.png
+
+One rank trains each model, and condenses the copies that stay as well (`,local`): every copy bears the error, as it
+would on many ranks where nearly every copy leaves. What is compared with bytes is therefore the share of copies that is
+sent, counted by the layers in every step. `train` resumes: what has a summary is not trained again.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean, stdev
+
+import click
+from matplotlib.figure import Figure
+
+SCHEMES = {
+    "none": ["--condense", "none"],
+    "static 0.95": ["--condense", "static:0.95,local"],
+    "static 0.9": ["--condense", "static:0.9,local"],
+    "static 0.8": ["--condense", "static:0.8,local"],
+    "paper": ["--condense", "paper"],
+    "lsh_moe (published, leaks)": ["--condense", "lsh:6"],
+    "lsh_moe, causal": ["--condense", "lsh-causal:6,local"],
+    "budget 0.05": ["--condense", "budget:0.05,local"],
+    "budget 0.1": ["--condense", "budget:0.1,local"],
+    "budget 0.2": ["--condense", "budget:0.2,local"],
+    "budget 0.2, last 30% without": ["--condense", "budget:0.2,local", "--condense-until", "0.7"],
+    "static 0.8, last 30% without": ["--condense", "static:0.8,local", "--condense-until", "0.7"],
+    "static 0.9, spread gradient": ["--condense", "static:0.9,local,spread"],
+}
+MODEL = [
+    "--model", "moe-gpt2", "--layers", "6", "--hidden-size", "512", "--heads", "8", "--experts", "16",
+    "--expert-hidden-size", "2048", "--max-sequence-length", "512", "--vocab-size", "8192",
+]  # fmt: skip
+
+
+def folder(out: Path, scheme: str, seed: int) -> Path:
+    return out / f"{'-'.join(scheme.replace(',', '').replace('(', '').replace(')', '').split())}-seed{seed}"
+
+
+@click.group()
+def main() -> None:
+    """Train the models, or tabulate what they came to."""
+
+
+@main.command()
+@click.option("--data", required=True)
+@click.option("--device", default="cuda", show_default=True)
+@click.option("--jobs", default=6, show_default=True, help="Trainings side by side.")
+@click.option("--seeds", default="0,1,2", show_default=True)
+@click.option("--schemes", default=",".join(["all"]), show_default=True, help="Names separated by ';', or all.")
+@click.option("--steps", default=1000, show_default=True)
+@click.option("--batch-size", default=16, show_default=True)
+@click.option("--seconds", default=1e9, help="Begin no training after so long.")
+@click.option("--out", required=True, type=click.Path(path_type=Path))
+def train(
+    data: str, device: str, jobs: int, seeds: str, schemes: str, steps: int, batch_size: int, seconds: float, out: Path
+) -> None:
+    """Train every scheme with every seed."""
+    began = time.monotonic()
+    names = list(SCHEMES) if schemes == "all" else schemes.split(";")
+
+    def one(seed: int, scheme: str) -> str:
+        target = folder(out, scheme, seed)
+        if (target / "summary.json").exists():
+            return f"{target.name}: done before"
+        if time.monotonic() - began > seconds:
+            return f"{target.name}: no time left"
+        command = [sys.executable, "-m", "luffy.train.cli", "train", "--recipe", "vanilla_dedup", *SCHEMES[scheme]]
+        command += [*MODEL, "--data", data, "--device", device, "--ranks", "1", "--steps", str(steps)]
+        command += ["--batch-size", str(batch_size), "--sequence-length", "512", "--seed", str(seed), "--lr", "1e-3"]
+        command += ["--eval-every", "100", "--eval-batches", "8", "--checkpoint-every", "0", "--no-tensorboard"]
+        command += ["--out", str(target), "--overwrite"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return f"{target.name}: {'trained' if done.returncode == 0 else done.stderr.strip()[-300:]}"
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for line in pool.map(lambda pair: one(*pair), [(int(s), n) for s in seeds.split(",") for n in names]):
+            click.echo(f"{time.monotonic() - began:6.0f} s  {line}")
+
+
+def collect(out: Path) -> dict[str, list[dict]]:
+    """By scheme, what each seed's run came to: held-out loss, share of copies sent, curves."""
+    results: dict[str, list[dict]] = {}
+    for scheme in SCHEMES:
+        for seed in range(16):
+            run = folder(out, scheme, seed)
+            if not (run / "summary.json").exists():
+                continue
+            records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            kept = [r.get("condense", {}).get("kept", 1.0) for r in records]
+            curve, sent = [], 0.0
+            for r, k in zip(records, kept, strict=True):
+                sent += k * r["tokens"]
+                if r.get("valid_loss") is not None:
+                    curve.append([r["step"], sent, r["valid_loss"]])
+            last = [r["condense"] for r in records if len(r.get("condense", {})) > 1]
+            results.setdefault(scheme, []).append({
+                "seed": seed, "valid_loss": curve[-1][2], "kept": mean(kept), "kept_last_100": mean(kept[-100:]),
+                "audited_error": mean(c["error"] for c in last[-100:]) if last and "error" in last[-1] else None,
+                "seconds": sum(r["seconds"] for r in records), "curve": curve, "last": last[-1] if last else None,
+                "condense_seconds": sum(r["seconds_split"]["condense"] for r in records),
+            })  # fmt: skip
+    return results
+
+
+@main.command()
+@click.option("--out", required=True, type=click.Path(path_type=Path))
+@click.option("--json", "target", type=click.Path(path_type=Path))
+@click.option("--figure", type=click.Path(path_type=Path))
+def table(out: Path, target: Path | None, figure: Path | None) -> None:
+    """Print a table of means over seeds; write the numbers and the picture."""
+    results = collect(out)
+    base = {r["seed"]: r["valid_loss"] for r in results["none"]}
+    click.echo("| scheme | seeds | copies sent | held-out loss | gap to none (paired) | audited error |")
+    click.echo("| --- | --- | --- | --- | --- | --- |")
+    for scheme, runs in results.items():
+        gaps = [r["valid_loss"] - base[r["seed"]] for r in runs if r["seed"] in base]
+        spread = f" ± {stdev(gaps):.3f}" if len(gaps) > 1 and scheme != "none" else ""
+        errors = [r["audited_error"] for r in runs if r["audited_error"] is not None]
+        click.echo(
+            f"| {scheme} | {len(runs)} | {mean(r['kept'] for r in runs):.2f} | "
+            f"{mean(r['valid_loss'] for r in runs):.3f} | {mean(gaps):+.3f}{spread} | "
+            f"{f'{mean(errors):.3f}' if errors else ''} |"
+        )
+    if target is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(results, indent=1) + "\n")
+    if figure is not None:
+        picture = draw(results, base)
+        figure.parent.mkdir(parents=True, exist_ok=True)
+        picture.savefig(figure, dpi=150)
+
+
+def draw(results: dict[str, list[dict]], base: dict[int, float]) -> Figure:
+    """Left: bytes against loss gap, one point a seed and the mean. Right: loss against what was sent so far."""
+    picture = Figure(figsize=(11, 4.6), layout="constrained")
+    left, right = picture.subplots(1, 2)
+    for i, (scheme, runs) in enumerate(results.items()):
+        colour = f"C{i % 10}"
+        marker = "os^Dv"[i // 10 + (2 if "last" in scheme else 0)]
+        gaps = [r["valid_loss"] - base[r["seed"]] for r in runs]
+        left.scatter([r["kept"] for r in runs], gaps, s=12, color=colour, alpha=0.4, marker=marker)
+        left.scatter(mean(r["kept"] for r in runs), mean(gaps), s=55, color=colour, label=scheme, marker=marker)
+        points = list(zip(*[r["curve"] for r in runs], strict=True))
+        x = [mean(p[1] for p in at) / 1e6 for at in points]
+        right.plot(x, [mean(p[2] for p in at) for at in points], color=colour, linewidth=1.2)
+    left.axhline(0, color="0.7", linewidth=0.8, zorder=0)
+    left.set(xlabel="share of copies sent, mean over the run", ylabel="held-out loss above none (nats)",
+             title="What is spared, and what it costs")  # fmt: skip
+    left.legend(frameon=False, fontsize=7)
+    right.set(xlabel="copies sent so far (millions of tokens' worth)", ylabel="held-out loss (nats)",
+              title="Loss against what was sent", ylim=(None, right.get_ylim()[0] + 2.2))  # fmt: skip
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    return picture
+
+
+if __name__ == "__main__":
+    main()
