@@ -10,6 +10,7 @@ tiles and choice (luffy.kernels.representatives). `decide`: all of luffy.exchang
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from statistics import median
 
@@ -31,7 +32,7 @@ def milliseconds(action, repeats: int) -> list[float]:
     times = []
     for _ in range(repeats):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(2_000_000)  # launches happen behind it, and are not timed
+        torch.cuda._sleep(10_000_000)  # launches happen behind it, and are not timed
         begin.record()
         action()
         end.record()
@@ -80,6 +81,12 @@ def measure(size: int, tokens: int, window: int, repeats: int) -> dict:
     for _ in range(repeats):
         for name, action in actions.items():
             times[name] += milliseconds(action, 1)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(repeats):
+        decide()
+    host = (time.perf_counter() - began) / repeats * 1e3  # what the host needs to launch it all
+    torch.cuda.synchronize()
     memory = {}
     for name in ("choose", "decide"):
         torch.cuda.synchronize()
@@ -89,6 +96,7 @@ def measure(size: int, tokens: int, window: int, repeats: int) -> dict:
         memory[name] = torch.cuda.max_memory_allocated() - before
     kept = condense(state, 0, x, ids, keys, layout, experts, 0, causal=True, by_sequence=False, pairs=False)[0]
     out = {"hidden_size": size, "rows": tokens * K, "window": window, "kept": float(kept.sent.float().mean())}
+    out["decide_host_ms"] = host
     out |= {f"{n}_ms": median(t) for n, t in times.items()}
     out |= {f"{n}_spread_ms": [min(t), max(t)] for n, t in times.items()}
     out |= {"choose_share": out["choose_ms"] / out["experts_ms"], "decide_share": out["decide_ms"] / out["experts_ms"]}
@@ -116,7 +124,7 @@ def main(sizes: str, rows: str, windows: str, repeats: int, out: Path | None) ->
                 r = measure(size, n // 2, window, repeats)
                 results.append(r)
                 click.echo(
-                    f"| {size} | {n} | {window} | {r['kept']:.2f} | {r['choose_ms']:.3f} | {r['decide_ms']:.3f} | "
+                    f"| {size} | {n} | {window} | {r['choose_ms']:.3f} | {r['decide_ms']:.3f} | {r['decide_host_ms']:.3f} | "
                     f"{r['experts_ms']:.3f} | {r['choose_share']:.1%} | {r['decide_share']:.1%} | "
                     f"{r['memory_num_bytes']['decide'] / 1e6:.0f} |"
                 )

@@ -4,8 +4,8 @@
     python benchmarks/condensation_quality.py table --out runs/condense --json docs/results/condensation_quality.json \
         --figure docs/figures/condensation_pareto.png
 
-One rank trains each model, and condenses the copies that stay as well (`,local`): every copy bears the error, as it
-would on many ranks where nearly every copy leaves. What is compared with bytes is therefore the share of copies that is
+One rank trains each model with a copy a (token, expert) pair, and condenses the copies that stay as well (`,local`):
+every copy bears the error, as it would with one expert on each of 16 ranks, where nearly every copy leaves. What is compared with bytes is therefore the share of copies that is
 sent, counted by the layers in every step. `train` resumes: what has a summary is not trained again.
 """
 
@@ -24,17 +24,16 @@ from matplotlib.figure import Figure
 
 SCHEMES = {
     "none": ["--condense", "none"],
-    "static 0.95": ["--condense", "static:0.95,local"],
     "static 0.9": ["--condense", "static:0.9,local"],
     "static 0.8": ["--condense", "static:0.8,local"],
-    "paper": ["--condense", "paper"],
-    "lsh_moe (published, leaks)": ["--condense", "lsh:6"],
-    "lsh_moe, causal": ["--condense", "lsh-causal:6,local"],
-    "budget 0.05": ["--condense", "budget:0.05,local"],
     "budget 0.1": ["--condense", "budget:0.1,local"],
     "budget 0.2": ["--condense", "budget:0.2,local"],
-    "budget 0.2, last 30% without": ["--condense", "budget:0.2,local", "--condense-until", "0.7"],
-    "static 0.8, last 30% without": ["--condense", "static:0.8,local", "--condense-until", "0.7"],
+    "budget 0.3": ["--condense", "budget:0.3,local"],
+    "paper": ["--condense", "paper"],
+    "lsh_moe, causal": ["--condense", "lsh-causal:6,local"],
+    "lsh_moe (published, leaks)": ["--condense", "lsh:6"],
+    "budget 0.3, last 30% without": ["--condense", "budget:0.3,local", "--condense-until", "0.7"],
+    "static 0.95": ["--condense", "static:0.95,local"],
     "static 0.9, spread gradient": ["--condense", "static:0.9,local,spread"],
 }
 MODEL = [
@@ -75,7 +74,7 @@ def train(
             return f"{target.name}: done before"
         if time.monotonic() - began > seconds:
             return f"{target.name}: no time left"
-        command = [sys.executable, "-m", "luffy.train.cli", "train", "--recipe", "vanilla_dedup", *SCHEMES[scheme]]
+        command = [sys.executable, "-m", "luffy.train.cli", "train", "--recipe", "vanilla", *SCHEMES[scheme]]
         command += [*MODEL, "--data", data, "--device", device, "--ranks", "1", "--steps", str(steps)]
         command += ["--batch-size", str(batch_size), "--sequence-length", "512", "--seed", str(seed), "--lr", "1e-3"]
         command += ["--eval-every", "100", "--eval-batches", "8", "--checkpoint-every", "0", "--no-tensorboard"]

@@ -22,7 +22,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from luffy.condensation import Condensation
@@ -161,9 +160,7 @@ def condense(
         if scheme.hashed:
             leader = same_bucket(x, group, G, layout, int(scheme.level), layer, E)
         else:
-            unit = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
-            if x.is_cuda and x.dtype == torch.bfloat16:
-                unit = unit.to(x.dtype)
+            unit = _unit_rows(x)
             rows = make_windows(group, G, layout, scheme.window)
             threshold, token = state.thresholds[layer], torch.where(rows >= 0, rows // K, -1)
             if scheme.history:
@@ -172,6 +169,13 @@ def condense(
                 place = choose_representatives(unit, token, threshold, causal=causal, nearest=scheme.nearest)
             leader = leaders(rows, place, T * K)
         return _settle_copies(leader.unflatten(0, (T, K)), keys, state, layer, layout), found
+
+
+def _unit_rows(x: Tensor) -> Tensor:
+    """[T, D] scaled to length one, zeros left as they are; in bfloat16 on a GPU, in float32 at least elsewhere."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    scale = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide).clamp_min(1e-12).reciprocal()
+    return x * scale.to(x.dtype) if x.is_cuda else x.to(wide) * scale
 
 
 def _settle_copies(leader: Tensor, keys: CopyKeys, state: CondenseState, layer: int, layout: Layout) -> Condensed:

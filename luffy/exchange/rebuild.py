@@ -78,8 +78,8 @@ class SharedAnswers:
     rank: Tensor
     own: Tensor
 
-    def follow(self, migration: Migration, comm: Comm, source: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
-        """The table at the new homes: (place among the answers there, weight), [T_new, K] each.
+    def follow(self, migration: Migration, comm: Comm, source: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The table at the new homes: (place among the answers there, whether there is one, weight), [T_new, K] each.
 
         source, row: int64 [n], the rank that each answer there came from, and the new row of the token that was sent
         for it; row -1 for answers that are not shared.
@@ -95,7 +95,7 @@ class SharedAnswers:
             n, device=source.device
         )
         at = rank * T_new + migration.place_of(leader.long().flatten())[2].unflatten(0, leader.shape)
-        return torch.where(rank < 0, n, table[torch.where(rank < 0, 0, at)]), weights
+        return table[torch.where(rank < 0, 0, at)], rank >= 0, weights
 
 
 def combine_at_new_home(
@@ -155,5 +155,5 @@ def combine_at_new_home(
     splits = torch.tensor([n, *exchange.output_splits], device=slot.device)  # own rows stand first
     ranks = torch.tensor([me, *range(comm.mesh.ep_size)], device=slot.device)
     source = torch.repeat_interleave(ranks, splits, output_size=len(slot))
-    place, weights = shared.follow(migration, comm, source, torch.where(mine, -1 - slot, -1))
-    return take_shared(out, answers, place, weights).to(hidden.dtype)
+    place, takes, weights = shared.follow(migration, comm, source, torch.where(mine, -1 - slot, -1))
+    return take_shared(out, answers, place, takes, weights).to(hidden.dtype)

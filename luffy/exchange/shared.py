@@ -36,11 +36,17 @@ def rows_to_send(x: Tensor, copies: Copies, condensed: Condensed, scheme: Conden
     return rows.detach() + (mean - mean.detach())  # forward the member, backward the mean
 
 
-def take_shared(out: Tensor, answers: Tensor, place: Tensor, weights: Tensor) -> Tensor:
-    """out [T, D] plus weights[t, k] * answers[place[t, k]] over k; place = len(answers) stands for none."""
-    padded = torch.cat([answers, answers.new_zeros(1, answers.shape[1])])
+def take_shared(out: Tensor, answers: Tensor, place: Tensor, takes: Tensor, weights: Tensor) -> Tensor:
+    """out [T, D] plus weights[t, k] * answers[place[t, k]] over k where takes[t, k]."""
+    if not len(answers):
+        return out
+    # Whoever takes nothing takes some row zero times. Spread over all rows: were it one and the same, the backward
+    # pass would add T gradients of nothing into it, one after the other.
+    own = torch.arange(place.shape[0], device=place.device) % len(answers)
     for k in range(place.shape[1]):
-        out = out + weights[:, k, None].to(out.dtype) * padded[place[:, k]].to(out.dtype)
+        row = torch.where(takes[:, k], place[:, k], own)
+        weight = weights[:, k, None].to(out.dtype) * takes[:, k, None]
+        out = out + weight * answers.index_select(0, row).to(out.dtype)
     return out
 
 
@@ -61,11 +67,11 @@ def combine_condensed(
     wide = torch.promote_types(hidden.dtype, torch.float32)
     shared = condensed.shared.flatten()[copies.flat]
     out = hidden.to(wide).index_add(0, copies.token, rows.masked_fill(shared[:, None], 0).to(wide))
-    takes, C = condensed.takes_shared, len(rows)
-    place = torch.where(takes, copies.places(takes.numel())[condensed.leader], C)
-    out = take_shared(out, rows, place, weights)
+    takes = condensed.takes_shared
+    place = copies.places(takes.numel())[condensed.leader]
+    out = take_shared(out, rows, place, takes, weights)
     if correct is not None:
         x, sent = correct
         out = out + (weights * takes).sum(1, keepdim=True).to(wide) * x.to(wide)
-        out = take_shared(out, -sent, place, weights)
+        out = take_shared(out, -sent, place, takes, weights)
     return out.to(hidden.dtype)
