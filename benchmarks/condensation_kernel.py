@@ -124,8 +124,8 @@ def main(sizes: str, rows: str, windows: str, repeats: int, out: Path | None) ->
                 r = measure(size, n // 2, window, repeats)
                 results.append(r)
                 click.echo(
-                    f"| {size} | {n} | {window} | {r['choose_ms']:.3f} | {r['decide_ms']:.3f} | {r['decide_host_ms']:.3f} | "
-                    f"{r['experts_ms']:.3f} | {r['choose_share']:.1%} | {r['decide_share']:.1%} | "
+                    f"| {size} | {n} | {window} | {r['choose_ms']:.3f} | {r['decide_ms']:.3f} | "
+                    f"{r['decide_host_ms']:.3f} | {r['experts_ms']:.3f} | {r['choose_share']:.1%} | {r['decide_share']:.1%} | "
                     f"{r['memory_num_bytes']['decide'] / 1e6:.0f} |"
                 )
     if out is not None:

@@ -5,8 +5,9 @@
         --figure docs/figures/condensation_pareto.png
 
 One rank trains each model with a copy a (token, expert) pair, and condenses the copies that stay as well (`,local`):
-every copy bears the error, as it would with one expert on each of 16 ranks, where nearly every copy leaves. What is compared with bytes is therefore the share of copies that is
-sent, counted by the layers in every step. `train` resumes: what has a summary is not trained again.
+every copy bears the error, as it would with one expert on each of 16 ranks, where nearly every copy leaves. What is
+compared with bytes is therefore the share of copies that is sent, counted by the layers in every step. `train` resumes:
+what has a summary is not trained again.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ SCHEMES = {
     "lsh_moe, causal": ["--condense", "lsh-causal:6,local"],
     "lsh_moe (published, leaks)": ["--condense", "lsh:6"],
     "budget 0.3, last 30% without": ["--condense", "budget:0.3,local", "--condense-until", "0.7"],
+    "static 0.9, corrected": ["--condense", "static:0.9,local,correct"],
+    "static 0.8, corrected": ["--condense", "static:0.8,local,correct"],
     "static 0.95": ["--condense", "static:0.95,local"],
     "static 0.9, spread gradient": ["--condense", "static:0.9,local,spread"],
 }

@@ -13,6 +13,7 @@ Behind it, separated by commas:
     local         copies that stay on their rank are condensed too: less computing, no fewer bytes
     window=64     copies among which a representative is looked for (16, 32, 64 or 128)
     centroid      the mean of alike tokens travels in place of one of them (encoders only: it tells of the future)
+    correct       a token adds to the shared answer what it differs by: Y = E(c) + (x - c), as LSH-MoE does
     spread        backward, what comes back is shared among the tokens as if their mean had been sent
 """
 
@@ -38,6 +39,7 @@ class Condensation:
     local: copies that stay on their rank are condensed too, which saves computing but no traffic.
     representative: "member" sends one of the tokens, "centroid" their mean.
     gradient: "exact" of the condensed forward; "spread": every token gets the mean's share of what comes back.
+    compensate: a token adds its difference to what was sent for it: Y = E(c) + (x - c).
     audit_share: share of condensed copies that is sent anyway, to measure the error (policy budget).
     """
 
@@ -49,17 +51,13 @@ class Condensation:
     local: bool = False
     representative: str = "member"
     gradient: str = "exact"
+    compensate: bool = False
     audit_share: float = 1 / 32
 
     @property
     def hashed(self) -> bool:
         """Whether alike is what hashes alike, instead of what is close."""
         return self.policy.startswith("lsh")
-
-    @property
-    def compensate(self) -> bool:
-        """Whether a token adds its difference to what was sent for it: Y = E(c) + (x - c)."""
-        return self.hashed
 
 
 def parse_condense(text: str) -> Condensation | None:
@@ -87,7 +85,9 @@ def parse_condense(text: str) -> Condensation | None:
     if name == "paper":
         scheme = replace(scheme, window=0, history=True, nearest=False, local=True)
     elif name == "lsh":
-        scheme = replace(scheme, local=True, representative="centroid")
+        scheme = replace(scheme, local=True, representative="centroid", compensate=True)
+    elif name == "lsh-causal":
+        scheme = replace(scheme, compensate=True)
     for extra in extras:
         scheme = _with_extra(scheme, extra, text)
     return scheme
@@ -98,11 +98,13 @@ def _with_extra(scheme: Condensation, extra: str, text: str) -> Condensation:
         return replace(scheme, local=True)
     if extra == "centroid" and not scheme.hashed:
         return replace(scheme, representative="centroid")
+    if extra == "correct":
+        return replace(scheme, compensate=True)
     if extra == "spread":
         return replace(scheme, gradient="spread")
     if extra.startswith("window=") and extra[7:] in WINDOWS and scheme.window:
         return replace(scheme, window=int(extra[7:]))
     raise UserError(
-        f"--condense {text}: cannot read {extra!r}; behind the scheme may stand local, centroid, spread, "
+        f"--condense {text}: cannot read {extra!r}; behind the scheme may stand local, centroid, correct, spread, "
         f"window=N with N one of {', '.join(WINDOWS)}"
     )

@@ -125,7 +125,7 @@ def check_recipe(recipe: Recipe, config: ModelConfig) -> None:
     """Raise UserError where a recipe cannot train a model."""
     scheme = parse_condense(recipe.condense)
     if scheme is not None and recipe.placement != "stay":
-        at_home = {"lsh": scheme.hashed, "centroid": scheme.representative == "centroid",
+        at_home = {"lsh": scheme.hashed, "correct": scheme.compensate, "centroid": scheme.representative == "centroid",
                    "spread": scheme.gradient == "spread"}  # fmt: skip
         for name, yes in at_home.items():
             if yes:

@@ -38,8 +38,8 @@ def rows_to_send(x: Tensor, copies: Copies, condensed: Condensed, scheme: Conden
 
 def take_shared(out: Tensor, answers: Tensor, place: Tensor, takes: Tensor, weights: Tensor) -> Tensor:
     """out [T, D] plus weights[t, k] * answers[place[t, k]] over k where takes[t, k]."""
-    if not len(answers):
-        return out
+    if not len(answers):  # weights and answers stay in the graph: other ranks wait for their gradients
+        answers = answers.new_zeros(1, answers.shape[1])
     # Whoever takes nothing takes some row zero times. Spread over all rows: were it one and the same, the backward
     # pass would add T gradients of nothing into it, one after the other.
     own = torch.arange(place.shape[0], device=place.device) % len(answers)

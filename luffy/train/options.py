@@ -84,7 +84,7 @@ class TrainOptions:
     condense: str | None = option(
         None,
         "Let similar tokens share a row: none, static:0.9, paper, budget:0.1, lsh:6, lsh-causal:6; behind it may stand "
-        ",local ,window=N ,centroid ,spread (default: the recipe's).",
+        ",local ,window=N ,correct ,centroid ,spread (default: the recipe's).",
         "Training",
     )
     condense_warmup: int = option(0, "Steps before condensation begins.", "Training")

@@ -27,6 +27,7 @@ from .placing import Trial, place
 STAY = Recipe("stay", "", condense="static:0.3")
 PAIRS = replace(STAY, copies="pairs")
 MOVE = Recipe("move", "random plans", placement="random", condense="static:0.3")
+CORRECT = replace(STAY, condense="static:0.3,correct,local")
 LUFFY = replace(get_recipe("luffy"), condense="static:0.3")
 BUDGET = replace(LUFFY, condense="budget:0.5")
 
@@ -39,7 +40,7 @@ def test_it_equals_the_oracle_that_is_told_who_stands_for_whom(preset):
         assert 0.2 < kept < 0.95
 
 
-@pytest.mark.parametrize("recipe", [PAIRS, LUFFY, BUDGET, get_recipe("luffy_paper"), get_recipe("lsh_moe"),
+@pytest.mark.parametrize("recipe", [PAIRS, CORRECT, LUFFY, BUDGET, get_recipe("luffy_paper"), get_recipe("lsh_moe"),
                                     get_recipe("lsh_moe_causal")], ids=lambda r: f"{r.name}-{r.condense}")  # fmt: skip
 @pytest.mark.parametrize("preset", ["moe-gpt2-tiny", "moe-bert-large-tiny"])
 def test_every_scheme_equals_the_oracle(preset, recipe):
