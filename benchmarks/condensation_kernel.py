@@ -125,8 +125,8 @@ def main(sizes: str, rows: str, windows: str, repeats: int, out: Path | None) ->
                 results.append(r)
                 click.echo(
                     f"| {size} | {n} | {window} | {r['choose_ms']:.3f} | {r['decide_ms']:.3f} | "
-                    f"{r['decide_host_ms']:.3f} | {r['experts_ms']:.3f} | {r['choose_share']:.1%} | {r['decide_share']:.1%} | "
-                    f"{r['memory_num_bytes']['decide'] / 1e6:.0f} |"
+                    f"{r['decide_host_ms']:.3f} | {r['experts_ms']:.3f} | {r['choose_share']:.1%} | "
+                    f"{r['decide_share']:.1%} | {r['memory_num_bytes']['decide'] / 1e6:.0f} |"
                 )
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -90,15 +90,17 @@ def train(
             click.echo(f"{time.monotonic() - began:6.0f} s  {line}")
 
 
-def collect(out: Path) -> dict[str, list[dict]]:
+def collect(out: Path, steps: int) -> dict[str, list[dict]]:
     """By scheme, what each seed's run came to: held-out loss, share of copies sent, curves."""
     results: dict[str, list[dict]] = {}
     for scheme in SCHEMES:
         for seed in range(16):
             run = folder(out, scheme, seed)
-            if not (run / "summary.json").exists():
+            if not (run / "metrics.jsonl").exists():
                 continue
-            records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line[-1] == "}"]
+            if records[-1]["step"] < steps or records[-1].get("valid_loss") is None:
+                continue  # broken off
             kept = [r.get("condense", {}).get("kept", 1.0) for r in records]
             curve, sent = [], 0.0
             for r, k in zip(records, kept, strict=True):
@@ -119,9 +121,10 @@ def collect(out: Path) -> dict[str, list[dict]]:
 @click.option("--out", required=True, type=click.Path(path_type=Path))
 @click.option("--json", "target", type=click.Path(path_type=Path))
 @click.option("--figure", type=click.Path(path_type=Path))
-def table(out: Path, target: Path | None, figure: Path | None) -> None:
+@click.option("--steps", default=1000, show_default=True, help="What a run must have reached to count.")
+def table(out: Path, target: Path | None, figure: Path | None, steps: int) -> None:
     """Print a table of means over seeds; write the numbers and the picture."""
-    results = collect(out)
+    results = collect(out, steps)
     base = {r["seed"]: r["valid_loss"] for r in results["none"]}
     click.echo("| scheme | seeds | copies sent | held-out loss | gap to none (paired) | audited error |")
     click.echo("| --- | --- | --- | --- | --- | --- |")

@@ -102,7 +102,7 @@ def _with_extra(scheme: Condensation, extra: str, text: str) -> Condensation:
         return replace(scheme, compensate=True)
     if extra == "spread":
         return replace(scheme, gradient="spread")
-    if extra.startswith("window=") and extra[7:] in WINDOWS and scheme.window:
+    if extra.startswith("window=") and extra[7:] in WINDOWS and not scheme.hashed:
         return replace(scheme, window=int(extra[7:]))
     raise UserError(
         f"--condense {text}: cannot read {extra!r}; behind the scheme may stand local, centroid, correct, spread, "

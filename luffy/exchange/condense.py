@@ -26,10 +26,13 @@ from torch import Tensor
 
 from luffy.condensation import Condensation
 from luffy.data.batch import Layout
+from luffy.errors import UserError
 from luffy.exchange.copies import CopyKeys, ExpertMap
 from luffy.exchange.hashing import same_bucket
 from luffy.kernels.representatives import choose_representatives, settle
 from luffy.plan.condensation import ALIKE, UNLIKE
+
+LARGEST_GRAPH = 1 << 28  # pairs of one layer on one rank
 
 
 @dataclass
@@ -219,6 +222,11 @@ def _with_history(
 ) -> tuple[Tensor, SimilarityHistory]:
     """The paper's filter: pairs that the previous block settled are not looked at again. n^2 memory, as published."""
     T = unit.shape[0]
+    if max(T * T, token.numel() * token.shape[1]) > LARGEST_GRAPH:
+        raise UserError(
+            f"--condense {scheme.policy}: a graph over {T} tokens, {token.shape[1]} copies to one expert, does not fit; "
+            "its memory is quadratic, as published: lower --batch-size, or add ,window=128"
+        )
     real, at = token >= 0, token.clamp_min(0)
     tile = unit[at]
     similarity = tile @ tile.transpose(1, 2)
