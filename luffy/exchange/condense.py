@@ -224,8 +224,8 @@ def _with_history(
     T = unit.shape[0]
     if max(T * T, token.numel() * token.shape[1]) > LARGEST_GRAPH:
         raise UserError(
-            f"--condense {scheme.policy}: a graph over {T} tokens, {token.shape[1]} copies to one expert, does not fit; "
-            "its memory is quadratic, as published: lower --batch-size, or add ,window=128"
+            f"--condense {scheme.policy}: a graph over {T} tokens, {token.shape[1]} copies to one expert, does not "
+            "fit; its memory is quadratic, as published: lower --batch-size, or add ,window=128"
         )
     real, at = token >= 0, token.clamp_min(0)
     tile = unit[at]

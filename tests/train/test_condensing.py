@@ -79,17 +79,17 @@ def test_a_budget_of_zero_condenses_nothing_and_no_audit_loosens():
 
 def test_a_graph_that_does_not_fit_is_refused_naming_the_mend(small, monkeypatch):
     monkeypatch.setattr(sys.modules["luffy.exchange.condense"], "LARGEST_GRAPH", 10)
-    with pytest.raises(Exception, match="--condense paper: a graph over .* add ,window=128"):
+    with pytest.raises(Exception, match=r"--condense paper: a graph over .* add ,window=128"):
         run_ranks(_train, 2, TrainOptions(**small(recipe="luffy_paper", steps=1)))
 
 
 def test_options_are_checked_at_once():
     with pytest.raises(UserError, match="--condense-until 2"):
         TrainOptions(condense_until=2)
-    with pytest.raises(UserError, match="--condense static:0.9,centroid: a mean of tokens would tell moe-gpt2-tiny"):
+    with pytest.raises(UserError, match=r"--condense static:0\.9,centroid: a mean of tokens would tell moe-gpt2-tiny"):
         TrainOptions(condense="static:0.9,centroid")
     TrainOptions(condense="static:0.9,centroid,window=64", model="moe-bert-large-tiny")
-    with pytest.raises(UserError, match="--condense static:0.9,correct cannot be combined with --recipe luffy"):
+    with pytest.raises(UserError, match=r"--condense static:0\.9,correct cannot be combined with --recipe luffy"):
         TrainOptions(recipe="luffy", condense="static:0.9,correct")
     with pytest.raises(UserError, match="cannot read 'window=7'"):
         TrainOptions(condense="static:0.9,window=7")
