@@ -142,6 +142,25 @@ def bytes_figure(run: Run) -> Figure:
     return figure
 
 
+def condensation_figure(run: Run, layers: list[str]) -> Figure:
+    """Share of copies that were sent in each step, by MoE layer."""
+    figure, axes = style.new_figure(height=3.7)
+    for i, layer in enumerate(layers):
+        kept = column(run.records, "condense", layer, "kept")
+        kept = np.where(np.isfinite(kept), kept, column(run.records, "condense", "kept"))  # steps without: all are sent
+        shade = (i + 0.5) / len(layers)
+        axes.plot(bin_means(run.steps), bin_means(kept), color=style.shade(shade), linewidth=1.4,
+                  label=layer.replace("_", " "))  # fmt: skip
+    axes.set_ylim(0, 1.03)
+    _step_axis(axes, run.steps)
+    axes.set_ylabel("share of copies sent")
+    axes.grid(axis="y")
+    whole = float(np.nanmean(column(run.records, "condense", "kept")))
+    style.titles(axes, "What condensation leaves", f"mean of all layers and steps: {whole:.0%} of the copies sent")
+    style.legend_below(axes, columns=4)
+    return figure
+
+
 def draw_pictures(run: Run) -> list[Picture]:
     """Every picture that the run's records can fill, in the order in which a reader wants them."""
     plans: list[tuple[str, str, Callable[[], Figure]]] = []
@@ -158,6 +177,9 @@ def draw_pictures(run: Run) -> list[Picture]:
     if any(np.nansum(column(run.records, "bytes", kind)) > 0 for kind in style.BYTE_COLOURS):
         caption = "Bytes that left a rank in each step, by direction, summed over ranks."
         add("bytes", caption, partial(bytes_figure, run))
+    if layers := sorted({k for r in run.records for k in r.get("condense", ()) if k.startswith("layer_")}):
+        caption = "Copies sent, of those that would be without condensation, by MoE layer."
+        add("condensation", caption, partial(condensation_figure, run, layers))
     if len(means := step_means(run, "bytes_by_link", LINK_KINDS)) > 1:  # one bar alone tells nothing
         add("links", "Bytes of a mean step by the kind of link that they took.", partial(links_figure, means))
     if means := step_means(run, "seconds_split", SECONDS_KINDS):

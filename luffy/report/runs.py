@@ -182,6 +182,7 @@ def totals(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     claimed = sum(split.values())
     split["other"] += max(0.0, float(np.nansum(seconds)) - claimed)
     losses, valid = column(records, "loss"), column(records, "valid_loss")
+    kept = column(records, "condense", "kept")
     valid = valid[np.isfinite(valid)]
     return {
         "steps": int(records[-1]["step"]) if records else 0,
@@ -193,6 +194,7 @@ def totals(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "total_tokens": int(np.nansum(tokens)),
         "total_seconds": float(np.nansum(seconds)),
         "warmup_steps": skip,
+        **({"copies_kept": float(np.nanmean(kept))} if np.isfinite(kept).any() else {}),
     }
 
 

@@ -170,3 +170,8 @@ def legend_below(axes: Axes, columns: int) -> None:
     """A legend under the axes: it hides no data and does not squeeze the plot sideways on a phone."""
     handles, labels = axes.get_legend_handles_labels()
     cast(Figure, axes.figure).legend(handles, labels, loc="outside lower left", ncols=columns)
+
+
+def shade(position: float) -> tuple[float, float, float, float]:
+    """A colour of one sequential scale, 0 dark to 1 light: for many lines that have an order."""
+    return mpl.colormaps["viridis"](0.9 * position)

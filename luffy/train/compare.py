@@ -88,7 +88,7 @@ def table(summaries: list[dict[str, Any]]) -> str:
     """One row a recipe, as text."""
     first = summaries[0]["recipe"]
     columns = ("recipe", "s/step [quartiles]", f"over {first}", "dispatch", "combine", "both backwards", "intra-node",
-               "inter-node", "moved", "plan (exposed)", "tokens max/mean", "held-out loss")  # fmt: skip
+               "inter-node", "kept", "moved", "plan (exposed)", "tokens max/mean", "held-out loss")  # fmt: skip
     rows = [columns]
     for s in summaries:
         low, mid, high = s["step_seconds"]
@@ -104,6 +104,7 @@ def table(summaries: list[dict[str, Any]]) -> str:
                 format_bytes(b["dispatch_backward"] + b["combine_backward"]),
                 format_bytes(s["step_bytes_by_link"]["intra_node"]),
                 format_bytes(s["step_bytes_by_link"]["inter_node"]),
+                f"{100 * s.get('copies_kept', 1):.0f}%",
                 f"{100 * s['plan']['moved_share']:.0f}%",
                 f"{format_seconds(s['plan']['seconds'])} ({format_seconds(s['plan']['exposed_seconds'])})",
                 f"{s['tokens_spread']:.2f}" if s["tokens_spread"] else "-",

@@ -59,7 +59,7 @@ def test_a_training_step(preset: str, recipe: str, ep_size: int, recompute: bool
     expected.all_gather(everyone, case.micro_batches * (1 + per_rank) * FLOAT)
     expected.all_reduce(everyone, 2 * FLOAT)
     for output in oracle_step(config, tensors(initial), case.data()[0]).outputs:
-        # Auxiliary losses: by expert, choices and probabilities; z, entropy, dropped, rows (2), condensed (5); all layers.
+        # By layer: choices and probabilities of each expert; z, entropy, dropped, rows (2), condensed (5).
         expected.all_reduce(everyone, config.num_moe_layers * (2 * config.router.num_experts + 10) * FLOAT)
         for layer in output.layers:
             routings = [ids_of(layer.served[r * per_rank : (r + 1) * per_rank], config.router.top_k) for r in everyone]

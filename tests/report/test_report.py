@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from luffy.errors import UserError
-from luffy.report.figures import draw_pictures
+from luffy.report.figures import condensation_figure, draw_pictures
 from luffy.report.html import write_run_report
 from luffy.report.runs import BYTE_KINDS, SECONDS_KINDS, read_run, totals, write_json_atomic
 from luffy.report.series import bin_means, expert_load, smooth
@@ -186,3 +186,19 @@ def test_expert_load_is_relative_to_its_layer(tmp_path: Path) -> None:
     np.testing.assert_allclose(load, [[0.5, 1.5, np.nan, np.nan], [4 / 3, 4 / 3, 4 / 3, 0.0]])
     run.records[0]["expert_load"] = [[0, 0]]
     assert expert_load(run) is None
+
+
+def test_condensation_is_drawn_by_layer_and_summed_up(tmp_path: Path) -> None:
+    records = [json.loads(line) for line in (make_run(tmp_path / "a", 30) / "metrics.jsonl").read_text().splitlines()]
+    for r in records[5:]:
+        r["condense"] = {"kept": 0.5, "layer_00": {"kept": 0.7, "threshold": 0.9}, "layer_01": {"kept": 0.3}}
+    for r in records[:5]:
+        r["condense"] = {"kept": 1.0}
+    (tmp_path / "a" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert totals(records)["copies_kept"] == pytest.approx((5 + 25 * 0.5) / 30)
+    write_run_report(tmp_path / "a")
+    check_png(tmp_path / "a" / "condensation.png")
+    axes = condensation_figure(read_run(tmp_path / "a"), ["layer_00", "layer_01"]).axes[0]
+    assert [line.get_ydata()[[0, -1]].tolist() for line in axes.get_lines()] == [[1.0, 0.7], [1.0, 0.3]]
+    write_run_report(make_run(tmp_path / "b", 30))
+    assert not (tmp_path / "b" / "condensation.png").exists()
