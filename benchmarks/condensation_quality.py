@@ -23,6 +23,8 @@ from statistics import mean, stdev
 import click
 from matplotlib.figure import Figure
 
+from luffy.train.metrics import read_metrics
+
 SCHEMES = {
     "none": ["--condense", "none"],
     "static 0.9": ["--condense", "static:0.9,local"],
@@ -59,7 +61,7 @@ def main() -> None:
 @click.option("--device", default="cuda", show_default=True)
 @click.option("--jobs", default=6, show_default=True, help="Trainings side by side.")
 @click.option("--seeds", default="0,1,2", show_default=True)
-@click.option("--schemes", default=",".join(["all"]), show_default=True, help="Names separated by ';', or all.")
+@click.option("--schemes", default="all", show_default=True, help="Names separated by ';', or all.")
 @click.option("--steps", default=1000, show_default=True)
 @click.option("--batch-size", default=16, show_default=True)
 @click.option("--seconds", default=1e9, help="Begin no training after so long.")
@@ -98,7 +100,7 @@ def collect(out: Path, steps: int) -> dict[str, list[dict]]:
             run = folder(out, scheme, seed)
             if not (run / "metrics.jsonl").exists():
                 continue
-            records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line[-1] == "}"]
+            records = read_metrics(run / "metrics.jsonl")
             if records[-1]["step"] < steps or records[-1].get("valid_loss") is None:
                 continue  # broken off
             kept = [r.get("condense", {}).get("kept", 1.0) for r in records]

@@ -59,6 +59,11 @@ class Condensation:
         """Whether alike is what hashes alike, instead of what is close."""
         return self.policy.startswith("lsh")
 
+    @property
+    def audits(self) -> bool:
+        """Whether some condensed copies are sent anyway, to measure the error."""
+        return self.policy == "budget"
+
 
 def parse_condense(text: str) -> Condensation | None:
     """The scheme that `--condense` names, None for "none"; raises UserError naming the option."""

@@ -89,6 +89,19 @@ class Layout:
         """Local index (0 .. S_local-1) of each token's sequence, int64 [T]."""
         return self._to_device(np.repeat(np.arange(self.num_sequences), self._host_lengths), torch.int64)
 
+    @property
+    def num_moments(self) -> int:
+        """Every `moment` is below it."""
+        return max(1, self.max_length * self.num_sequences)
+
+    @cached_property
+    def moment(self) -> Tensor:
+        """Place of each token in the order of positions, then of local sequences: int64 [T].
+
+        What a token takes from earlier moments only can never be of its own future, in whatever sequence.
+        """
+        return self.positions * self.num_sequences + self.sequence_of_token
+
     @cached_property
     def global_token(self) -> Tensor:
         """Global id of each token, int64 [T]."""

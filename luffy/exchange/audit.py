@@ -18,14 +18,13 @@ NUM_COUNTS = 5
 
 
 @torch.no_grad()
-def tally(condensed: Condensed, received: Received, partial: Tensor, audits: bool) -> Tensor:
+def tally(condensed: Condensed, received: Received, partial: Tensor) -> Tensor:
     """[5]: copies of this rank's tokens, those sent; audited rows that arrived here, their squared error and size."""
     wide = torch.promote_types(partial.dtype, torch.float32)
     out = torch.zeros(NUM_COUNTS, dtype=wide, device=partial.device)
     out[0], out[1] = condensed.copy.sum(), condensed.sent.sum()
-    if not audits:
+    if received.audit is None:
         return out
-    assert received.audit is not None
     yes = received.audit != 0
     row = torch.arange(len(yes), device=yes.device) + received.audit
     own = partial.to(wide)

@@ -50,13 +50,14 @@ class CondenseState:
 
 @dataclass(frozen=True)
 class Condensed:
-    """What became of the T * K possible copies of this rank; [T, K] each, copies named t * K + k.
+    """What became of the T * K possible copies of this rank under a scheme; [T, K] each, copies named t * K + k.
 
     leader: the copy whose answer serves this one, itself where it is sent. copy: real ones. sent: those that travel.
     shared: those sent with weight one. audited: of a condensed copy that is sent all the same, the copy that would have
     represented it, else -1.
     """
 
+    scheme: Condensation
     leader: Tensor
     copy: Tensor
     sent: Tensor
@@ -110,9 +111,7 @@ def make_windows(group: Tensor, num_groups: int, layout: Layout, window: int) ->
     that stands behind it.
     """
     T, K = group.shape
-    S, P = max(1, layout.num_sequences), max(1, layout.max_length)
-    time = (layout.positions * S + layout.sequence_of_token)[:, None]  # [T, 1]
-    order = (group * (P * S) + time).flatten().argsort(stable=True)
+    order = (group * layout.num_moments + layout.moment[:, None]).flatten().argsort(stable=True)
     ordered = group.flatten()[order]
     counts = torch.zeros(num_groups + 1, dtype=torch.int64, device=group.device)
     counts.index_add_(0, ordered, torch.ones_like(ordered))
@@ -161,7 +160,7 @@ def condense(
         group, G = find_groups(ids, keys, layout, E, ep_rank, local=local, by_sequence=by_sequence, pairs=pairs)
         found = None
         if scheme.hashed:
-            leader = same_bucket(x, group, G, layout, int(scheme.level), layer, E)
+            leader = same_bucket(x, group, G, layout, int(scheme.level), layer)
         else:
             unit = _unit_rows(x)
             rows = make_windows(group, G, layout, scheme.window)
@@ -188,12 +187,13 @@ def _settle_copies(leader: Tensor, keys: CopyKeys, state: CondenseState, layer: 
     stands = torch.zeros(T * K + 1, dtype=torch.bool, device=leader.device)
     stands[torch.where(condensed, leader, T * K).flatten()] = True
     audited = torch.full_like(leader, -1)
-    if state.scheme.policy == "budget":
+    if state.scheme.audits:
         name = layout.global_token[:, None] * K + torch.arange(K, device=leader.device)
         picked = condensed & (_mix(name, state.step, layer) < state.scheme.audit_share)
         audited = torch.where(picked, leader, audited)
         leader, condensed = torch.where(picked, own, leader), condensed & ~picked
     return Condensed(
+        scheme=state.scheme,
         leader=leader,
         copy=keys.is_copy,
         sent=keys.is_copy & ~condensed,

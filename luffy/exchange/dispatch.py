@@ -26,7 +26,7 @@ class Received:
     them. weights: [R, K]. Where a copy is a pair, K is 1 here. global_token: int64 [R], set where sequences may move.
 
     Set where tokens are condensed: shared, bool [R, K], choices that are answered with weight one. audit: int64 [R],
-    from an audited row to the row that would have represented it, in rows; 0 for all others.
+    from an audited row to the row that would have represented it, in rows, 0 for all others; None without audits.
     """
 
     rows: Tensor
@@ -68,7 +68,7 @@ def dispatch(
     if per == "pairs":  # such a copy serves one choice, and need not tell of the others: K becomes 1
         ids, weights = (t.gather(1, copies.slot[:, None]) for t in (ids, weights))
     columns = [hidden[copies.token] if rows is None else rows, ids.to(torch.int16), weights]
-    if condensed is not None:
+    if condensed is not None and condensed.scheme.audits:
         columns.append(_audit_offsets(copies, condensed))
     if global_token is not None:
         columns.append(global_token[copies.token].to(torch.int32))
@@ -85,8 +85,9 @@ def dispatch(
     ids, tokens = ids.long(), None if global_token is None else rest[-1].long()
     if condensed is None:
         return Received(rows, ids, weights, tokens)
-    shared = (ids >= 0) & (ids >= _SHARED)
-    return Received(rows, ids - shared * _SHARED, weights, tokens, shared, rest[0].long())
+    shared = ids >= _SHARED
+    audit = rest[0].long() if condensed.scheme.audits else None
+    return Received(rows, ids - shared * _SHARED, weights, tokens, shared, audit)
 
 
 def _audit_offsets(copies: Copies, condensed: Condensed) -> Tensor:

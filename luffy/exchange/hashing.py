@@ -38,14 +38,11 @@ def hash_codes(x: Tensor, num_hashes: int, layer: int) -> Tensor:
     return code
 
 
-def same_bucket(
-    x: Tensor, group: Tensor, num_groups: int, layout: Layout, num_hashes: int, layer: int, num_experts: int
-) -> Tensor:
+def same_bucket(x: Tensor, group: Tensor, num_groups: int, layout: Layout, num_hashes: int, layer: int) -> Tensor:
     """The earliest copy of each copy's bucket, by position, then sequence: int64 [T * K]."""
     T, K = group.shape
     code = hash_codes(x, num_hashes, layer)
-    S = max(1, layout.num_sequences)
-    time = (layout.positions * S + layout.sequence_of_token)[:, None].expand(T, K).flatten()
+    time = layout.moment[:, None].expand(T, K).flatten()
     flat, codes = group.flatten(), code[:, None].expand(T, K).flatten()
     # Three stable sorts, the least important first: by time, by code, by group.
     order = time.argsort(stable=True)

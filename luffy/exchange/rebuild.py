@@ -43,8 +43,10 @@ def own_shared(received: Received, experts: ExpertMap, ep_rank: int) -> Tensor |
     return (received.shared & (experts.rank_of(received.expert_ids) == ep_rank)).any(1)
 
 
-def carries_residual(received: Received, migration: Migration, experts: ExpertMap, ep_rank: int) -> Carried:
-    """What this rank does about the residual of each received row."""
+def carries_residual(
+    received: Received, migration: Migration, experts: ExpertMap, ep_rank: int, own: Tensor | None
+) -> Carried:
+    """What this rank does about the residual of each received row. own: of `own_shared`."""
     assert received.global_token is not None
     sequence, new_home, _ = migration.place_of(received.global_token)
     moved = migration.on_device(migration.moved)[sequence].bool()
@@ -53,15 +55,13 @@ def carries_residual(received: Received, migration: Migration, experts: ExpertMa
     plain = ranks if received.shared is None else ranks.masked_fill(received.shared, -1)
     first = plain.gather(1, (plain >= 0).to(torch.int8).argmax(1, keepdim=True)).squeeze(1)
     carries = moved & (torch.where(home_has_it, new_home, first) == ep_rank)
-    mine = own_shared(received, experts, ep_rank)
-    return Carried(carries, None) if mine is None else Carried(carries & ~mine, carries & mine)
+    return Carried(carries, None) if own is None else Carried(carries & ~own, carries & own)
 
 
 def orphan_tokens(keys: CopyKeys, shared: Tensor | None, migration: Migration) -> Tensor:
     """Rows of this rank's tokens whose residual no row carries to their new home, int64. `keys`: of the sent copies."""
-    sequence = torch.from_numpy(migration.old.sequences).to(keys.rank.device)[migration.old.sequence_of_token]
+    sequence, new_home, _ = migration.place_of(migration.old.global_token)
     moved = migration.on_device(migration.moved)[sequence].bool()
-    new_home = migration.on_device(migration.new.table.home_rank)[sequence]
     plain = keys.rank >= 0 if shared is None else (keys.rank >= 0) & ~shared
     at_home = (keys.rank == new_home[:, None]).any(1)
     return (moved & ~plain.any(1) & ~at_home).nonzero().squeeze(1)

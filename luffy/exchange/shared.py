@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from luffy.comm import Codec
-from luffy.condensation import Condensation
 from luffy.exchange.combine import return_rows
 from luffy.exchange.condense import Condensed
 from luffy.exchange.copies import Copies
 
 
-def rows_to_send(x: Tensor, copies: Copies, condensed: Condensed, scheme: Condensation) -> Tensor:
+def rows_to_send(x: Tensor, copies: Copies, condensed: Condensed) -> Tensor:
     """x [T, D] -> the rows that travel, [C, D]: of one token each, or the mean of all that a row stands for."""
-    rows = x[copies.token]
+    rows, scheme = x[copies.token], condensed.scheme
     if scheme.representative == "member" and scheme.gradient == "exact":
         return rows
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -67,11 +66,10 @@ def combine_condensed(
     wide = torch.promote_types(hidden.dtype, torch.float32)
     shared = condensed.shared.flatten()[copies.flat]
     out = hidden.to(wide).index_add(0, copies.token, rows.masked_fill(shared[:, None], 0).to(wide))
-    takes = condensed.takes_shared
-    place = copies.places(takes.numel())[condensed.leader]
-    out = take_shared(out, rows, place, takes, weights)
+    takes, answers = condensed.takes_shared, rows
     if correct is not None:
         x, sent = correct
+        answers = rows.to(wide) - sent.to(wide)
         out = out + (weights * takes).sum(1, keepdim=True).to(wide) * x.to(wide)
-        out = take_shared(out, -sent, place, takes, weights)
+    out = take_shared(out, answers, copies.places(takes.numel())[condensed.leader], takes, weights)
     return out.to(hidden.dtype)

@@ -20,6 +20,7 @@ of two).
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -109,6 +110,7 @@ def codec(name: str) -> Codec | None:
     return BFloat16() if name == "bf16" else Blocks(name)
 
 
+@functools.cache
 def codecs_of(recipe: Recipe, direction: str) -> tuple[Codec | None, Codec | None]:
     """How rows travel in `direction` ("dispatch" or "combine"), and their gradients on the way back."""
     formats = parse_wire(recipe.wire)

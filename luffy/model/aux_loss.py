@@ -19,6 +19,7 @@ from torch import Tensor
 
 from luffy.comm import Comm
 from luffy.config import RouterConfig
+from luffy.exchange.audit import NUM_COUNTS
 from luffy.model.router import RouterStats, entropy_of_sums
 
 
@@ -56,7 +57,7 @@ def auxiliary_loss(stats: tuple[RouterStats, ...], config: RouterConfig, comm: C
     parts += [torch.stack([s.dropped for s in stats])[:, None], torch.stack([s.rows for s in stats])]
     parts += [torch.stack([s.condensed for s in stats])]
     totals = comm.all_reduce(torch.cat([p.detach() for p in parts], dim=1))
-    sizes = [E, E, 1, 1, 1, 2, 5]
+    sizes = [E, E, 1, 1, 1, 2, NUM_COUNTS]
     assigned, probability_total, z_total, entropy, dropped, rows, condensed = totals.split(sizes, dim=1)
     load = assigned / (T * config.top_k)  # [layers, E]
     balance_local = E * (load * probability).sum() / T

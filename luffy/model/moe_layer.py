@@ -114,8 +114,7 @@ class Runtime:
         if recipe.placement != "stay":
             planner = Planner(comm, recipe.placement, topology, attention or AttentionCost(config.hidden_size))
         scheme = parse_condense(recipe.condense)
-        num_layers = sum(config.is_moe_layer(i) for i in range(config.num_layers))
-        state = None if scheme is None else CondenseState(scheme, [scheme.level] * num_layers)
+        state = None if scheme is None else CondenseState(scheme, [scheme.level] * config.num_moe_layers)
         return cls(comm, PhaseClock(mesh.device), recipe, recompute, planner, topology, state)
 
     def side_stream(self) -> torch.cuda.Stream:
@@ -179,9 +178,9 @@ class MoELayer(nn.Module):
             migrations[0] = self._plan(gathered.numpy(), batch, forecast is not None)
 
         # LSH-MoE's correction x - c is made with what the experts see, so that is what travels there.
-        corrects = condensed is not None and rt.condense is not None and rt.condense.scheme.compensate
+        corrects = condensed is not None and condensed.scheme.compensate
         stream, norm_there = (normed, self.no_norm) if corrects else (hidden, norm)
-        rows = None if condensed is None else rows_to_send(stream, copies, condensed, rt.condense.scheme)  # type: ignore[union-attr]
+        rows = None if condensed is None else rows_to_send(stream, copies, condensed)
         received = dispatch(
             hidden, ids, weights, copies, rt.recipe.copies, rows=rows, condensed=condensed,
             global_token=None if rt.planner is None else layout.global_token,
@@ -191,7 +190,7 @@ class MoELayer(nn.Module):
         received = replace(received, rows=boundary(received.rows, rt.clock, "exchange", "experts"))
         partial = self._run_experts(received, copies.num_pairs, norm_there)
         if condensed is not None:
-            stats = replace(stats, condensed=self._audit(condensed, received, partial).to(stats.condensed.dtype))
+            stats = replace(stats, condensed=tally(condensed, received, partial).to(stats.condensed.dtype))
         if rt.planner is not None:
             rt.planner.confirm(self.layer)
 
@@ -305,10 +304,6 @@ class MoELayer(nn.Module):
             return checkpoint(local_work, received.rows, received.weights, use_reentrant=False)
         return local_work(received.rows, received.weights)
 
-    def _audit(self, condensed: Condensed, received: Received, partial: Tensor) -> Tensor:
-        state = self.runtime.condense
-        return tally(condensed, received, partial, state is not None and state.scheme.policy == "budget")
-
     def _shared_answers(
         self, received: Received, condensed: Condensed | None, weights: Tensor, keys: CopyKeys
     ) -> SharedAnswers | None:
@@ -327,7 +322,8 @@ class MoELayer(nn.Module):
     ) -> Tensor:
         """The stream at the new homes [T_new, D], each residual added by the one rank that carries it."""
         rt = self.runtime
-        carried = carries_residual(received, migration, self.expert_map, rt.comm.mesh.ep_rank)
+        own = None if shared is None else shared.own
+        carried = carries_residual(received, migration, self.expert_map, rt.comm.mesh.ep_rank, own)
         if self.shared_experts is None:
             partial = partial + received.rows * carried.added[:, None]
         else:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from luffy.config import RouterConfig
 from luffy.data.batch import Layout
+from luffy.exchange.audit import NUM_COUNTS
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Router(nn.Module):
             sequence_entropy=entropy_of_sums(by_sequence).sum(),
             dropped=dropped,
             rows=scores.new_zeros(2),
-            condensed=scores.new_zeros(5),
+            condensed=scores.new_zeros(NUM_COUNTS),
         )
         return Routing(ids, weights), stats
 

@@ -75,19 +75,11 @@ def compare(recipes: str, **values: Any) -> None:
 @click.option("--compute-seconds", type=float, help="Seconds a step computes on one rank: adds the step's time.")
 @click.option("--json", "target", type=click.Path(path_type=Path), help="Write the numbers here.")
 @click.option("--figure", type=click.Path(path_type=Path), help="Draw them here (PNG).")
-def plan(
-    trace: Path,
-    spec: str,
-    recipes: str,
-    layout: str,
-    compute_seconds: float | None,
-    target: Path | None,
-    figure: Path | None,
-) -> None:
+def plan(**values: Any) -> None:
     """Predict the bytes and seconds of every recipe on a cluster that you need not have, from recorded routing."""
     from luffy.train.plan import run_plan
 
-    run_plan(trace, spec, recipes, layout, compute_seconds, target, figure)
+    run_plan(**values)
 
 
 @cli.command("recipes")

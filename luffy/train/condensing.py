@@ -32,7 +32,7 @@ class CondenseControl:
         self.squares: list[list[float]] = []  # by layer: error, size
         if state is not None:
             self.squares = [[0.0, 0.0] for _ in state.thresholds]
-            if state.scheme.policy == "budget":
+            if state.scheme.audits:
                 first = 1 - min(WIDEST, max(NARROWEST, state.scheme.level**2))
                 state.thresholds = [first] * len(state.thresholds)
 
@@ -62,7 +62,7 @@ class CondenseControl:
             if audited:
                 layer["error"] = math.sqrt(error / max(size, 1e-300))
             layers.append({key: round(value, 6) for key, value in layer.items()})
-            if self.state.scheme.policy == "budget":
+            if self.state.scheme.audits:
                 self.state.thresholds[i] = self._moved(i, audited, error, size)
         audits = [sum(column) for column in zip(*rows, strict=True)]
         if audits[2]:
@@ -98,5 +98,5 @@ class CondenseControl:
         if self.state is None or saved is None:
             return
         self.initial_loss, self.loss = saved["initial_loss"], saved["loss"]
-        if self.state.scheme.policy == "budget":
+        if self.state.scheme.audits:
             self.state.thresholds, self.squares = list(saved["thresholds"]), [list(s) for s in saved["squares"]]

@@ -2,48 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 
-from luffy.data.batch import TokenBatch
 from luffy.recipes import RECIPES
-from luffy.testing import random_sequences, run_ranks
+from luffy.testing import run_ranks
 
-from .cases import DECODERS, Case, build, shrunk
-from .placing import Trial, place
+from .cases import DECODERS, Case, shrunk
+from .leaks import LENGTH, states_and_outputs
 
 # The perturbed token moves the rows of its own place by about 1. Rows that must not move may round differently,
 # because the experts' matrix products have other rows in them.
 STILL = 1e-12
-LENGTH = 12
 
 
 @torch.no_grad()
-def states_when_tokens_change(rank: int, case: Case, changes: list[tuple[int, int] | None]) -> list[Any]:
-    """For each (sequence, place) whose token changes (None: none): the last states, [sequences, LENGTH, D].
-
-    Logits are a function of a token's own last state. Sequences may have moved, so states go by global token id.
-    """
-    model, comm = build(case)
-    last: list[TokenBatch] = []
-    model.blocks[-1].register_forward_hook(lambda _, __, batch: last.append(batch))
-    results = []
-    for change in changes:
-        sequences = random_sequences(case.batch, case.config.vocab_size, seed=11, lengths="equal", longest=LENGTH)
-        if change is not None:
-            sequence, where = change
-            tokens = sequences[sequence].tokens
-            tokens[where] = (tokens[where] + 41) % case.config.vocab_size
-        home = tuple(i % comm.mesh.world_size for i in range(case.batch))
-        last.clear()
-        model(place(Trial(sequences, home, padded=case.padded), comm))
-        states = torch.zeros(case.batch * LENGTH, case.config.hidden_size, dtype=torch.float64)
-        states[last[0].layout.global_token] = last[0].hidden
-        results.append(comm.all_reduce(states).unflatten(0, (-1, LENGTH)).numpy())
-    return results
+def states_when_tokens_change(rank: int, case: Case, changes: list[tuple[int, int] | None]) -> list[np.ndarray]:
+    """The states alone, as in evaluation."""
+    return [states for states, _ in states_and_outputs(case, changes)]
 
 
 @pytest.mark.parametrize(

@@ -11,17 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-import luffy.condensation as condensation
 import luffy.model.moe_layer as moe_layer
 from luffy.condensation import parse_condense
+from luffy.data.batch import Layout, SequenceTable
 from luffy.errors import UserError
-from luffy.exchange import Condensed, Received, tally
+from luffy.exchange import Condensed, CondenseState, ExpertMap, Received, condense, copy_keys, tally
 from luffy.exchange.planning import kept_off_the_wire
+from luffy.plan.condensation import cosines, filtered, representatives, similarity_edges
 from luffy.recipes import Recipe, check_recipe, get_recipe
 from luffy.testing import random_sequences, run_ranks
 
 from .cases import DECODERS, TINY_PRESETS, Case, build, shrunk
 from .condensing import assert_condensed_exact, condensed_step, in_order, whole
+from .leaks import LENGTH, states_and_outputs
 from .placing import Trial, place
 
 STAY = Recipe("stay", "", condense="static:0.3")
@@ -68,28 +70,12 @@ def test_a_threshold_above_one_is_the_uncondensed_step_bit_for_bit():
             np.testing.assert_array_equal(neutral[0]["gradients"][name], gradient, err_msg=name)
 
 
-LENGTH = 12
-
-
 def _states(rank: int, case: Case, changes: list[tuple[int, int] | None]) -> list[tuple[np.ndarray, int]]:
     """As in training, for each (sequence, place) whose token changes: last states, and how many copies were spared."""
-    model, comm = build(case)
-    last: list[Any] = []
-    model.blocks[-1].register_forward_hook(lambda _, __, batch: last.append(batch))
-    results = []
-    for change in changes:
-        sequences = random_sequences(case.batch, case.config.vocab_size, seed=11, lengths="equal", longest=LENGTH)
-        if change is not None:
-            tokens = sequences[change[0]].tokens
-            tokens[change[1]] = (tokens[change[1]] + 41) % case.config.vocab_size
-        home = tuple(i % comm.mesh.world_size for i in range(case.batch))
-        last.clear()
-        out = model(place(Trial(sequences, home), comm))
-        states = torch.zeros(case.batch * LENGTH, case.config.hidden_size, dtype=torch.float64)
-        states[last[0].layout.global_token] = last[0].hidden.detach()
-        spared = (out.aux.condensed[:, 0] - out.aux.condensed[:, 1]).sum()
-        results.append((comm.all_reduce(states).unflatten(0, (-1, LENGTH)).numpy(), int(spared)))
-    return results
+    return [
+        (states, int((out.aux.condensed[:, 0] - out.aux.condensed[:, 1]).sum()))
+        for states, out in states_and_outputs(case, changes)
+    ]
 
 
 @pytest.mark.parametrize("preset", DECODERS)
@@ -170,8 +156,15 @@ def test_the_audit_measures_the_error_of_what_would_have_been_shared():
     ids = torch.zeros(5, 1, dtype=torch.int64)
     received = Received(rows, ids, ids.double(), shared=ids > 0, audit=torch.tensor([0, -1, 0, -3, 0]))
     flags = torch.tensor([[True], [True], [False]])
-    condensed = Condensed(torch.arange(3)[:, None], flags, flags & (torch.arange(3) == 0)[:, None], flags, ids[:3])
-    counted = tally(condensed, received, rows, True)
+    condensed = Condensed(
+        parse_condense("budget:0.1"),
+        torch.arange(3)[:, None],
+        flags,
+        flags & (torch.arange(3) == 0)[:, None],
+        flags,
+        ids[:3],
+    )
+    counted = tally(condensed, received, rows)
     squares = ((rows[1] - rows[0]) ** 2).sum() + ((rows[3] - rows[0]) ** 2).sum()
     expected = [2, 1, 2, squares, (rows[1] ** 2).sum() + (rows[3] ** 2).sum()]
     torch.testing.assert_close(counted, torch.tensor(expected, dtype=torch.float64))
@@ -186,8 +179,7 @@ def test_an_audit_of_every_copy_spares_nothing_and_changes_nothing():
 
 
 def _audit_everything(rank: int, case: Case) -> dict[str, Any]:
-    original = condensation.parse_condense
-    moe_layer.parse_condense = lambda text: replace(original(text), audit_share=1.0)
+    moe_layer.parse_condense = lambda text: replace(parse_condense(text), audit_share=1.0)
     return condensed_step(rank, case)
 
 
@@ -197,3 +189,23 @@ def test_nonsense_is_refused_naming_the_option():
             parse_condense(text)
     with pytest.raises(UserError, match="--condense lsh:6 cannot be combined with --recipe luffy"):
         check_recipe(replace(LUFFY, condense="lsh:6"), shrunk("moe-gpt2-tiny"))
+
+
+def test_the_history_filter_is_the_references():
+    """Two blocks over the same tokens, one expert: what the first settled the second does not look at again."""
+    g = torch.Generator().manual_seed(3)
+    first, second = (torch.randn(20, 3, generator=g, dtype=torch.float64) for _ in range(2))
+    layout = Layout(SequenceTable(np.array([12, 8]), np.zeros(2, dtype=np.int64)), 0, torch.device("cpu"))
+    ids = torch.zeros(20, 1, dtype=torch.int64)
+    experts = ExpertMap(torch.arange(2), 1)
+    keys = copy_keys(ids, experts, 0, 2, "ranks")
+    state, rest = CondenseState(parse_condense("paper"), [0.6, 0.6]), {"causal": True, "by_sequence": False}
+    _, history = condense(state, 0, first, ids, keys, layout, experts, 0, pairs=False, **rest)
+    got, _ = condense(state, 1, second, ids, keys, layout, experts, 0, pairs=False, history=history, **rest)
+    order = layout.moment.argsort().numpy()
+    similarity = filtered(cosines(second.numpy()[order]), cosines(first.numpy()[order]))
+    edges = similarity_edges(similarity, 0.6, True)
+    expected = order[representatives(edges, similarity, causal=True, nearest=False)]
+    assert (got.leader.flatten().numpy()[order] == expected).all()
+    plain, _ = condense(state, 1, second, ids, keys, layout, experts, 0, pairs=False, **rest)
+    assert (plain.leader != got.leader).any()

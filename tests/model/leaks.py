@@ -1,0 +1,40 @@
+"""The probe for leaks: change a token, and look at every token's last state."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from luffy.data.batch import TokenBatch
+from luffy.model import ModelOutput
+from luffy.testing import random_sequences
+
+from .cases import Case, build
+from .placing import Trial, place
+
+LENGTH = 12
+
+
+def states_and_outputs(case: Case, changes: list[tuple[int, int] | None]) -> list[tuple[np.ndarray, ModelOutput]]:
+    """For each (sequence, place) whose token changes (None: none): the last states, [sequences, LENGTH, D], and what
+    the model put out.
+
+    Logits are a function of a token's own last state. Sequences may have moved, so states go by global token id.
+    """
+    model, comm = build(case)
+    last: list[TokenBatch] = []
+    model.blocks[-1].register_forward_hook(lambda _, __, batch: last.append(batch))
+    results = []
+    for change in changes:
+        sequences = random_sequences(case.batch, case.config.vocab_size, seed=11, lengths="equal", longest=LENGTH)
+        if change is not None:
+            sequence, where = change
+            tokens = sequences[sequence].tokens
+            tokens[where] = (tokens[where] + 41) % case.config.vocab_size
+        home = tuple(i % comm.mesh.world_size for i in range(case.batch))
+        last.clear()
+        out = model(place(Trial(sequences, home, padded=case.padded), comm))
+        states = torch.zeros(case.batch * LENGTH, case.config.hidden_size, dtype=torch.float64)
+        states[last[0].layout.global_token] = last[0].hidden.detach()
+        results.append((comm.all_reduce(states).unflatten(0, (-1, LENGTH)).numpy(), out))
+    return results
