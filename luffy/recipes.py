@@ -8,6 +8,8 @@ There is one MoE layer; a recipe says what it does on each axis:
 * `placement`: where a sequence lives after the layer ("stay": where it came from; else a strategy of
   `luffy.plan.placement`). `look_ahead`: the strategy also prices the next layer's dispatch, predicted by applying
   the next router to the present stream.
+* `residency`: which ranks hold experts of others while the layer runs ("static": none; "fetch": those that chose them;
+  "shadow": all, of popular ones; see luffy.plan.residency. `--residency` overrides it).
 * `condense`: which similar tokens share one row and its answer (`--condense` overrides it; see
   luffy.exchange.condense).
 * `wire`: the formats in which rows cross links (`--wire` overrides it; see luffy.exchange.wire).
@@ -37,8 +39,10 @@ class Recipe:
     rehome_every: int = 0
     condense: str = "none"
     wire: str = "model"
+    residency: str = "static"
 
 
+RESIDENCIES = ("static", "fetch", "shadow")
 WIRE_FORMATS = ("model", "bf16", "fp8", "int8", "int4")
 WIRE_DIRECTIONS = ("dispatch", "combine", "dispatch_backward", "combine_backward")
 WIRE_SETS = {
@@ -80,6 +84,16 @@ RECIPES: dict[str, Recipe] = {
         Recipe(
             "vanilla_dedup",
             "a token travels once to each rank that holds any of its experts; partial sums come back",
+        ),
+        Recipe(
+            "janus",
+            "experts travel to the ranks that chose them, fetched during attention (EXT; Janus, SIGCOMM 2023)",
+            residency="fetch",
+        ),
+        Recipe(
+            "fastermoe",
+            "popular experts are shadowed on every rank where its performance model says so (HYT; PPoPP 2022)",
+            residency="shadow",
         ),
         Recipe(
             "luffy_paper",
@@ -124,6 +138,15 @@ def get_recipe(name: str) -> Recipe:
 def check_recipe(recipe: Recipe, config: ModelConfig) -> None:
     """Raise UserError where a recipe cannot train a model."""
     scheme = parse_condense(recipe.condense)
+    if recipe.residency not in RESIDENCIES:
+        raise UserError(f"--residency {recipe.residency}: choose one of {', '.join(RESIDENCIES)}")
+    if recipe.residency != "static" and recipe.placement != "stay" and scheme is not None:
+        raise UserError(
+            f"--residency {recipe.residency} cannot be combined with --condense {recipe.condense} where sequences move "
+            f"(--recipe {recipe.name}): who serves a choice would depend on what was condensed; use --residency static"
+        )
+    if recipe.residency != "static" and recipe.copies == "pairs" and recipe.placement != "stay":
+        raise UserError(f"--residency {recipe.residency}: pairs do not migrate; use --recipe luffy")
     if scheme is not None and recipe.placement != "stay":
         at_home = {"lsh": scheme.hashed, "correct": scheme.compensate, "centroid": scheme.representative == "centroid",
                    "spread": scheme.gradient == "spread"}  # fmt: skip

@@ -112,14 +112,18 @@ Codecs = Sequence[tuple[Codec | None, Codec | None]]
 
 @dataclass(frozen=True)
 class RowExchange:
-    """Where rows go: `input_splits[r]` of mine to EP rank r, `output_splits[r]` from r. The own entry may be 0."""
+    """Where rows go: `input_splits[r]` of mine to EP rank r, `output_splits[r]` from r. The own entry may be 0.
+
+    idle: every rank knows that no rank sends anything, so that they need not even meet.
+    """
 
     comm: Comm
     input_splits: tuple[int, ...]
     output_splits: tuple[int, ...]
+    idle: bool = False
 
     def reversed(self) -> RowExchange:
-        return RowExchange(self.comm, self.output_splits, self.input_splits)
+        return RowExchange(self.comm, self.output_splits, self.input_splits, self.idle)
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:
@@ -144,7 +148,7 @@ def _move(
             meter.send(direction, peer, rows * width)
     send = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
     receive = send.new_empty((sum(exchange.output_splits), send.shape[1]))
-    if mesh.ep_size == 1:
+    if mesh.ep_size == 1 or exchange.idle:
         receive.copy_(send)
         work = None
     else:

@@ -3,7 +3,7 @@
 from luffy.exchange.audit import tally
 from luffy.exchange.combine import combine
 from luffy.exchange.condense import Condensed, CondenseState, SimilarityHistory, condense, only_sent
-from luffy.exchange.copies import Copies, ExpertMap, copy_keys, exchange_counts
+from luffy.exchange.copies import Copies, ExpertMap, all_local, copy_keys, exchange_counts
 from luffy.exchange.dispatch import Received, dispatch
 from luffy.exchange.migrate import (
     Migration,
@@ -33,6 +33,7 @@ __all__ = [
     "Recorder",
     "SharedAnswers",
     "SimilarityHistory",
+    "all_local",
     "alone_per_sequence",
     "by_table",
     "carries_residual",

@@ -32,7 +32,8 @@ from luffy.exchange.hashing import same_bucket
 from luffy.kernels.representatives import choose_representatives, settle
 from luffy.plan.condensation import ALIKE, UNLIKE
 
-LARGEST_GRAPH = 1 << 28  # pairs of one layer on one rank
+LARGEST_GRAPH = 1 << 28  # pairs of tokens of one layer on one rank
+_GRAPH_CHUNK = 1 << 24  # pairs looked at at once
 
 
 @dataclass
@@ -221,24 +222,27 @@ def _with_history(
     layout: Layout,
 ) -> tuple[Tensor, SimilarityHistory]:
     """The paper's filter: pairs that the previous block settled are not looked at again. n^2 memory, as published."""
-    T = unit.shape[0]
-    if max(T * T, token.numel() * token.shape[1]) > LARGEST_GRAPH:
+    T, W = unit.shape[0], token.shape[1]
+    if max(T, W) ** 2 > LARGEST_GRAPH:
         raise UserError(
-            f"--condense {scheme.policy}: a graph over {T} tokens, {token.shape[1]} copies to one expert, does not "
-            "fit; its memory is quadratic, as published: lower --batch-size, or add ,window=128"
+            f"--condense {scheme.policy}: a graph over {T} tokens, {W} copies to one expert, does not fit; its memory "
+            "is quadratic, as published: lower --batch-size, or add ,window=128"
         )
-    real, at = token >= 0, token.clamp_min(0)
-    tile = unit[at]
-    similarity = tile @ tile.transpose(1, 2)
-    pair = at[:, :, None] * T + at[:, None, :]  # [w, W, W]
-    if history is not None:
-        code = history.codes_for(layout.global_token).flatten()[pair]
-        similarity = similarity.masked_fill(code == 3, 1.0).masked_fill(code == 1, 0.0)
-    place = settle(similarity, real, threshold, causal, scheme.nearest)
-    code = (2 + (similarity > ALIKE).to(torch.uint8) - (similarity < UNLIKE).to(torch.uint8)).to(torch.uint8)
+    known = None if history is None else history.codes_for(layout.global_token).flatten()
     table = torch.zeros(T * T + 1, dtype=torch.uint8, device=unit.device)
-    table[torch.where(real[:, :, None] & real[:, None, :], pair, T * T)] = code
-    return place, SimilarityHistory(layout.global_token, table[:-1].unflatten(0, (T, T)))
+    places = []
+    for part in token.split(max(1, _GRAPH_CHUNK // W**2)):
+        real, at = part >= 0, part.clamp_min(0)
+        tile = unit[at]
+        similarity = tile @ tile.transpose(1, 2)
+        pair = at[:, :, None] * T + at[:, None, :]  # [w, W, W]
+        if known is not None:
+            code = known[pair]
+            similarity = similarity.masked_fill(code == 3, 1.0).masked_fill(code == 1, 0.0)
+        places.append(settle(similarity, real, threshold, causal, scheme.nearest))
+        code = (2 + (similarity > ALIKE).to(torch.uint8) - (similarity < UNLIKE).to(torch.uint8)).to(torch.uint8)
+        table[torch.where(real[:, :, None] & real[:, None, :], pair, T * T)] = code
+    return torch.cat(places), SimilarityHistory(layout.global_token, table[:-1].unflatten(0, (T, T)))
 
 
 def only_sent(keys: CopyKeys, condensed: Condensed) -> CopyKeys:

@@ -22,22 +22,60 @@ from luffy.comm import Comm, RowExchange
 
 
 @dataclass(frozen=True)
+class GuestMap:
+    """Which ranks hold experts of others (luffy.plan.residency).
+
+    resident: bool [E, N]. place: int64 [E], place of each expert among this rank's guests, of which there are `num`.
+    anywhere: bool [E], set where sequences move: experts that every rank holds, and that a choice of therefore need
+    not cost a row: it is served wherever the token's first other choice is, and at home where there is no other.
+    """
+
+    resident: Tensor
+    place: Tensor
+    num: int
+    anywhere: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class ExpertMap:
-    """Where experts live: expert e fills slot `slot_of_expert[e]`; rank r owns slots [r * n, (r+1) * n)."""
+    """Where experts live: expert e fills slot `slot_of_expert[e]`; rank r owns slots [r * n, (r+1) * n).
+
+    guests: experts that ranks hold besides, None for none. A choice is then served at the token's home if that holds
+    the expert, so methods ask for `source`: the home of all tokens, or of each row (int64 [R]).
+    """
 
     slot_of_expert: Tensor
     num_local_experts: int
+    guests: GuestMap | None = None
 
-    def rank_of(self, expert_ids: Tensor) -> Tensor:
-        """Owning EP rank of each expert id; -1 for id -1."""
-        slot = self.slot_of_expert[expert_ids.clamp_min(0)]
-        return torch.where(expert_ids < 0, -1, slot // self.num_local_experts)
+    @property
+    def num_resident(self) -> int:
+        """Experts that this rank holds: its own, and then its guests."""
+        return self.num_local_experts + (0 if self.guests is None else self.guests.num)
 
-    def local_slot(self, expert_ids: Tensor, rank: int) -> Tensor:
-        """Index among `rank`'s own experts, `num_local_experts` for experts that are elsewhere or id -1."""
+    def rank_of(self, expert_ids: Tensor, source: int | Tensor | None = None) -> Tensor:
+        """EP rank that serves each of the choices [R, K]; -1 for id -1."""
+        known = expert_ids.clamp_min(0)
+        rank = self.slot_of_expert[known] // self.num_local_experts
+        if self.guests is not None:
+            assert source is not None, "with guests, who serves a choice depends on where it is made"
+            home = source[:, None] if isinstance(source, Tensor) else torch.full_like(known, source)
+            rank = torch.where(self.guests.resident[known, home], home, rank)
+            if self.guests.anywhere is not None:
+                free = self.guests.anywhere[known]
+                bound = (expert_ids >= 0) & ~free
+                first = rank.gather(1, bound.to(torch.int8).argmax(1, keepdim=True))
+                rank = torch.where(free & bound.any(1, keepdim=True), first, rank)
+        return torch.where(expert_ids < 0, -1, rank)
+
+    def local_slot(self, expert_ids: Tensor, rank: int, source: int | Tensor | None = None) -> Tensor:
+        """Index among the experts that `rank`, this one, holds; `num_resident` for choices it does not serve."""
         slot = self.slot_of_expert[expert_ids.clamp_min(0)] - rank * self.num_local_experts
-        here = (expert_ids >= 0) & (slot >= 0) & (slot < self.num_local_experts)
-        return torch.where(here, slot, self.num_local_experts)
+        own = (slot >= 0) & (slot < self.num_local_experts)
+        if self.guests is not None:
+            slot = torch.where(own, slot, self.num_local_experts + self.guests.place[expert_ids.clamp_min(0)])
+        here = own & (expert_ids >= 0) if self.guests is None else self.rank_of(expert_ids, source) == rank
+        return torch.where(here, slot, self.num_resident)
 
 
 @dataclass(frozen=True)
@@ -52,7 +90,7 @@ class CopyKeys:
 def copy_keys(topk_expert_ids: Tensor, experts: ExpertMap, ep_rank: int, ep_size: int, per: str) -> CopyKeys:
     """Decide the copies of [T, K] choices. `per` is "ranks" (deduplicated) or "pairs"."""
     T, K = topk_expert_ids.shape
-    rank = experts.rank_of(topk_expert_ids)  # [T, K]
+    rank = experts.rank_of(topk_expert_ids, ep_rank)  # [T, K]
     is_copy = rank >= 0
     if per == "ranks":
         for k in range(1, K):  # a later choice on a rank that an earlier one already pays for
@@ -92,6 +130,13 @@ class Copies:
         return place
 
 
+def all_local(keys: CopyKeys, topk_expert_ids: Tensor, comm: Comm) -> Copies:
+    """The copies where every rank holds whatever its tokens chose: none leaves, and nobody needs to be told."""
+    num_copies, num_pairs = torch.stack([keys.is_copy.sum(), (keys.rank >= 0).sum()]).tolist()
+    none = (0,) * comm.mesh.ep_size
+    return _in_order(keys, topk_expert_ids, num_copies, num_copies, num_pairs, RowExchange(comm, none, none, idle=True))
+
+
 def exchange_counts(
     keys: CopyKeys, topk_expert_ids: Tensor, comm: Comm, per_sequence: Tensor | None = None
 ) -> tuple[Copies, Tensor]:
@@ -101,7 +146,6 @@ def exchange_counts(
     Returns the copies, and `per_sequence` of all ranks on the host, int64 [N, S_max, W].
     """
     mesh = comm.mesh
-    K = topk_expert_ids.shape[1]
     rank = keys.rank.flatten().clamp_min(0)
     by_rank = torch.zeros(2, mesh.ep_size, dtype=torch.int64, device=rank.device)
     by_rank[0].index_add_(0, rank, keys.is_copy.flatten().long())
@@ -115,13 +159,13 @@ def exchange_counts(
     into = gathered[:, 0, me].tolist()
     num_local, num_copies = out[me], sum(out)
     out[me] = into[me] = 0
+    exchange, num_pairs = RowExchange(comm, tuple(out), tuple(into)), int(gathered[:, 1, me].sum())
+    return _in_order(keys, topk_expert_ids, num_copies, num_local, num_pairs, exchange), gathered[:, 2:]
+
+
+def _in_order(
+    keys: CopyKeys, topk_expert_ids: Tensor, num_copies: int, num_local: int, num_pairs: int, exchange: RowExchange
+) -> Copies:
+    K = topk_expert_ids.shape[1]
     index = keys.keys.sort().values[:num_copies] % max(topk_expert_ids.numel(), 1)
-    copies = Copies(
-        token=index // K,
-        slot=index % K,
-        num_local=num_local,
-        exchange=RowExchange(comm, tuple(out), tuple(into)),
-        num_pairs=int(gathered[:, 1, me].sum()),
-        top_k=K,
-    )
-    return copies, gathered[:, 2:]
+    return Copies(index // K, index % K, num_local, exchange, num_pairs, K)

@@ -23,7 +23,8 @@ class Received:
     """What the experts of this rank get to see: own rows first, then by source rank.
 
     rows: [R, D] of the stream. expert_ids: int64 [R, K], -1 for dropped choices; ids of experts elsewhere are among
-    them. weights: [R, K]. Where a copy is a pair, K is 1 here. global_token: int64 [R], set where sequences may move.
+    them. weights: [R, K]. Where a copy is a pair, K is 1 here. source: int64 [R], the rank that each row came from.
+    global_token: int64 [R], set where sequences may move.
 
     Set where tokens are condensed: shared, bool [R, K], choices that are answered with weight one. audit: int64 [R],
     from an audited row to the row that would have represented it, in rows, 0 for all others; None without audits.
@@ -32,6 +33,7 @@ class Received:
     rows: Tensor
     expert_ids: Tensor
     weights: Tensor
+    source: Tensor
     global_token: Tensor | None = None
     shared: Tensor | None = None
     audit: Tensor | None = None
@@ -83,11 +85,20 @@ def dispatch(
     )
     rows, ids, weights, *rest = (torch.cat([c[:n], r]) for c, r in zip(columns, remote, strict=True))
     ids, tokens = ids.long(), None if global_token is None else rest[-1].long()
+    source = _sources(copies, rows.device)
     if condensed is None:
-        return Received(rows, ids, weights, tokens)
+        return Received(rows, ids, weights, source, tokens)
     shared = ids >= _SHARED
     audit = rest[0].long() if condensed.scheme.audits else None
-    return Received(rows, ids - shared * _SHARED, weights, tokens, shared, audit)
+    return Received(rows, ids - shared * _SHARED, weights, source, tokens, shared, audit)
+
+
+def _sources(copies: Copies, device: torch.device) -> Tensor:
+    """The rank of each received row: own ones first, then by source. int64 [R]."""
+    mesh, splits = copies.exchange.comm.mesh, copies.exchange.output_splits
+    ranks = torch.tensor([mesh.ep_rank, *range(mesh.ep_size)])
+    counts = torch.tensor([copies.num_local, *splits])
+    return torch.repeat_interleave(ranks, counts).to(device)
 
 
 def _audit_offsets(copies: Copies, condensed: Condensed) -> Tensor:

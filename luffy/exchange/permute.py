@@ -24,10 +24,15 @@ class Pairs:
     num_tokens_per_expert: Tensor
 
 
-def pairs_by_expert(expert_ids: Tensor, experts: ExpertMap, ep_rank: int, num_pairs: int) -> Pairs:
-    """expert_ids: int64 [R, K] of received rows. `num_pairs` is known from the counts, so nothing is read back."""
-    n, K = experts.num_local_experts, expert_ids.shape[1]
-    local = experts.local_slot(expert_ids, ep_rank).flatten()  # [R * K], n = not here
+def pairs_by_expert(
+    expert_ids: Tensor, experts: ExpertMap, ep_rank: int, num_pairs: int, source: Tensor | None = None
+) -> Pairs:
+    """expert_ids: int64 [R, K] of received rows, from ranks `source`, int64 [R] (None: it does not matter).
+
+    `num_pairs` is known from the counts, so nothing is read back.
+    """
+    n, K = experts.num_resident, expert_ids.shape[1]
+    local = experts.local_slot(expert_ids, ep_rank, source).flatten()  # [R * K], n = not here
     order = torch.argsort(local, stable=True)[:num_pairs]
     counts = torch.zeros(n + 1, dtype=torch.int64, device=local.device)
     counts.index_add_(0, local, torch.ones_like(local))

@@ -40,7 +40,7 @@ def own_shared(received: Received, experts: ExpertMap, ep_rank: int) -> Tensor |
     """Whether the answer of each received row is shared: bool [R]; None where nothing is condensed."""
     if received.shared is None:
         return None
-    return (received.shared & (experts.rank_of(received.expert_ids) == ep_rank)).any(1)
+    return (received.shared & (experts.rank_of(received.expert_ids, received.source) == ep_rank)).any(1)
 
 
 def carries_residual(
@@ -50,7 +50,7 @@ def carries_residual(
     assert received.global_token is not None
     sequence, new_home, _ = migration.place_of(received.global_token)
     moved = migration.on_device(migration.moved)[sequence].bool()
-    ranks = experts.rank_of(received.expert_ids)  # [R, K], -1 where no row was sent
+    ranks = experts.rank_of(received.expert_ids, received.source)  # [R, K], -1 where no row was sent
     home_has_it = (ranks == new_home[:, None]).any(1)
     plain = ranks if received.shared is None else ranks.masked_fill(received.shared, -1)
     first = plain.gather(1, (plain >= 0).to(torch.int8).argmax(1, keepdim=True)).squeeze(1)

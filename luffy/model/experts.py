@@ -29,10 +29,34 @@ class GroupedExperts(nn.Module):
         self.b_in = nn.Parameter(torch.empty(num_local, width)) if config.bias else None
         self.b_out = nn.Parameter(torch.empty(num_local, D)) if config.bias else None
 
-    def forward(self, x: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-        """x: [P, D] sorted by expert; num_tokens_per_expert: int64 [num_local]."""
-        hidden = activate(self._linear(x, self.w_in, self.b_in, num_tokens_per_expert), self.activation)
-        return self._linear(hidden, self.w_out, self.b_out, num_tokens_per_expert)
+    def forward(self, x: Tensor, num_tokens_per_expert: Tensor, guests: Tensor | None = None) -> Tensor:
+        """x: [P, D] sorted by expert; num_tokens_per_expert: int64 [num_local + F].
+
+        guests: [F, W] as `flat` gives them, experts of other ranks that take part behind this rank's own.
+        """
+        w_in, w_out, b_in, b_out = self._with(guests)
+        hidden = activate(self._linear(x, w_in, b_in, num_tokens_per_expert), self.activation)
+        return self._linear(hidden, w_out, b_out, num_tokens_per_expert)
+
+    def flat(self) -> Tensor:
+        """All weights of each expert end to end: [num_local, W]."""
+        return torch.cat([p.flatten(1) for p in self._own() if p is not None], dim=1)
+
+    def _own(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        return self.w_in, self.w_out, self.b_in, self.b_out
+
+    def _with(self, guests: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        own = self._own()
+        if guests is None:
+            return own
+        parts = iter(guests.split([p[0].numel() for p in own if p is not None], dim=1))
+
+        def joined(p: Tensor) -> Tensor:
+            return torch.cat([p.to(guests.dtype), next(parts).unflatten(1, p.shape[1:])])
+
+        w_in, w_out, b_in, b_out = (None if p is None else joined(p) for p in own)
+        assert w_in is not None and w_out is not None
+        return w_in, w_out, b_in, b_out
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
         y = grouped_linear(x, weight.to(x.dtype), counts)

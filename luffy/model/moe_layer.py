@@ -33,6 +33,7 @@ from luffy.exchange import (
     Recorder,
     SharedAnswers,
     SimilarityHistory,
+    all_local,
     alone_per_sequence,
     by_table,
     carries_residual,
@@ -55,8 +56,10 @@ from luffy.exchange import (
     weighted_sum,
 )
 from luffy.exchange.copies import CopyKeys
+from luffy.exchange.guests import Departed
 from luffy.model.experts import GroupedExperts
 from luffy.model.layers import FeedForward
+from luffy.model.residency import LayerResidency, ResidencyState
 from luffy.model.router import Router
 from luffy.plan.cost import AttentionCost
 from luffy.plan.topology import Topology
@@ -78,7 +81,7 @@ class Runtime:
     """What every layer of one model shares: the network, the clock, the recipe, what to recompute.
 
     topology: of the EP group, for everything that plans. planner: None for recipes that move no sequence.
-    condense: None for recipes that condense no tokens.
+    condense: None for recipes that condense no tokens. residency: None for recipes that leave experts where they are.
     """
 
     comm: Comm
@@ -88,6 +91,7 @@ class Runtime:
     planner: Planner | None = None
     topology: Topology | None = None
     condense: CondenseState | None = None
+    residency: ResidencyState | None = None
     _streams: list[torch.cuda.Stream] = field(default_factory=list)
     recorder: Recorder = field(default_factory=Recorder)
 
@@ -115,7 +119,10 @@ class Runtime:
             planner = Planner(comm, recipe.placement, topology, attention or AttentionCost(config.hidden_size))
         scheme = parse_condense(recipe.condense)
         state = None if scheme is None else CondenseState(scheme, [scheme.level] * config.num_moe_layers)
-        return cls(comm, PhaseClock(mesh.device), recipe, recompute, planner, topology, state)
+        residency = None
+        if recipe.residency != "static" and mesh.ep_size > 1:
+            residency = ResidencyState(recipe.residency, topology, recipe.placement != "stay")
+        return cls(comm, PhaseClock(mesh.device), recipe, recompute, planner, topology, state, residency)
 
     def side_stream(self) -> torch.cuda.Stream:
         """A stream of its own for work that the layer does not wait for at once.
@@ -148,22 +155,37 @@ class MoELayer(nn.Module):
         self.layer_of_moe = sum(config.is_moe_layer(i) for i in range(layer))
         self.register_buffer("slot_of_expert", torch.arange(E))
         self.slot_of_expert: Tensor
+        self.residency = (
+            None if runtime.residency is None else LayerResidency(runtime.residency, runtime.comm, self.experts)
+        )
 
-    @property
-    def expert_map(self) -> ExpertMap:
-        return ExpertMap(self.slot_of_expert, self.experts.num_local)
+    def prefetch(self, dtype: torch.dtype) -> Departed | None:
+        """Begin to fetch experts that this rank is likely to want, if the recipe fetches any: call before attention."""
+        return None if self.residency is None else self.residency.prefetch(self.slot_of_expert, dtype)
 
-    def forward(self, batch: TokenBatch, norm: nn.Module, predict_next: Predictor | None = None) -> TokenBatch:
-        """`predict_next(hidden)` says which copies the next MoE layer is likely to want; see `Recipe.look_ahead`."""
+    def forward(
+        self,
+        batch: TokenBatch,
+        norm: nn.Module,
+        predict_next: Predictor | None = None,
+        departed: Departed | None = None,
+    ) -> TokenBatch:
+        """`predict_next(hidden)` says which copies the next MoE layer is likely to want; see `Recipe.look_ahead`.
+        departed: of `prefetch`."""
         rt, mesh = self.runtime, self.runtime.comm.mesh
         hidden, layout = batch.hidden, batch.layout  # [T, D]
         normed = norm(hidden)
         routing, stats = self.router(normed, layout)
         ids, weights = routing.topk_expert_ids, routing.topk_weights  # [T, K]
 
-        keys = copy_keys(ids, self.expert_map, mesh.ep_rank, mesh.ep_size, rt.recipe.copies)
+        experts, guests = ExpertMap(self.slot_of_expert, self.experts.num_local), None
+        if self.residency is not None:
+            rt.clock.switch("exchange")
+            experts, guests = self.residency.settle(ids, self.slot_of_expert, hidden.dtype, departed)
+            rt.clock.switch("other")
+        keys = copy_keys(ids, experts, mesh.ep_rank, mesh.ep_size, rt.recipe.copies)
         stats = replace(stats, rows=rows_at_favourite(keys, layout, mesh.ep_size).to(stats.rows.dtype))
-        condensed, history, forecast = self._foresight(normed, ids, keys, batch, predict_next)
+        condensed, history, forecast = self._foresight(normed, ids, keys, experts, batch, predict_next)
         if rt.recorder.active:
             rt.recorder.note(layout, ids, None if forecast is None else forecast.topk_expert_ids)
         forecast = forecast if rt.recipe.look_ahead else None
@@ -171,7 +193,10 @@ class MoELayer(nn.Module):
         hidden = boundary(hidden, rt.clock, "other", "exchange")
         sent = keys if condensed is None else only_sent(keys, condensed)
         wanted = self._what_planners_ask(sent, condensed, batch, forecast)
-        copies, gathered = exchange_counts(sent, ids, rt.comm, wanted)
+        if experts.guests is not None and rt.recipe.residency == "fetch" and wanted is None:
+            copies, gathered = all_local(sent, ids, rt.comm), torch.zeros(0)
+        else:
+            copies, gathered = exchange_counts(sent, ids, rt.comm, wanted)
         migrations: list[Migration | None] = [None]
 
         def plan() -> None:
@@ -188,15 +213,18 @@ class MoELayer(nn.Module):
         )  # fmt: skip
         migration = migrations[0]
         received = replace(received, rows=boundary(received.rows, rt.clock, "exchange", "experts"))
-        partial = self._run_experts(received, copies.num_pairs, norm_there)
+        partial = self._run_experts(received, copies.num_pairs, norm_there, experts, guests)
         if condensed is not None:
             stats = replace(stats, condensed=tally(condensed, received, partial).to(stats.condensed.dtype))
         if rt.planner is not None:
             rt.planner.confirm(self.layer)
 
         if migration is not None:
-            shared = self._shared_answers(received, condensed, weights, keys)
-            hidden, layout = self._rebuild(hidden, partial, received, migration, sent, shared, norm), migration.new
+            shared = self._shared_answers(received, condensed, weights, keys, experts)
+            hidden, layout = (
+                self._rebuild(hidden, partial, received, migration, sent, shared, norm, experts),
+                migration.new,
+            )
         else:
             partial, wire = boundary(partial, rt.clock, "experts", "exchange"), codecs_of(rt.recipe, "combine")
             if condensed is None:
@@ -219,12 +247,19 @@ class MoELayer(nn.Module):
         rt, mesh = self.runtime, self.runtime.comm.mesh
         with torch.no_grad():
             ids = self.router.choose(norm(hidden))[2]
-            return Forecast(ids, copy_keys(ids, self.expert_map, mesh.ep_rank, mesh.ep_size, rt.recipe.copies))
+            experts = ExpertMap(self.slot_of_expert, self.experts.num_local)
+            return Forecast(ids, copy_keys(ids, experts, mesh.ep_rank, mesh.ep_size, rt.recipe.copies))
 
     # ---------------------------------------------------------------- before anything is sent
 
     def _foresight(
-        self, normed: Tensor, ids: Tensor, keys: CopyKeys, batch: TokenBatch, predict_next: Predictor | None
+        self,
+        normed: Tensor,
+        ids: Tensor,
+        keys: CopyKeys,
+        experts: ExpertMap,
+        batch: TokenBatch,
+        predict_next: Predictor | None,
     ) -> tuple[Condensed | None, SimilarityHistory | None, Forecast | None]:
         """What is condensed, and what the next layer will want: on a GPU beside each other, on streams of their own."""
         rt = self.runtime
@@ -238,7 +273,7 @@ class MoELayer(nn.Module):
         def decide() -> tuple[Condensed, SimilarityHistory | None]:
             assert rt.condense is not None
             return condense(
-                rt.condense, self.layer_of_moe, normed.detach(), ids, keys, batch.layout, self.expert_map,
+                rt.condense, self.layer_of_moe, normed.detach(), ids, keys, batch.layout, experts,
                 rt.comm.mesh.ep_rank, causal=self.causal, by_sequence=rt.planner is not None,
                 pairs=rt.recipe.copies == "pairs", history=batch.similarity,
             )  # fmt: skip
@@ -292,12 +327,15 @@ class MoELayer(nn.Module):
 
     # ---------------------------------------------------------------- where rows arrived
 
-    def _run_experts(self, received: Received, num_pairs: int, norm: nn.Module) -> Tensor:
-        """Partial sums [R, D] over the experts of this rank, one for each received row."""
-        pairs = pairs_by_expert(received.expert_ids, self.expert_map, self.runtime.comm.mesh.ep_rank, num_pairs)
+    def _run_experts(
+        self, received: Received, num_pairs: int, norm: nn.Module, experts: ExpertMap, guests: Tensor | None
+    ) -> Tensor:
+        """Partial sums [R, D] over the experts of this rank and its guests [F, W], one for each received row."""
+        ep_rank = self.runtime.comm.mesh.ep_rank
+        pairs = pairs_by_expert(received.expert_ids, experts, ep_rank, num_pairs, received.source)
 
         def local_work(rows: Tensor, weights: Tensor) -> Tensor:
-            answers = self.experts(norm(rows)[pairs.row], pairs.num_tokens_per_expert)
+            answers = self.experts(norm(rows)[pairs.row], pairs.num_tokens_per_expert, guests)
             return weighted_sum(answers, weights, pairs, rows.shape[0])
 
         if self.runtime.recompute and torch.is_grad_enabled():
@@ -305,9 +343,9 @@ class MoELayer(nn.Module):
         return local_work(received.rows, received.weights)
 
     def _shared_answers(
-        self, received: Received, condensed: Condensed | None, weights: Tensor, keys: CopyKeys
+        self, received: Received, condensed: Condensed | None, weights: Tensor, keys: CopyKeys, experts: ExpertMap
     ) -> SharedAnswers | None:
-        own = own_shared(received, self.expert_map, self.runtime.comm.mesh.ep_rank)
+        own = own_shared(received, experts, self.runtime.comm.mesh.ep_rank)
         return None if condensed is None or own is None else SharedAnswers(condensed, weights, keys.rank, own)
 
     def _rebuild(
@@ -319,11 +357,12 @@ class MoELayer(nn.Module):
         sent: CopyKeys,
         shared: SharedAnswers | None,
         norm: nn.Module,
+        experts: ExpertMap,
     ) -> Tensor:
         """The stream at the new homes [T_new, D], each residual added by the one rank that carries it."""
         rt = self.runtime
         own = None if shared is None else shared.own
-        carried = carries_residual(received, migration, self.expert_map, rt.comm.mesh.ep_rank, own)
+        carried = carries_residual(received, migration, experts, rt.comm.mesh.ep_rank, own)
         if self.shared_experts is None:
             partial = partial + received.rows * carried.added[:, None]
         else:

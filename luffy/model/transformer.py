@@ -88,6 +88,7 @@ class Block(nn.Module):
         self, batch: TokenBatch, memory: Tensor | None = None, predict_next: Predictor | None = None
     ) -> TokenBatch:
         clock = self.runtime.clock
+        departed = None if self.moe is None else self.moe.prefetch(batch.hidden.dtype)
         hidden = boundary(batch.hidden, clock, "other", "attention")
         if self.memory_length:
             batch = remember(batch, hidden, memory, self.memory_length)
@@ -98,7 +99,7 @@ class Block(nn.Module):
         batch = batch.with_hidden(boundary(hidden, clock, "attention", "other"))
 
         if self.moe is not None:
-            batch = self.moe(batch, self.no_norm if self.post_norm else self.ffn_norm, predict_next)
+            batch = self.moe(batch, self.no_norm if self.post_norm else self.ffn_norm, predict_next, departed)
         elif self.post_norm:
             batch = batch.with_hidden(batch.hidden + self.ffn(batch.hidden))  # type: ignore[misc]
         else:
@@ -134,6 +135,8 @@ class Transformer(nn.Module):
         return [b.moe for b in self.blocks if b.moe is not None]  # type: ignore[misc]
 
     def forward(self, micro: MicroBatch) -> ModelOutput:
+        if self.runtime.residency is not None:
+            self.runtime.residency.reset()
         hidden = self.token_embedding(micro.tokens)  # [T, D]
         if self.position_embedding is not None:
             hidden = hidden + self.position_embedding(micro.layout.positions)

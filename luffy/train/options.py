@@ -12,6 +12,7 @@ from typing import Any
 from luffy.config import DTYPES, ModelConfig, _one_of, _require, model_preset
 from luffy.plan.topology import Topology, parse_topology
 from luffy.recipes import Recipe, check_recipe, get_recipe
+from luffy.train.rates import parse_num_bytes
 
 
 def option(default: Any, help: str, group: str) -> Any:
@@ -81,6 +82,15 @@ class TrainOptions:
         "dispatch, combine, dispatch_backward, combine_backward (default: the recipe's).",
         "Training",
     )
+    residency: str | None = option(
+        None,
+        "Which ranks hold others' experts during a layer: static (none), fetch (those that chose them), shadow (all, "
+        "of popular ones) (default: the recipe's).",
+        "Training",
+    )
+    fetch_limit: str | None = option(
+        None, "Most that a rank may hold of others' experts, such as 8GB (default: half of its memory).", "Training"
+    )
     condense: str | None = option(
         None,
         "Let similar tokens share a row: none, static:0.9, paper, budget:0.1, lsh:6, lsh-causal:6; behind it may stand "
@@ -144,10 +154,13 @@ class TrainOptions:
         if self.topology is not None:
             parse_topology(self.topology)
         check_recipe(recipe, config)
+        if self.fetch_limit is not None:
+            parse_num_bytes(self.fetch_limit, "--fetch-limit")
 
     def get_recipe(self) -> Recipe:
         recipe = get_recipe(self.recipe)
         recipe = recipe if self.wire is None else replace(recipe, wire=self.wire)
+        recipe = recipe if self.residency is None else replace(recipe, residency=self.residency)
         return recipe if self.condense is None else replace(recipe, condense=self.condense)
 
     def get_rehome_every(self) -> int:

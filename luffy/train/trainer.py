@@ -46,6 +46,7 @@ from luffy.train.gradients import GradientSync, make_optimizer
 from luffy.train.metrics import MetricsWriter, RunSummary, describe_machine, read_metrics, write_json_atomic
 from luffy.train.options import TrainOptions
 from luffy.train.progress import TrainProgress, phase
+from luffy.train.rates import half_of_memory, measure_experts, measure_links, parse_num_bytes
 from luffy.train.rehoming import NUM_RECORDED, Rehomed, current_owners, rehome, wire_of
 
 LOAD_EVERY = 10  # steps between records of the load of every expert of every layer
@@ -88,6 +89,14 @@ class Trainer:
 
         self.loader, self.valid_loader = loader(corpus.train), loader(corpus.valid, shuffle=False)
         self.runtime = Runtime.create(self.comm, options.get_recipe(), self.config, options.recompute, self._links())
+        self.expert_flops: float | None = None
+        if self.runtime.residency is not None:
+            limit = options.fetch_limit
+            self.runtime.residency.limit_num_bytes = (
+                half_of_memory(mesh.device, mesh.world_size)
+                if limit is None
+                else parse_num_bytes(limit, "--fetch-limit")
+            )
         self.clock = self.runtime.clock
         name = options.dtype if options.dtype != "auto" else "bfloat16" if mesh.device.type == "cuda" else "float32"
         self.dtype_name = name
@@ -183,6 +192,8 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._move_choice_bias(aux)
+        if self.runtime.residency is not None:
+            totals["residency"] = self.runtime.residency.take()
         totals |= self._planning() | self.condensing.after(totals["loss"], condensed)
         self.step += 1
         if tracing:
@@ -351,6 +362,7 @@ class Trainer:
             "valid_loss": self.valid_loss,
             "attention_fit": self._attention_fit(),
             "condensing": self.condensing.to_dict(),
+            "expert_flops": self.expert_flops,
         }
         keep = self.options.keep_checkpoints
         save_checkpoint(self.checkpoints, self.step, self._state(), meta, self.mesh, keep)
@@ -374,6 +386,7 @@ class Trainer:
         load_checkpoint(path, self._state(), self.mesh)
         self.step, self.valid_loss = meta["step"], meta["valid_loss"]
         self.condensing.restore(meta.get("condensing"))
+        self.expert_flops = meta.get("expert_flops")
         fit = meta.get("attention_fit")
         self.attention_fit = None if fit is None else AttentionFit.from_dict(fit)
 
@@ -387,6 +400,7 @@ class Trainer:
             self.restore(found[-1])
         dtype = getattr(torch, self.dtype_name)
         self.attention_fit = attention_for_planning(o, self.config, self.runtime, dtype, self.attention_fit)
+        self._measure_for_shadows(dtype)
         writer = None
         if first:
             writer = MetricsWriter(self.out, self.step if found else None, tensorboard=o.tensorboard)
@@ -404,6 +418,20 @@ class Trainer:
         if o.export:
             export_safetensors(self.model, self.out / "model.safetensors")
         return self._summarise()
+
+    def _measure_for_shadows(self, dtype: torch.dtype) -> None:
+        """Give the performance model of `shadow` its rates: those of the checkpoint, else measured now."""
+        state, o, mesh = self.runtime.residency, self.options, self.mesh
+        if state is None or state.strategy != "shadow":
+            return
+        if self._links() is None:
+            state.topology = measure_links(self.comm, state.topology)
+        if self.expert_flops is None:
+            length = o.sequence_length or self.config.max_sequence_length
+            rows = o.batch_size // (o.accumulate * mesh.world_size) * length * self.config.router.top_k
+            self.expert_flops = measure_experts(self.model.moe_layers[0].experts, rows, dtype, self.comm)
+        state.flops_per_second = self.expert_flops
+        self.comm.meter.take()  # agreeing is not part of a step's traffic
 
     def _loop(self, writer: MetricsWriter | None, progress: TrainProgress) -> None:
         o = self.options

@@ -60,7 +60,8 @@ def shrunk(preset: str, **changes: Any) -> ModelConfig:
 class Case:
     """A model, how it is spread and run, and the data: `steps` of `micro_batches` of `batch` sequences.
 
-    rehome_after: experts of all layers move to random ranks after each of these steps.
+    rehome_after: experts of all layers move to random ranks after each of these steps. expert_flops: the speed that
+    decides about shadows.
     """
 
     config: ModelConfig
@@ -77,6 +78,8 @@ class Case:
     clip_norm: float | None = None
     rehome_after: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float64
+    ranks_per_node: int | None = None
+    expert_flops: float | None = None
 
     def data(self) -> list[list[list[Sequence]]]:
         """Sequences by [step][micro-batch]; the same at every number of ranks."""
@@ -107,9 +110,11 @@ def decays(name: str) -> bool:
 
 def build(case: Case, ranks_per_node: int | None = None) -> tuple[Transformer, Comm]:
     """The case's model on this rank with vivid weights."""
-    comm = Comm.create(build_mesh(torch.device("cpu"), case.ep_size, ranks_per_node))
+    comm = Comm.create(build_mesh(torch.device("cpu"), case.ep_size, ranks_per_node or case.ranks_per_node))
     recipe = case.recipe if isinstance(case.recipe, Recipe) else get_recipe(case.recipe)
     runtime = Runtime.create(comm, recipe, case.config, case.recompute)
+    if runtime.residency is not None and case.expert_flops is not None:
+        runtime.residency.flops_per_second = case.expert_flops
     model = build_model(case.config, runtime, dtype=case.dtype)
     load_full(model, vivid_parameters(model))
     return model, comm

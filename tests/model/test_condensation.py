@@ -154,7 +154,14 @@ def test_the_planner_prices_the_residuals_that_no_row_carries():
 def test_the_audit_measures_the_error_of_what_would_have_been_shared():
     rows = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     ids = torch.zeros(5, 1, dtype=torch.int64)
-    received = Received(rows, ids, ids.double(), shared=ids > 0, audit=torch.tensor([0, -1, 0, -3, 0]))
+    received = Received(
+        rows,
+        ids,
+        ids.double(),
+        torch.zeros(5, dtype=torch.int64),
+        shared=ids > 0,
+        audit=torch.tensor([0, -1, 0, -3, 0]),
+    )
     flags = torch.tensor([[True], [True], [False]])
     condensed = Condensed(
         parse_condense("budget:0.1"),

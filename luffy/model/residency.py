@@ -1,0 +1,147 @@
+"""Which experts a rank holds while a layer runs, besides its own: decided, fetched, and held against a limit.
+
+`fetch` (Janus) begins before attention, with what the ranks chose the last time: routers change slowly and most ranks
+choose most experts, so that by the time the router has spoken there is little left to fetch. `shadow` (FasterMoE) can
+only begin when the loads are known. Whatever is held is kept for the backward pass, as activations are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from luffy.comm import Comm
+from luffy.errors import UserError
+from luffy.exchange.copies import ExpertMap, GuestMap
+from luffy.exchange.guests import Departed, Guests, send_off, take_in
+from luffy.model.experts import GroupedExperts
+from luffy.plan.residency import Delivery, ExpertCosts, at_owners, deliver, fetched, shadowed
+from luffy.plan.topology import FEMTOSECONDS_PER_SECOND, Topology
+
+
+@dataclass
+class ResidencyState:
+    """What the layers of a model share. strategy: "fetch" or "shadow". moves: whether sequences may move.
+
+    flops_per_second: of the experts, for the performance model of `shadow`; must be the same on all ranks.
+    limit_num_bytes: of guests that a rank may hold at once; None for any. held: int64 [N], bytes that each rank of the
+    EP group holds now. peak_num_bytes, num_guests: the most of any rank, and how many in all, since last taken.
+    """
+
+    strategy: str
+    topology: Topology
+    moves: bool
+    flops_per_second: float = 1e13
+    limit_num_bytes: int | None = None
+    held: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    peak_num_bytes: int = 0
+    num_guests: int = 0
+
+    def reset(self) -> None:
+        """Nothing is held any more: before a forward pass."""
+        self.held = np.zeros(self.topology.world_size, dtype=np.int64)
+
+    def hold(self, delivery: Delivery, expert_num_bytes: int) -> None:
+        """Account for a delivery. UserError on every rank where one would hold more than the limit."""
+        guests = delivery.num_guests()
+        self.held = self.held + guests * expert_num_bytes
+        self.num_guests += int(guests.sum())
+        most = int(self.held.max())
+        self.peak_num_bytes = max(self.peak_num_bytes, most)
+        if self.limit_num_bytes is not None and most > self.limit_num_bytes:
+            raise UserError(
+                f"--fetch-limit {self.limit_num_bytes / 1e9:g}GB: rank {int(self.held.argmax())} would hold "
+                f"{most / 1e9:.3g} GB of other ranks' experts; raise it, or use --residency static"
+            )
+
+    def take(self) -> dict[str, int]:
+        """Counts since the last call."""
+        out = {"peak_num_bytes": self.peak_num_bytes, "guests": self.num_guests}
+        self.peak_num_bytes = self.num_guests = 0
+        return out
+
+    def costs(self, hidden_size: int, expert_size: int, itemsize: int) -> ExpertCosts:
+        """For an expert of `expert_size` weights: 2 operations a weight and row, and twice that backward."""
+        per_byte = self.topology.class_weights[2 if self.topology.num_nodes > 1 else 1]
+        pair = round(6 * expert_size * FEMTOSECONDS_PER_SECOND / self.flops_per_second)
+        return ExpertCosts(pair, hidden_size * itemsize * per_byte, expert_size * itemsize * per_byte)
+
+
+class LayerResidency:
+    """One layer's guests. It remembers what was chosen last, the same on every rank."""
+
+    def __init__(self, state: ResidencyState, comm: Comm, experts: GroupedExperts) -> None:
+        self.state, self.comm, self.experts = state, comm, experts
+        self.chosen: np.ndarray | None = None  # bool [E, N]
+        self._slots: tuple[int, np.ndarray] | None = None
+        self._map: tuple[bytes, bytes, GuestMap] | None = None
+
+    def prefetch(self, slot_of_expert: Tensor, dtype: torch.dtype) -> Departed | None:
+        """Begin to fetch what the ranks chose last; None where that is nothing."""
+        if not torch.is_grad_enabled():
+            self.state.reset()
+        if self.chosen is None or self.state.strategy != "fetch":
+            return None
+        slots = self._host(slot_of_expert)
+        return self._send(self.chosen | at_owners(self._owner(slots), self.comm.mesh.ep_size), slots, dtype)
+
+    def settle(
+        self, ids: Tensor, slot_of_expert: Tensor, dtype: torch.dtype, departed: Departed | None
+    ) -> tuple[ExpertMap, Tensor | None]:
+        """Where the choices [T, K] of all ranks are served; the weights [F, W] of this rank's guests."""
+        slots = self._host(slot_of_expert)
+        owner, N = self._owner(slots), self.comm.mesh.ep_size
+        counts = torch.zeros(len(slots) + 1, dtype=torch.int32, device=ids.device)
+        counts.index_add_(
+            0, torch.where(ids < 0, len(slots), ids).flatten(), torch.ones_like(counts[:1]).expand(ids.numel())
+        )
+        chosen = self.comm.all_gather_ep(counts[:-1]).cpu().numpy().astype(np.int64)  # [N, E]
+        if self.state.strategy == "fetch":
+            wanted = fetched(chosen, owner)
+            self.chosen = wanted
+        else:
+            size = sum(p[0].numel() for p in self.experts.parameters())
+            costs = self.state.costs(self.experts.w_in.shape[1], size, dtype.itemsize)
+            wanted = shadowed(chosen, owner, costs)
+        guests: Guests | None = None
+        resident = at_owners(owner, N)
+        if departed is not None:
+            guests, resident = take_in(departed, self.comm), departed.delivery.resident
+        missing = at_owners(owner, N) | (wanted & ~resident)
+        if missing.sum() > len(owner):
+            more = take_in(self._send(missing, slots, dtype), self.comm)
+            guests, resident = more if guests is None else guests.joined(more), resident | missing
+        if guests is None:
+            return ExpertMap(slot_of_expert, self.experts.num_local), None
+        return ExpertMap(slot_of_expert, self.experts.num_local, self._guest_map(resident, guests.ids)), guests.weights
+
+    def _send(self, resident: np.ndarray, slots: np.ndarray, dtype: torch.dtype) -> Departed:
+        state = self.state
+        delivery = deliver(resident, self._owner(slots), state.topology, relay_at_home=state.strategy == "shadow")
+        weights = self.experts.flat()
+        state.hold(delivery, weights.shape[1] * dtype.itemsize)
+        return send_off(weights, slots, delivery, self.comm, dtype)
+
+    def _host(self, slot_of_expert: Tensor) -> np.ndarray:
+        """The slots on the host, read back only after experts have moved."""
+        version = slot_of_expert._version
+        if self._slots is None or self._slots[0] != version:
+            self._slots = version, slot_of_expert.cpu().numpy().copy()
+        return self._slots[1]
+
+    def _owner(self, slots: np.ndarray) -> np.ndarray:
+        return slots // self.experts.num_local
+
+    def _guest_map(self, resident: np.ndarray, ids: np.ndarray) -> GuestMap:
+        key = resident.tobytes(), ids.tobytes()
+        if self._map is None or self._map[:2] != key:
+            place = np.full(len(resident), -1, dtype=np.int64)
+            place[ids] = np.arange(len(ids))
+            device = self.experts.w_in.device
+            anywhere = torch.from_numpy(resident.all(1)).to(device) if self.state.moves else None
+            held = torch.from_numpy(resident.copy()).to(device)
+            self._map = *key, GuestMap(held, torch.from_numpy(place).to(device), len(ids), anywhere)
+        return self._map[2]

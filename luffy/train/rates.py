@@ -1,0 +1,116 @@
+"""What this machine and its links do in a second: measured at the start of a run where a plan depends on it.
+
+All ranks measure at the same time, as they will work at the same time, and agree on the slowest.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+
+from luffy.comm import Comm, RowExchange, all_to_all_rows
+from luffy.errors import UserError
+from luffy.model.experts import GroupedExperts
+from luffy.plan.topology import Topology
+
+_SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([kmgtKMGT]?)(i?)B")
+_POWER = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+LEAST_SECONDS = 5e-3  # a transfer shorter than this says little of a link's rate
+
+
+def parse_num_bytes(text: str, option: str) -> int:
+    """``8GB``, ``500MB``, ``2GiB`` -> bytes. Raises UserError naming the option."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or float(match[1]) <= 0:
+        raise UserError(f"{option} {text}: not a size; write a number and a unit, such as 8GB or 500MB")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** _POWER[match[2].lower()])
+
+
+def half_of_memory(device: torch.device, local_ranks: int) -> int:
+    """Bytes: half of the GPU, or of this rank's share of the host."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 2
+    with open("/proc/meminfo") as f:
+        kilobytes = next(int(line.split()[1]) for line in f if line.startswith("MemTotal"))
+    return kilobytes * 1024 // (2 * local_ranks)
+
+
+def _timed(action: Callable[[], object], comm: Comm, repeats: int) -> float:
+    """Median seconds of the slowest rank, of an action that all ranks begin together."""
+    device, times = comm.mesh.device, []
+    for _ in range(repeats + 1):
+        comm.all_reduce(torch.zeros(1, device=device))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - begin)
+    mine = torch.tensor([median(times[1:])], dtype=torch.float64, device=device)
+    return float(comm.all_gather_world(mine).max())
+
+
+def measure_experts(experts: GroupedExperts, num_rows: int, dtype: torch.dtype, comm: Comm, repeats: int = 3) -> float:
+    """Operations per second of the slowest rank's experts, forward and backward, all ranks busy.
+
+    num_rows: about what a rank computes in a step, spread evenly over its experts.
+    """
+    each = max(1, num_rows // experts.num_local)
+    counts = torch.full((experts.num_local,), each, device=comm.mesh.device)
+    x = torch.randn(each * experts.num_local, experts.w_in.shape[1], dtype=dtype, device=comm.mesh.device)
+    x.requires_grad_()
+    weights = [p for p in experts.parameters() if p.requires_grad]
+
+    def work() -> None:
+        with torch.enable_grad():
+            torch.autograd.grad(experts(x, counts).sum(), [x, *weights])
+
+    seconds = _timed(work, comm, repeats)
+    size = sum(p[0].numel() for p in experts.parameters())
+    return 6.0 * size * x.shape[0] / seconds
+
+
+def measure_links(comm: Comm, topology: Topology, repeats: int = 3) -> Topology:
+    """The topology with rates and latencies as measured: bytes per second and direction when every rank sends.
+
+    Within nodes to the next rank of the node, between them to the same place of the next node. A class of links that
+    no two ranks use keeps its rate.
+    """
+    mesh, width = comm.mesh, topology.ranks_per_node
+    node, place = divmod(mesh.ep_rank, width)
+    peers = {
+        "intra": (node * width + (place + 1) % width, node * width + (place - 1) % width),
+        "inter": (
+            (node + 1) % topology.num_nodes * width + place,
+            (node - 1) % topology.num_nodes * width + place,
+        ),
+    }
+    rates = {"intra": topology.intra_node_bytes_per_second, "inter": topology.inter_node_bytes_per_second}
+    latency = {"intra": 0.0, "inter": 0.0}
+    for name, (to, source) in peers.items():
+        if (width if name == "intra" else topology.num_nodes) < 2:
+            continue
+
+        def send(num_bytes: int, to: int = to, source: int = source) -> None:
+            out, into = [0] * mesh.ep_size, [0] * mesh.ep_size
+            out[to], into[source] = num_bytes // 4096, num_bytes // 4096
+            rows = torch.zeros(num_bytes // 4096, 4096, dtype=torch.uint8, device=mesh.device)
+            exchange = RowExchange(comm, tuple(out), tuple(into))
+            all_to_all_rows([rows], exchange, directions=("control",), backward_directions=("control",))
+
+        small, large = 4096, 1 << 20
+        short, long = _timed(lambda: send(small), comm, repeats), _timed(lambda: send(large), comm, repeats)
+        while long < LEAST_SECONDS and large < 1 << 26:
+            large *= 8
+            long = _timed(lambda: send(large), comm, repeats)
+        rates[name] = (large - small) / max(long - short, 1e-9)
+        latency[name] = max(0.0, short - small / rates[name])
+    comm.meter.take()  # measuring is not part of a step's traffic
+    return Topology(
+        topology.world_size, width, rates["intra"], rates["inter"], (0.0, latency["intra"], latency["inter"])
+    )
