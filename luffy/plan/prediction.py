@@ -24,8 +24,9 @@ from luffy.plan.trace import TraceStep
 class Prediction:
     """Of one step, forward and backward, mean over the steps counted.
 
-    dispatch, combine: bytes by link class (local, intra-node, inter-node), summed over ranks. exchange_seconds: of the
-    busiest rank of each exchange. moved_share: of the sequences of all layers. num_steps: counted.
+    dispatch, combine, experts: bytes by link class (local, intra-node, inter-node), summed over ranks.
+    exchange_seconds: of the busiest rank of each exchange. moved_share: of the sequences of all layers. num_steps:
+    counted.
     """
 
     recipe: str
@@ -35,11 +36,13 @@ class Prediction:
     moved_share: float
     num_steps: int
     rehomed: bool = False
+    experts: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     @property
     def num_bytes(self) -> tuple[float, float]:
-        """(intra-node, inter-node), both directions."""
-        return self.dispatch[1] + self.combine[1], self.dispatch[2] + self.combine[2]
+        """(intra-node, inter-node): rows in both directions, and experts."""
+        intra, inter = (self.dispatch[i] + self.combine[i] + self.experts[i] for i in (1, 2))
+        return intra, inter
 
 
 def exchange_seconds(rows: np.ndarray, homes: np.ndarray, row_num_bytes: int, topology: Topology) -> float:
@@ -60,7 +63,8 @@ def exchange_seconds(rows: np.ndarray, homes: np.ndarray, row_num_bytes: int, to
 
 def _seconds(layer: LayerReplay, wire: Wire) -> float:
     counts, size = layer.problem.counts, wire.row_num_bytes
-    return sum(exchange_seconds(counts, h, size, wire.topology) for h in (layer.homes_before, layer.homes_after))
+    homes = (layer.homes_before, layer.homes_after)
+    return layer.expert_seconds + sum(exchange_seconds(counts, h, size, wire.topology) for h in homes)
 
 
 def predict(
@@ -99,6 +103,7 @@ def predict(
         moved / max(1, sequences),
         n,
         rehome,
+        total([layer.experts for layer in layers]),
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from luffy.plan.cost import AttentionCost
 from luffy.plan.placement import plan_placement
 from luffy.plan.problem import Balance, PlacementProblem
+from luffy.plan.residency import ExpertCosts, expert_traffic, fetched, serving_ranks, shadowed
 from luffy.plan.result import PlacementPlan
 from luffy.plan.topology import Topology
 from luffy.plan.trace import TraceStep, membership
@@ -25,7 +26,8 @@ class Wire:
 
     look_ahead, what the planner of layer l takes for layer l + 1's dispatch: "none"; "router", the recorded forecast;
     "affinity", `follows[l][e, f]`, the share of the tokens at e that chose f one layer later (learnt from other steps);
-    "actual", what really happened (no planner can know it: the bound). copies: "ranks" or "pairs".
+    "actual", what really happened (no planner can know it: the bound). copies: "ranks" or "pairs". residency: of
+    luffy.plan.residency, with the size of an expert's weights as they travel and, for shadows, what things cost.
     """
 
     topology: Topology
@@ -36,8 +38,13 @@ class Wire:
     attention: AttentionCost = field(default_factory=AttentionCost)
     padded: bool = False
     follows: np.ndarray | None = None
+    residency: str = "static"
+    expert_num_bytes: int = 0
+    expert_costs: ExpertCosts | None = None
 
     def __post_init__(self) -> None:
+        if self.residency == "shadow" and self.expert_costs is None:
+            raise ValueError("shadows need expert_costs: their performance model weighs them")
         if self.look_ahead not in LOOK_AHEAD:
             raise ValueError(f"look_ahead {self.look_ahead!r} is none of {', '.join(LOOK_AHEAD)}")
         if self.copies == "pairs" and self.strategy != "stay":
@@ -48,7 +55,9 @@ class Wire:
 class LayerReplay:
     """One layer of one step. dispatch, combine: bytes by link class (local, intra-node, inter-node), forward.
 
-    homes_before, homes_after [S]. problem, plan: what was asked and answered.
+    homes_before, homes_after [S]. problem, plan: what was asked and answered. experts: bytes of weights by link class,
+    forward; expert_seconds: of the busiest rank, the two rounds one after the other. pairs: int64 [N], (row, expert)
+    pairs that each rank computes.
     """
 
     dispatch: tuple[int, int, int]
@@ -57,11 +66,18 @@ class LayerReplay:
     homes_after: np.ndarray
     problem: PlacementProblem
     plan: PlacementPlan
+    experts: tuple[int, int, int]
+    expert_seconds: float
+    pairs: np.ndarray
 
 
 def rows_at_ranks(step: TraceStep, ids: np.ndarray, owner: np.ndarray, num_ranks: int, copies: str) -> np.ndarray:
     """int64 [S, N]: copies that each sequence sends to each rank. ids [T, K]; owner [E]."""
-    rank = np.where(ids >= 0, owner[ids], -1)
+    return _copies_at(step, np.where(ids >= 0, owner[ids], -1), num_ranks, copies)
+
+
+def _copies_at(step: TraceStep, rank: np.ndarray, num_ranks: int, copies: str) -> np.ndarray:
+    """int64 [S, N] of the ranks [T, K] that serve each choice."""
     if copies == "ranks":
         return step.sum_by_sequence(membership(rank, num_ranks))
     ranks = np.arange(num_ranks)
@@ -91,8 +107,10 @@ def replay_step(
     out = []
     for layer in range(step.num_layers):
         following = _foresee(step, layer, owners, wire, counts) if layer + 1 < step.num_layers else None
+        served, experts, expert_seconds = _served(step, layer, owners[layer], homes, wire)
+        rows = _copies_at(step, served, N, wire.copies)
         problem = PlacementProblem(
-            counts=counts[layer],
+            counts=rows,
             lengths=step.lengths,
             home_rank=homes,
             topology=wire.topology,
@@ -104,11 +122,38 @@ def replay_step(
         )
         plan = plan_placement(wire.strategy, problem)
         dispatch, combine = (
-            by_class(counts[layer], where, wire.topology) * wire.row_num_bytes for where in (homes, plan.new_home)
+            by_class(rows, where, wire.topology) * wire.row_num_bytes for where in (homes, plan.new_home)
         )
-        out.append(LayerReplay(_three(dispatch), _three(combine), homes, plan.new_home, problem, plan))
+        pairs = np.bincount(served[served >= 0], minlength=N)
+        out.append(
+            LayerReplay(
+                _three(dispatch), _three(combine), homes, plan.new_home, problem, plan, experts, expert_seconds, pairs
+            )
+        )
         homes = plan.new_home
     return out
+
+
+def _served(
+    step: TraceStep, layer: int, owner: np.ndarray, homes: np.ndarray, wire: Wire
+) -> tuple[np.ndarray, tuple[int, int, int], float]:
+    """(rank that serves each choice [T, K], bytes of experts by link class, seconds) of one layer, forward."""
+    N, ids = wire.topology.world_size, step.chosen[layer]
+    if wire.residency == "static":
+        return np.where(ids >= 0, owner[ids], -1), (0, 0, 0), 0.0
+    chosen = np.zeros((N, len(owner)), dtype=np.int64)
+    np.add.at(chosen, homes, step.counts_by_expert(layer, len(owner)))
+    if wire.residency == "fetch":
+        resident = fetched(chosen, owner)
+    else:
+        assert wire.expert_costs is not None
+        resident = shadowed(chosen, owner, wire.expert_costs)
+    rounds = expert_traffic(resident, owner, wire.topology, relay_at_home=wire.residency == "shadow")
+    intra, inter = (sum(float(getattr(r, side).sum()) for r in rounds) for side in ("intra_in", "inter_in"))
+    size = wire.expert_num_bytes
+    seconds = sum(r.seconds(size, wire.topology) for r in rounds)
+    served = serving_ranks(ids, owner, resident, np.repeat(homes, step.lengths), moves=wire.strategy != "stay")
+    return served, (0, round(intra * size), round(inter * size)), seconds
 
 
 def _three(array: np.ndarray) -> tuple[int, int, int]:

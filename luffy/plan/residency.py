@@ -76,6 +76,76 @@ def shadowed(counts: np.ndarray, owner: np.ndarray, costs: ExpertCosts) -> np.nd
     return resident
 
 
+def serving_ranks(
+    ids: np.ndarray, owner: np.ndarray, resident: np.ndarray, home: np.ndarray, *, moves: bool
+) -> np.ndarray:
+    """Where choices are served: int64 [T, K], -1 for id -1. ids [T, K]; home int64 [T], of each token.
+
+    moves: where sequences move, an expert that every rank holds is served wherever the token's first other choice is,
+    so that it costs no row of its own.
+    """
+    known = np.maximum(ids, 0)
+    rank = np.where(resident[known, home[:, None]], home[:, None], owner[known])
+    if moves:
+        free = resident.all(1)[known]
+        bound = (ids >= 0) & ~free
+        first = np.take_along_axis(rank, bound.argmax(1)[:, None], 1)
+        rank = np.where(free & bound.any(1, keepdims=True), first, rank)
+    return np.where(ids < 0, -1, rank)
+
+
+@dataclass(frozen=True)
+class ExpertTraffic:
+    """One round of a delivery, in experts: what each rank sends and receives, float64 [N], by class of link."""
+
+    intra_out: np.ndarray
+    intra_in: np.ndarray
+    inter_out: np.ndarray
+    inter_in: np.ndarray
+
+    def seconds(self, expert_num_bytes: int, topology: Topology) -> float:
+        """Of the busiest rank, full duplex, the two classes side by side, and the slowest latency in use."""
+        slowest = latency = 0.0
+        for link, rate, out, into in (
+            (1, topology.intra_node_bytes_per_second, self.intra_out, self.intra_in),
+            (2, topology.inter_node_bytes_per_second, self.inter_out, self.inter_in),
+        ):
+            busiest = float(max(out.max(), into.max()))
+            slowest = max(slowest, busiest * expert_num_bytes / rate)
+            latency = max(latency, topology.latency_seconds[link] if busiest else 0.0)
+        return slowest + latency
+
+
+def expert_traffic(
+    resident: np.ndarray, owner: np.ndarray, topology: Topology, *, relay_at_home: bool
+) -> tuple[ExpertTraffic, ExpertTraffic]:
+    """What `deliver` would move, in its two rounds, without planning each part: relays share their work evenly."""
+    E, N = resident.shape
+    guests = (resident & ~at_owners(owner, N)).reshape(E, topology.num_nodes, topology.ranks_per_node)
+    count = guests.sum(2)  # [E, nodes]
+    at_home = (owner // topology.ranks_per_node)[:, None] == np.arange(topology.num_nodes)
+    through = (count > 1) & (relay_at_home | ~at_home)
+    share = 1 / np.maximum(count, 1)
+
+    def of_owners(sent: np.ndarray) -> np.ndarray:
+        return np.bincount(owner, sent, minlength=N)
+
+    def of_guests(each: np.ndarray) -> np.ndarray:
+        return (guests * each[:, :, None]).sum(0).reshape(N)
+
+    leaves = np.where(through, 1, count)  # whole experts that the owner sends to a node
+    arrives = np.where(through, share, 1.0)
+    first = ExpertTraffic(
+        of_owners((leaves * at_home).sum(1)),
+        of_guests(arrives * at_home),
+        of_owners((leaves * ~at_home).sum(1)),
+        of_guests(arrives * ~at_home),
+    )
+    passed_on = of_guests(through * (count - 1) * share)
+    nothing = np.zeros(N)
+    return first, ExpertTraffic(passed_on, passed_on, nothing, nothing)
+
+
 @dataclass(frozen=True, eq=False)
 class Delivery:
     """How the weights reach the ranks that are to hold them, in two rounds.

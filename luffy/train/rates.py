@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
@@ -75,6 +77,23 @@ def measure_experts(experts: GroupedExperts, num_rows: int, dtype: torch.dtype, 
     return 6.0 * size * x.shape[0] / seconds
 
 
+@dataclass(frozen=True)
+class _Link:
+    """Rows of 4096 bytes to EP rank `to`, and as many from `source`."""
+
+    comm: Comm
+    to: int
+    source: int
+
+    def send(self, num_bytes: int) -> None:
+        mesh, rows = self.comm.mesh, num_bytes // 4096
+        out, into = [0] * mesh.ep_size, [0] * mesh.ep_size
+        out[self.to] = into[self.source] = rows
+        data = torch.zeros(rows, 4096, dtype=torch.uint8, device=mesh.device)
+        exchange = RowExchange(self.comm, tuple(out), tuple(into))
+        all_to_all_rows([data], exchange, directions=("control",), backward_directions=("control",))
+
+
 def measure_links(comm: Comm, topology: Topology, repeats: int = 3) -> Topology:
     """The topology with rates and latencies as measured: bytes per second and direction when every rank sends.
 
@@ -96,18 +115,12 @@ def measure_links(comm: Comm, topology: Topology, repeats: int = 3) -> Topology:
         if (width if name == "intra" else topology.num_nodes) < 2:
             continue
 
-        def send(num_bytes: int, to: int = to, source: int = source) -> None:
-            out, into = [0] * mesh.ep_size, [0] * mesh.ep_size
-            out[to], into[source] = num_bytes // 4096, num_bytes // 4096
-            rows = torch.zeros(num_bytes // 4096, 4096, dtype=torch.uint8, device=mesh.device)
-            exchange = RowExchange(comm, tuple(out), tuple(into))
-            all_to_all_rows([rows], exchange, directions=("control",), backward_directions=("control",))
-
+        link = _Link(comm, to, source)
         small, large = 4096, 1 << 20
-        short, long = _timed(lambda: send(small), comm, repeats), _timed(lambda: send(large), comm, repeats)
+        short, long = _timed(partial(link.send, small), comm, repeats), _timed(partial(link.send, large), comm, repeats)
         while long < LEAST_SECONDS and large < 1 << 26:
             large *= 8
-            long = _timed(lambda: send(large), comm, repeats)
+            long = _timed(partial(link.send, large), comm, repeats)
         rates[name] = (large - small) / max(long - short, 1e-9)
         latency[name] = max(0.0, short - small / rates[name])
     comm.meter.take()  # measuring is not part of a step's traffic
