@@ -101,7 +101,7 @@ def collect(out: Path, steps: int) -> dict[str, list[dict]]:
             if not (run / "metrics.jsonl").exists():
                 continue
             records = read_metrics(run / "metrics.jsonl")
-            if records[-1]["step"] < steps or records[-1].get("valid_loss") is None:
+            if records[-1]["step"] < steps:
                 continue  # broken off
             kept = [r.get("condense", {}).get("kept", 1.0) for r in records]
             curve, sent = [], 0.0
@@ -111,7 +111,8 @@ def collect(out: Path, steps: int) -> dict[str, list[dict]]:
                     curve.append([r["step"], sent, r["valid_loss"]])
             last = [r["condense"] for r in records if len(r.get("condense", {})) > 1]
             results.setdefault(scheme, []).append({
-                "seed": seed, "valid_loss": curve[-1][2], "kept": mean(kept), "kept_last_100": mean(kept[-100:]),
+                "seed": seed, "steps": curve[-1][0],
+                "valid_loss": curve[-1][2], "kept": mean(kept), "kept_last_100": mean(kept[-100:]),
                 "audited_error": mean(c["error"] for c in last[-100:]) if last and "error" in last[-1] else None,
                 "seconds": sum(r["seconds"] for r in records), "curve": curve, "last": last[-1] if last else None,
                 "condense_seconds": sum(r["seconds_split"]["condense"] for r in records),
@@ -127,15 +128,14 @@ def collect(out: Path, steps: int) -> dict[str, list[dict]]:
 def table(out: Path, target: Path | None, figure: Path | None, steps: int) -> None:
     """Print a table of means over seeds; write the numbers and the picture."""
     results = collect(out, steps)
-    base = {r["seed"]: r["valid_loss"] for r in results["none"]}
-    click.echo("| scheme | seeds | copies sent | held-out loss | gap to none (paired) | audited error |")
-    click.echo("| --- | --- | --- | --- | --- | --- |")
+    click.echo("| scheme | seeds | steps | copies sent | held-out loss | gap to none (paired) | audited error |")
+    click.echo("| --- | --- | --- | --- | --- | --- | --- |")
     for scheme, runs in results.items():
-        gaps = [r["valid_loss"] - base[r["seed"]] for r in runs if r["seed"] in base]
+        gaps = gaps_to_none(runs, results["none"])
         spread = f" ± {stdev(gaps):.3f}" if len(gaps) > 1 and scheme != "none" else ""
         errors = [r["audited_error"] for r in runs if r["audited_error"] is not None]
         click.echo(
-            f"| {scheme} | {len(runs)} | {mean(r['kept'] for r in runs):.2f} | "
+            f"| {scheme} | {len(runs)} | {min(r['steps'] for r in runs)} | {mean(r['kept'] for r in runs):.2f} | "
             f"{mean(r['valid_loss'] for r in runs):.3f} | {mean(gaps):+.3f}{spread} | "
             f"{f'{mean(errors):.3f}' if errors else ''} |"
         )
@@ -143,24 +143,34 @@ def table(out: Path, target: Path | None, figure: Path | None, steps: int) -> No
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(results, indent=1) + "\n")
     if figure is not None:
-        picture = draw(results, base)
+        picture = draw(results)
         figure.parent.mkdir(parents=True, exist_ok=True)
         picture.savefig(figure, dpi=150)
 
 
-def draw(results: dict[str, list[dict]], base: dict[int, float]) -> Figure:
+def gaps_to_none(runs: list[dict], none: list[dict]) -> list[float]:
+    """Held-out loss of each run above that of the uncondensed run of its seed, both after as many steps."""
+    base = {(r["seed"], step): loss for r in none for step, _, loss in r["curve"]}
+    return [r["valid_loss"] - base[r["seed"], r["steps"]] for r in runs if (r["seed"], r["steps"]) in base]
+
+
+def draw(results: dict[str, list[dict]]) -> Figure:
     """Left: bytes against loss gap, one point a seed and the mean. Right: loss against what was sent so far."""
     picture = Figure(figsize=(11, 4.6), layout="constrained")
     left, right = picture.subplots(1, 2)
     for i, (scheme, runs) in enumerate(results.items()):
         colour = f"C{i % 10}"
         marker = "os^Dv"[i // 10 + (2 if "last" in scheme else 0)]
-        gaps = [r["valid_loss"] - base[r["seed"]] for r in runs]
+        gaps = gaps_to_none(runs, results["none"])
+        if (fewest := min(r["steps"] for r in runs)) < min(r["steps"] for r in results["none"]):
+            scheme += f" (at step {fewest})"
         left.scatter([r["kept"] for r in runs], gaps, s=12, color=colour, alpha=0.4, marker=marker)
         left.scatter(mean(r["kept"] for r in runs), mean(gaps), s=55, color=colour, label=scheme, marker=marker)
-        points = list(zip(*[r["curve"] for r in runs], strict=True))
+        points = list(zip(*[r["curve"] for r in runs], strict=False))  # as far as all of them came
         x = [mean(p[1] for p in at) / 1e6 for at in points]
-        right.plot(x, [mean(p[2] for p in at) for at in points], color=colour, linewidth=1.2)
+        right.plot(
+            x, [mean(p[2] for p in at) for at in points], color=colour, linewidth=1.2, marker=marker, markersize=4
+        )
     left.axhline(0, color="0.7", linewidth=0.8, zorder=0)
     left.set(xlabel="share of copies sent, mean over the run", ylabel="held-out loss above none (nats)",
              title="What is spared, and what it costs")  # fmt: skip

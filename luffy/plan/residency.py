@@ -87,7 +87,7 @@ def serving_ranks(
     known = np.maximum(ids, 0)
     rank = np.where(resident[known, home[:, None]], home[:, None], owner[known])
     if moves:
-        free = resident.all(1)[known]
+        free = np.asarray(resident.all(axis=1))[known]
         bound = (ids >= 0) & ~free
         first = np.take_along_axis(rank, bound.argmax(1)[:, None], 1)
         rank = np.where(free & bound.any(1, keepdims=True), first, rank)
