@@ -18,8 +18,8 @@ from luffy.errors import UserError
 from luffy.exchange.copies import ExpertMap, GuestMap
 from luffy.exchange.guests import Departed, Guests, send_off, take_in
 from luffy.model.experts import GroupedExperts
-from luffy.plan.residency import Delivery, ExpertCosts, at_owners, deliver, fetched, shadowed
-from luffy.plan.topology import FEMTOSECONDS_PER_SECOND, Topology
+from luffy.plan.residency import Delivery, ExpertCosts, at_owners, deliver, expert_costs, fetched, shadowed
+from luffy.plan.topology import Topology
 
 
 @dataclass
@@ -64,10 +64,8 @@ class ResidencyState:
         return out
 
     def costs(self, hidden_size: int, expert_size: int, itemsize: int) -> ExpertCosts:
-        """For an expert of `expert_size` weights: 2 operations a weight and row, and twice that backward."""
-        per_byte = self.topology.class_weights[2 if self.topology.num_nodes > 1 else 1]
-        pair = round(6 * expert_size * FEMTOSECONDS_PER_SECOND / self.flops_per_second)
-        return ExpertCosts(pair, hidden_size * itemsize * per_byte, expert_size * itemsize * per_byte)
+        """What the performance model weighs, for experts of `expert_size` weights."""
+        return expert_costs(self.topology, self.flops_per_second, hidden_size, expert_size, itemsize)
 
 
 class LayerResidency:

@@ -21,7 +21,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from luffy.plan.topology import Topology
+from luffy.plan.topology import FEMTOSECONDS_PER_SECOND, Topology
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,15 @@ class ExpertCosts:
     pair: int
     row: int
     expert: int
+
+
+def expert_costs(
+    topology: Topology, flops_per_second: float, hidden_size: int, expert_size: int, itemsize: int
+) -> ExpertCosts:
+    """For experts of `expert_size` weights: 2 operations a weight and row, and twice that backward."""
+    per_byte = topology.class_weights[2 if topology.num_nodes > 1 else 1]
+    pair = round(6 * expert_size * FEMTOSECONDS_PER_SECOND / flops_per_second)
+    return ExpertCosts(pair, hidden_size * itemsize * per_byte, expert_size * itemsize * per_byte)
 
 
 def at_owners(owner: np.ndarray, num_ranks: int) -> np.ndarray:

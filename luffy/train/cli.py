@@ -73,6 +73,9 @@ def compare(recipes: str, **values: Any) -> None:
 @click.option("--recipes", default=",".join(RECIPES), show_default=True, help="Recipes, separated by commas.")
 @click.option("--layout", type=click.Choice(["packed", "padded"]), default="packed", show_default=True)
 @click.option("--compute-seconds", type=float, help="Seconds a step computes on one rank: adds the step's time.")
+@click.option(
+    "--expert-flops", default=1e14, show_default=True, help="Operations per second of a rank's experts (for shadows)."
+)
 @click.option("--json", "target", type=click.Path(path_type=Path), help="Write the numbers here.")
 @click.option("--figure", type=click.Path(path_type=Path), help="Draw them here (PNG).")
 def plan(**values: Any) -> None:

@@ -18,6 +18,7 @@ from luffy.errors import UserError
 from luffy.plan.cost import AttentionCost
 from luffy.plan.prediction import Prediction, counted_steps, predict
 from luffy.plan.replay import Wire, spread_evenly
+from luffy.plan.residency import expert_costs
 from luffy.plan.topology import Topology, parse_topology
 from luffy.plan.trace import RoutingTrace, join_traces
 from luffy.recipes import Recipe, get_recipe
@@ -25,6 +26,7 @@ from luffy.report.style import LINK_COLOURS, draw, legend_below, new_figure, sav
 from luffy.report.units import format_bytes, format_seconds
 from luffy.train.metrics import write_json_atomic
 
+EXPERT_FLOPS = 1e14
 MOST_STEPS = 12  # the newest of a folder: routers move, and old steps flatter
 
 
@@ -41,14 +43,33 @@ def load_trace(path: Path) -> RoutingTrace:
     return RoutingTrace.load(path)
 
 
-def wire_for(recipe: Recipe, trace: RoutingTrace, topology: Topology, padded: bool) -> Wire:
-    look_ahead = "router" if recipe.look_ahead else "none"
-    attention = AttentionCost(trace.hidden_size)
-    return Wire(topology, trace.row_num_bytes, recipe.placement, look_ahead, recipe.copies, attention, padded)
+def wire_for(
+    recipe: Recipe, trace: RoutingTrace, topology: Topology, padded: bool, expert_flops: float = EXPERT_FLOPS
+) -> Wire:
+    """expert_flops: operations per second of one rank's experts, which shadows are weighed by."""
+    num_bytes = int(trace.about.get("expert_num_bytes", 0))
+    itemsize = trace.row_num_bytes // trace.hidden_size
+    costs = expert_costs(topology, expert_flops, trace.hidden_size, num_bytes // itemsize, itemsize)
+    return Wire(
+        topology,
+        trace.row_num_bytes,
+        recipe.placement,
+        "router" if recipe.look_ahead else "none",
+        recipe.copies,
+        AttentionCost(trace.hidden_size),
+        padded,
+        residency=recipe.residency,
+        expert_num_bytes=num_bytes,
+        expert_costs=costs,
+    )
 
 
 def predict_recipes(
-    trace: RoutingTrace, topology: Topology, recipes: list[Recipe], padded: bool = False
+    trace: RoutingTrace,
+    topology: Topology,
+    recipes: list[Recipe],
+    padded: bool = False,
+    expert_flops: float = EXPERT_FLOPS,
 ) -> list[Prediction]:
     """One prediction a recipe, experts beginning as a model deals them. Raises UserError where the trace cannot fill
     the cluster.
@@ -62,9 +83,21 @@ def predict_recipes(
             f"--topology: the trace has {fewest} sequences a step, fewer than {N} ranks; record one with --batch-size "
             f"{N} or more"
         )
+    moved = [r.name for r in recipes if r.residency != "static"]
+    if moved and not trace.about.get("expert_num_bytes"):
+        raise UserError(
+            f"--trace: it does not say how large an expert is, which {', '.join(moved)} would send; record it again, "
+            "or leave them out of --recipes"
+        )
     owners = spread_evenly(trace.num_layers, E, N)
     return [
-        predict(r.name, trace.steps, owners, wire_for(r, trace, topology, padded), rehome=r.rehome_every > 0)
+        predict(
+            r.name,
+            trace.steps,
+            owners,
+            wire_for(r, trace, topology, padded, expert_flops),
+            rehome=r.rehome_every > 0,
+        )
         for r in recipes
     ]
 
@@ -123,6 +156,7 @@ def run_plan(
     recipes: str,
     layout: str,
     compute_seconds: float | None,
+    expert_flops: float,
     target: Path | None,
     figure: Path | None,
 ) -> None:
@@ -134,7 +168,9 @@ def run_plan(
     if not chosen:
         raise UserError("--recipes names no recipe; leave it out for all of them")
     recorded = load_trace(trace)
-    predictions = predict_recipes(recorded, topology, chosen, padded=layout == "padded")
+    if not expert_flops > 0:
+        raise UserError(f"--expert-flops {expert_flops}: operations per second must be positive")
+    predictions = predict_recipes(recorded, topology, chosen, layout == "padded", expert_flops)
     console = Console(soft_wrap=True)
     counted = counted_steps(recorded.steps)
     tokens = sum(int(s.lengths.sum()) for s in counted) // len(counted)

@@ -55,6 +55,8 @@ def wire_of(model: Transformer, padded: bool) -> Wire:
     """How this model's run puts rows on the wire, as replay wants to know it."""
     rt, width = model.runtime, model.config.hidden_size
     assert rt.topology is not None
+    size = sum(p[0].numel() for p in model.moe_layers[0].experts.parameters()) if model.moe_layers else 0
+    itemsize, state = model.stream_dtype.itemsize, rt.residency
     return Wire(
         topology=rt.topology,
         row_num_bytes=width * model.stream_dtype.itemsize,
@@ -63,6 +65,9 @@ def wire_of(model: Transformer, padded: bool) -> Wire:
         copies=rt.recipe.copies,
         attention=AttentionCost(width) if rt.planner is None else rt.planner.attention,
         padded=padded,
+        residency=rt.recipe.residency,
+        expert_num_bytes=size * itemsize,
+        expert_costs=None if state is None else state.costs(width, size, itemsize),
     )
 
 

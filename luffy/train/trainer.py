@@ -238,12 +238,14 @@ class Trainer:
             return
         o, router = self.options, self.config.router
         about = {"model": o.model, "recipe": o.recipe, "seed": o.seed, "data": o.data, "ep_size": self.mesh.ep_size}
+        wire = wire_of(self.model, o.layout == "padded")
+        about["expert_num_bytes"] = wire.expert_num_bytes
         trace = RoutingTrace(
             tuple(steps),
             num_experts=router.num_experts,
             top_k=router.top_k,
             hidden_size=self.config.hidden_size,
-            row_num_bytes=wire_of(self.model, o.layout == "padded").row_num_bytes,
+            row_num_bytes=wire.row_num_bytes,
             owners=current_owners(self.model),
             about=about,
         )

@@ -183,6 +183,8 @@ def train_on_ranks(rank: int, case: Case) -> dict[str, Any]:
                 start = np.arange(case.config.router.num_experts) // moe.experts.num_local
                 move_experts(moe, optimizer, np.random.default_rng((number, layer)).permutation(start), comm)
     final = gather_full(model)
+    if model.runtime.residency is not None:
+        assert model.runtime.residency.num_guests > 0, "no expert visited another rank: the case shows nothing"
     if rank != 0:
         return {}
     return {"losses": losses} | {

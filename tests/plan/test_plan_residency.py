@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from luffy.plan.residency import ExpertCosts, at_owners, deliver, fetched, shadowed
+from luffy.plan.residency import ExpertCosts, at_owners, deliver, expert_traffic, fetched, shadowed
 from luffy.plan.topology import Topology
 
 
@@ -28,6 +28,28 @@ def test_every_guest_arrives_once(data: st.DataObject) -> None:
     pairs = {(int(e), int(node[to])) for _, to, e, _ in crossing}
     assert len(crossing) == len(pairs) * plan.parts
     assert (node[plan.second[:, 0]] == node[plan.second[:, 1]]).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 9), st.integers(0, 10**6), st.booleans())
+def test_traffic_is_that_of_the_delivery(nodes: int, width: int, E: int, seed: int, relay: bool) -> None:
+    """By rank, direction and class of link, to within a part of each expert that relays share out."""
+    rng, N = np.random.default_rng(seed), nodes * width
+    owner = rng.integers(0, N, E)
+    resident = at_owners(owner, N) | (rng.random((E, N)) < rng.random())
+    topology = Topology(N, width, 1e9, 1e8)
+    plan = deliver(resident, owner, topology, relay_at_home=relay)
+    rounds = expert_traffic(resident, owner, topology, relay_at_home=relay)
+    for moves, traffic in zip((plan.first, plan.second), rounds, strict=True):
+        abroad = moves[:, 0] // width != moves[:, 1] // width
+        for side, column in (("out", 0), ("in", 1)):
+            for link, mask in (("intra", ~abroad), ("inter", abroad)):
+                counted = np.bincount(moves[mask, column], minlength=N) / plan.parts
+                expected = getattr(traffic, f"{link}_{side}")
+                np.testing.assert_allclose(counted.sum(), expected.sum(), atol=1e-9)
+                np.testing.assert_allclose(counted, expected, atol=E * width)
+                if side == "out" and moves is plan.first:
+                    np.testing.assert_allclose(counted, expected, atol=1e-9)
 
 
 def test_check_finds_what_is_wrong() -> None:

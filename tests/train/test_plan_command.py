@@ -21,7 +21,7 @@ def save_trace(path, steps=8, sequences=16, seed=0):
     owners = np.zeros((LAYERS, E), dtype=np.int64)
     for step in made:
         name = path / "trace" / f"step-{step.step:08d}.npz"
-        RoutingTrace((step,), E, K, 32, 64, owners, {"model": "m"}).save(name)
+        RoutingTrace((step,), E, K, 32, 64, owners, {"model": "m", "expert_num_bytes": 4096}).save(name)
     return path
 
 
