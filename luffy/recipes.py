@@ -13,6 +13,8 @@ There is one MoE layer; a recipe says what it does on each axis:
 * `condense`: which similar tokens share one row and its answer (`--condense` overrides it; see
   luffy.exchange.condense).
 * `wire`: the formats in which rows cross links (`--wire` overrides it; see luffy.exchange.wire).
+* `auto`: residency and placement of each layer are chosen while training (luffy.train.auto); `placement` and
+  `look_ahead` say how sequences move where they do.
 * `rehome_every`: steps between re-homings of experts, 0 for never (`--rehome-every` overrides it).
 
 Lossless recipes compute the same function as a dense model on one device.
@@ -40,6 +42,7 @@ class Recipe:
     condense: str = "none"
     wire: str = "model"
     residency: str = "static"
+    auto: bool = False
 
 
 RESIDENCIES = ("static", "fetch", "shadow")
@@ -124,6 +127,13 @@ RECIPES: dict[str, Recipe] = {
             look_ahead=True,
             rehome_every=250,
         ),
+        Recipe(
+            "auto",
+            "lossless: whatever the cost model finds fastest on these links, layer by layer, looked at again as it goes",
+            placement="best",
+            look_ahead=True,
+            auto=True,
+        ),
     )
 }
 
@@ -138,6 +148,10 @@ def get_recipe(name: str) -> Recipe:
 def check_recipe(recipe: Recipe, config: ModelConfig) -> None:
     """Raise UserError where a recipe cannot train a model."""
     scheme = parse_condense(recipe.condense)
+    if recipe.auto and (scheme is not None or recipe.residency != "static"):
+        raise UserError(
+            f"--recipe {recipe.name} chooses among lossless ways to run a layer; leave out --condense and --residency"
+        )
     if recipe.residency not in RESIDENCIES:
         raise UserError(f"--residency {recipe.residency}: choose one of {', '.join(RESIDENCIES)}")
     if recipe.residency != "static" and recipe.placement != "stay" and scheme is not None:

@@ -120,8 +120,8 @@ class Runtime:
         scheme = parse_condense(recipe.condense)
         state = None if scheme is None else CondenseState(scheme, [scheme.level] * config.num_moe_layers)
         residency = None
-        if recipe.residency != "static" and mesh.ep_size > 1:
-            residency = ResidencyState(recipe.residency, topology, recipe.placement != "stay")
+        if (recipe.residency != "static" or recipe.auto) and mesh.ep_size > 1:
+            residency = ResidencyState(topology)
         return cls(comm, PhaseClock(mesh.device), recipe, recompute, planner, topology, state, residency)
 
     def side_stream(self) -> torch.cuda.Stream:
@@ -147,6 +147,9 @@ class MoELayer(nn.Module):
         config.check_ranks(mesh.ep_size)
         E = config.router.num_experts
         self.runtime, self.layer = runtime, layer
+        # Of this layer: `auto` begins as vanilla_dedup, and changes it.
+        recipe = runtime.recipe
+        self.recipe = replace(recipe, placement="stay", look_ahead=False) if recipe.auto else recipe
         self.router = Router(config.router, config.hidden_size)
         self.experts = GroupedExperts(config, E // mesh.ep_size)
         shared = config.num_shared_experts * config.expert_hidden_size
@@ -159,9 +162,16 @@ class MoELayer(nn.Module):
             None if runtime.residency is None else LayerResidency(runtime.residency, runtime.comm, self.experts)
         )
 
+    @property
+    def planner(self) -> Planner | None:
+        """Who moves sequences after this layer; None where they stay."""
+        return None if self.recipe.placement == "stay" else self.runtime.planner
+
     def prefetch(self, dtype: torch.dtype) -> Departed | None:
         """Begin to fetch experts that this rank is likely to want, if the recipe fetches any: call before attention."""
-        return None if self.residency is None else self.residency.prefetch(self.slot_of_expert, dtype)
+        if self.residency is None:
+            return None
+        return self.residency.prefetch(self.slot_of_expert, dtype, self.recipe.residency)
 
     def forward(
         self,
@@ -179,21 +189,24 @@ class MoELayer(nn.Module):
         ids, weights = routing.topk_expert_ids, routing.topk_weights  # [T, K]
 
         experts, guests = ExpertMap(self.slot_of_expert, self.experts.num_local), None
-        if self.residency is not None:
+        if self.residency is not None and self.recipe.residency != "static":
             rt.clock.switch("exchange")
-            experts, guests = self.residency.settle(ids, self.slot_of_expert, hidden.dtype, departed)
+            experts, guests = self.residency.settle(
+                ids, self.slot_of_expert, hidden.dtype, departed, self.recipe.residency,
+                moves=self.planner is not None,
+            )  # fmt: skip
             rt.clock.switch("other")
-        keys = copy_keys(ids, experts, mesh.ep_rank, mesh.ep_size, rt.recipe.copies)
+        keys = copy_keys(ids, experts, mesh.ep_rank, mesh.ep_size, self.recipe.copies)
         stats = replace(stats, rows=rows_at_favourite(keys, layout, mesh.ep_size).to(stats.rows.dtype))
         condensed, history, forecast = self._foresight(normed, ids, keys, experts, batch, predict_next)
         if rt.recorder.active:
             rt.recorder.note(layout, ids, None if forecast is None else forecast.topk_expert_ids)
-        forecast = forecast if rt.recipe.look_ahead else None
+        forecast = forecast if self.recipe.look_ahead else None
 
         hidden = boundary(hidden, rt.clock, "other", "exchange")
         sent = keys if condensed is None else only_sent(keys, condensed)
         wanted = self._what_planners_ask(sent, condensed, batch, forecast)
-        if experts.guests is not None and rt.recipe.residency == "fetch" and wanted is None:
+        if experts.guests is not None and self.recipe.residency == "fetch" and wanted is None:
             copies, gathered = all_local(sent, ids, rt.comm), torch.zeros(0)
         else:
             copies, gathered = exchange_counts(sent, ids, rt.comm, wanted)
@@ -207,17 +220,17 @@ class MoELayer(nn.Module):
         stream, norm_there = (normed, self.no_norm) if corrects else (hidden, norm)
         rows = None if condensed is None else rows_to_send(stream, copies, condensed)
         received = dispatch(
-            hidden, ids, weights, copies, rt.recipe.copies, rows=rows, condensed=condensed,
-            global_token=None if rt.planner is None else layout.global_token,
-            wire=codecs_of(rt.recipe, "dispatch"), meanwhile=None if rt.planner is None else plan,
+            hidden, ids, weights, copies, self.recipe.copies, rows=rows, condensed=condensed,
+            global_token=None if self.planner is None else layout.global_token,
+            wire=codecs_of(self.recipe, "dispatch"), meanwhile=None if self.planner is None else plan,
         )  # fmt: skip
         migration = migrations[0]
         received = replace(received, rows=boundary(received.rows, rt.clock, "exchange", "experts"))
         partial = self._run_experts(received, copies.num_pairs, norm_there, experts, guests)
         if condensed is not None:
             stats = replace(stats, condensed=tally(condensed, received, partial).to(stats.condensed.dtype))
-        if rt.planner is not None:
-            rt.planner.confirm(self.layer)
+        if self.planner is not None:
+            self.planner.confirm(self.layer)
 
         if migration is not None:
             shared = self._shared_answers(received, condensed, weights, keys, experts)
@@ -226,7 +239,7 @@ class MoELayer(nn.Module):
                 migration.new,
             )
         else:
-            partial, wire = boundary(partial, rt.clock, "experts", "exchange"), codecs_of(rt.recipe, "combine")
+            partial, wire = boundary(partial, rt.clock, "experts", "exchange"), codecs_of(self.recipe, "combine")
             if condensed is None:
                 hidden = combine(hidden, partial, copies, wire)
             else:
@@ -244,11 +257,11 @@ class MoELayer(nn.Module):
 
     def foresee(self, hidden: Tensor, norm: nn.Module) -> Forecast:
         """What this layer would choose for another layer's stream [T, D]; no gradient."""
-        rt, mesh = self.runtime, self.runtime.comm.mesh
+        mesh = self.runtime.comm.mesh
         with torch.no_grad():
             ids = self.router.choose(norm(hidden))[2]
             experts = ExpertMap(self.slot_of_expert, self.experts.num_local)
-            return Forecast(ids, copy_keys(ids, experts, mesh.ep_rank, mesh.ep_size, rt.recipe.copies))
+            return Forecast(ids, copy_keys(ids, experts, mesh.ep_rank, mesh.ep_size, self.recipe.copies))
 
     # ---------------------------------------------------------------- before anything is sent
 
@@ -274,8 +287,8 @@ class MoELayer(nn.Module):
             assert rt.condense is not None
             return condense(
                 rt.condense, self.layer_of_moe, normed.detach(), ids, keys, batch.layout, experts,
-                rt.comm.mesh.ep_rank, causal=self.causal, by_sequence=rt.planner is not None,
-                pairs=rt.recipe.copies == "pairs", history=batch.similarity,
+                rt.comm.mesh.ep_rank, causal=self.causal, by_sequence=self.planner is not None,
+                pairs=self.recipe.copies == "pairs", history=batch.similarity,
             )  # fmt: skip
 
         if not normed.is_cuda:
@@ -300,7 +313,7 @@ class MoELayer(nn.Module):
         self, sent: CopyKeys, condensed: Condensed | None, batch: TokenBatch, forecast: Forecast | None
     ) -> Tensor | None:
         """int64 [S_max, n N]: copies by rank, then residuals that no row carries, then the next layer's copies."""
-        if self.runtime.planner is None:
+        if self.planner is None:
             return None
         N, layout = self.runtime.comm.mesh.ep_size, batch.layout
         num_rows = int(np.bincount(layout.table.home_rank, minlength=N).max())
@@ -318,12 +331,12 @@ class MoELayer(nn.Module):
 
     def _plan(self, gathered: np.ndarray, batch: TokenBatch, looks_ahead: bool) -> Migration | None:
         rt = self.runtime
-        assert rt.planner is not None
+        assert self.planner is not None
         blocks = np.split(by_table(gathered, batch.layout.table), gathered.shape[2] // rt.comm.mesh.ep_size, axis=1)
         counts, next_counts = blocks[0], blocks.pop() if looks_ahead else None
         alone = blocks[1] if len(blocks) > 1 else None
         row_num_bytes = batch.hidden.shape[1] * batch.hidden.element_size()
-        return rt.planner.plan(self.layer, batch.layout, counts, alone, next_counts, row_num_bytes, batch.padded)
+        return self.planner.plan(self.layer, batch.layout, counts, alone, next_counts, row_num_bytes, batch.padded)
 
     # ---------------------------------------------------------------- where rows arrived
 

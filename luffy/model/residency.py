@@ -24,16 +24,14 @@ from luffy.plan.topology import Topology
 
 @dataclass
 class ResidencyState:
-    """What the layers of a model share. strategy: "fetch" or "shadow". moves: whether sequences may move.
+    """What the layers of a model share.
 
     flops_per_second: of the experts, for the performance model of `shadow`; must be the same on all ranks.
     limit_num_bytes: of guests that a rank may hold at once; None for any. held: int64 [N], bytes that each rank of the
     EP group holds now. peak_num_bytes, num_guests: the most of any rank, and how many in all, since last taken.
     """
 
-    strategy: str
     topology: Topology
-    moves: bool
     flops_per_second: float = 1e13
     limit_num_bytes: int | None = None
     held: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
@@ -77,19 +75,29 @@ class LayerResidency:
         self._slots: tuple[int, np.ndarray] | None = None
         self._map: tuple[bytes, bytes, GuestMap] | None = None
 
-    def prefetch(self, slot_of_expert: Tensor, dtype: torch.dtype) -> Departed | None:
+    def prefetch(self, slot_of_expert: Tensor, dtype: torch.dtype, strategy: str) -> Departed | None:
         """Begin to fetch what the ranks chose last; None where that is nothing."""
         if not torch.is_grad_enabled():
             self.state.reset()
-        if self.chosen is None or self.state.strategy != "fetch":
+        if self.chosen is None or strategy != "fetch":
             return None
         slots = self._host(slot_of_expert)
-        return self._send(self.chosen | at_owners(self._owner(slots), self.comm.mesh.ep_size), slots, dtype)
+        return self._send(self.chosen | at_owners(self._owner(slots), self.comm.mesh.ep_size), slots, dtype, strategy)
 
     def settle(
-        self, ids: Tensor, slot_of_expert: Tensor, dtype: torch.dtype, departed: Departed | None
+        self,
+        ids: Tensor,
+        slot_of_expert: Tensor,
+        dtype: torch.dtype,
+        departed: Departed | None,
+        strategy: str,
+        *,
+        moves: bool,
     ) -> tuple[ExpertMap, Tensor | None]:
-        """Where the choices [T, K] of all ranks are served; the weights [F, W] of this rank's guests."""
+        """Where the choices [T, K] of all ranks are served; the weights [F, W] of this rank's guests.
+
+        strategy: "fetch" or "shadow". moves: whether sequences may move.
+        """
         slots = self._host(slot_of_expert)
         owner, N = self._owner(slots), self.comm.mesh.ep_size
         counts = torch.zeros(len(slots) + 1, dtype=torch.int32, device=ids.device)
@@ -97,7 +105,7 @@ class LayerResidency:
             0, torch.where(ids < 0, len(slots), ids).flatten(), torch.ones_like(counts[:1]).expand(ids.numel())
         )
         chosen = self.comm.all_gather_ep(counts[:-1]).cpu().numpy().astype(np.int64)  # [N, E]
-        if self.state.strategy == "fetch":
+        if strategy == "fetch":
             wanted = fetched(chosen, owner)
             self.chosen = wanted
         else:
@@ -110,15 +118,17 @@ class LayerResidency:
             guests, resident = take_in(departed, self.comm), departed.delivery.resident
         missing = at_owners(owner, N) | (wanted & ~resident)
         if missing.sum() > len(owner):
-            more = take_in(self._send(missing, slots, dtype), self.comm)
+            more = take_in(self._send(missing, slots, dtype, strategy), self.comm)
             guests, resident = more if guests is None else guests.joined(more), resident | missing
         if guests is None:
             return ExpertMap(slot_of_expert, self.experts.num_local), None
-        return ExpertMap(slot_of_expert, self.experts.num_local, self._guest_map(resident, guests.ids)), guests.weights
+        return ExpertMap(
+            slot_of_expert, self.experts.num_local, self._guest_map(resident, guests.ids, moves)
+        ), guests.weights
 
-    def _send(self, resident: np.ndarray, slots: np.ndarray, dtype: torch.dtype) -> Departed:
+    def _send(self, resident: np.ndarray, slots: np.ndarray, dtype: torch.dtype, strategy: str) -> Departed:
         state = self.state
-        delivery = deliver(resident, self._owner(slots), state.topology, relay_at_home=state.strategy == "shadow")
+        delivery = deliver(resident, self._owner(slots), state.topology, relay_at_home=strategy == "shadow")
         weights = self.experts.flat()
         state.hold(delivery, weights.shape[1] * dtype.itemsize)
         return send_off(weights, slots, delivery, self.comm, dtype)
@@ -133,13 +143,13 @@ class LayerResidency:
     def _owner(self, slots: np.ndarray) -> np.ndarray:
         return slots // self.experts.num_local
 
-    def _guest_map(self, resident: np.ndarray, ids: np.ndarray) -> GuestMap:
-        key = resident.tobytes(), ids.tobytes()
+    def _guest_map(self, resident: np.ndarray, ids: np.ndarray, moves: bool) -> GuestMap:
+        key = resident.tobytes() + bytes([moves]), ids.tobytes()
         if self._map is None or self._map[:2] != key:
             place = np.full(len(resident), -1, dtype=np.int64)
             place[ids] = np.arange(len(ids))
             device = self.experts.w_in.device
-            anywhere = torch.from_numpy(resident.all(1)).to(device) if self.state.moves else None
+            anywhere = torch.from_numpy(resident.all(1)).to(device) if moves else None
             held = torch.from_numpy(resident.copy()).to(device)
             self._map = *key, GuestMap(held, torch.from_numpy(place).to(device), len(ids), anywhere)
         return self._map[2]

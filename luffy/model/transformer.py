@@ -157,7 +157,8 @@ class Transformer(nn.Module):
 
     def _next_predictor(self, layer: int) -> Predictor | None:
         """The forecast of the next MoE block, if the recipe or the recorder asks for it and there is one."""
-        if not (self.runtime.recipe.look_ahead or self.runtime.recorder.active):
+        moe = self.blocks[layer].moe
+        if moe is None or not (moe.recipe.look_ahead or self.runtime.recorder.active):  # type: ignore[union-attr]
             return None
         for block in self.blocks[layer + 1 :]:
             if block.moe is not None:

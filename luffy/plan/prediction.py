@@ -64,7 +64,7 @@ def exchange_seconds(rows: np.ndarray, homes: np.ndarray, row_num_bytes: int, to
 def _seconds(layer: LayerReplay, wire: Wire) -> float:
     counts, size = layer.problem.counts, wire.row_num_bytes
     homes = (layer.homes_before, layer.homes_after)
-    return layer.expert_seconds + sum(exchange_seconds(counts, h, size, wire.topology) for h in homes)
+    return sum(layer.expert_seconds) + sum(exchange_seconds(counts, h, size, wire.topology) for h in homes)
 
 
 def predict(

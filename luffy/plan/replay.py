@@ -56,7 +56,7 @@ class LayerReplay:
     """One layer of one step. dispatch, combine: bytes by link class (local, intra-node, inter-node), forward.
 
     homes_before, homes_after [S]. problem, plan: what was asked and answered. experts: bytes of weights by link class,
-    forward; expert_seconds: of the busiest rank, the two rounds one after the other. pairs: int64 [N], (row, expert)
+    forward; expert_seconds: of the busiest rank, in each of the two rounds. pairs: int64 [N], (row, expert)
     pairs that each rank computes.
     """
 
@@ -67,7 +67,7 @@ class LayerReplay:
     problem: PlacementProblem
     plan: PlacementPlan
     experts: tuple[int, int, int]
-    expert_seconds: float
+    expert_seconds: tuple[float, float]
     pairs: np.ndarray
 
 
@@ -136,11 +136,11 @@ def replay_step(
 
 def _served(
     step: TraceStep, layer: int, owner: np.ndarray, homes: np.ndarray, wire: Wire
-) -> tuple[np.ndarray, tuple[int, int, int], float]:
+) -> tuple[np.ndarray, tuple[int, int, int], tuple[float, float]]:
     """(rank that serves each choice [T, K], bytes of experts by link class, seconds) of one layer, forward."""
     N, ids = wire.topology.world_size, step.chosen[layer]
     if wire.residency == "static":
-        return np.where(ids >= 0, owner[ids], -1), (0, 0, 0), 0.0
+        return np.where(ids >= 0, owner[ids], -1), (0, 0, 0), (0.0, 0.0)
     chosen = np.zeros((N, len(owner)), dtype=np.int64)
     np.add.at(chosen, homes, step.counts_by_expert(layer, len(owner)))
     if wire.residency == "fetch":
@@ -151,7 +151,7 @@ def _served(
     rounds = expert_traffic(resident, owner, wire.topology, relay_at_home=wire.residency == "shadow")
     intra, inter = (sum(float(getattr(r, side).sum()) for r in rounds) for side in ("intra_in", "inter_in"))
     size = wire.expert_num_bytes
-    seconds = sum(r.seconds(size, wire.topology) for r in rounds)
+    seconds = (rounds[0].seconds(size, wire.topology), rounds[1].seconds(size, wire.topology))
     served = serving_ranks(ids, owner, resident, np.repeat(homes, step.lengths), moves=wire.strategy != "stay")
     return served, (0, round(intra * size), round(inter * size)), seconds
 

@@ -91,6 +91,7 @@ class TrainOptions:
     fetch_limit: str | None = option(
         None, "Most that a rank may hold of others' experts, such as 8GB (default: half of its memory).", "Training"
     )
+    auto_every: int = option(200, "Steps between the choices of --recipe auto.", "Training")
     condense: str | None = option(
         None,
         "Let similar tokens share a row: none, static:0.9, paper, budget:0.1, lsh:6, lsh-causal:6; behind it may stand "
@@ -134,7 +135,7 @@ class TrainOptions:
         _one_of("--gradient-dtype", self.gradient_dtype, ("model", "bfloat16"))
         _one_of("--layout", self.layout, ("packed", "padded"))
         _one_of("--sequence-mode", self.sequence_mode, ("documents", "fixed", "streams"))
-        for name in ("ranks", "steps", "batch_size", "accumulate", "eval_batches", "keep_checkpoints"):
+        for name in ("ranks", "steps", "batch_size", "accumulate", "eval_batches", "keep_checkpoints", "auto_every"):
             value = getattr(self, name)
             _require(value >= 1, f"--{name.replace('_', '-')} {value} must be at least 1")
         for name in ("eval_every", "checkpoint_every", "clip_norm", "weight_decay", "lr", "timeout_seconds",

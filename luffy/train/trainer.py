@@ -31,6 +31,7 @@ from luffy.model.aux_loss import AuxLoss
 from luffy.plan.topology import Topology, parse_topology
 from luffy.plan.trace import RoutingTrace, TraceStep
 from luffy.train.attention import AttentionFit, attention_for_planning
+from luffy.train.auto import AutoControl
 from luffy.train.batching import gather_step, make_micro_batch
 from luffy.train.checkpoint import (
     list_checkpoints,
@@ -90,6 +91,8 @@ class Trainer:
         self.loader, self.valid_loader = loader(corpus.train), loader(corpus.valid, shuffle=False)
         self.runtime = Runtime.create(self.comm, options.get_recipe(), self.config, options.recompute, self._links())
         self.expert_flops: float | None = None
+        self.auto: AutoControl | None = None
+        self._chosen: dict[str, Any] | None = None  # by `auto`, before a resume
         if self.runtime.residency is not None:
             limit = options.fetch_limit
             self.runtime.residency.limit_num_bytes = (
@@ -160,7 +163,8 @@ class Trainer:
         self.clock.start()
         rehomed = self._rehome()
         self.condensing.before(self.step)
-        tracing = self.options.trace_every and (self.step + 1) % self.options.trace_every == 0
+        writes_trace = self.options.trace_every and (self.step + 1) % self.options.trace_every == 0
+        tracing = writes_trace or (self.auto is not None and self.auto.decides_after(self.step))
         traced: list[TraceStep] = []
         micro_batches = [self._read(self.step * A + m) for m in range(A)]
         announced = gather_step(micro_batches, self.comm)
@@ -196,12 +200,14 @@ class Trainer:
             totals["residency"] = self.runtime.residency.take()
         totals |= self._planning() | self.condensing.after(totals["loss"], condensed)
         self.step += 1
-        if tracing:
+        if writes_trace:
             self._write_trace(traced)
         if rehomed is not None:
             totals["rehoming"] = rehomed.to_dict()
         record = {"step": self.step, **totals, "lr": lr, "seconds": time.perf_counter() - begin}
         record["tokens"] = int(announced[:, :, 1:].sum())
+        if self.auto is not None and (choice := self.auto.after(self.step - 1, record, traced)) is not None:
+            record["auto"] = choice
         return record
 
     @torch.no_grad()
@@ -365,6 +371,7 @@ class Trainer:
             "attention_fit": self._attention_fit(),
             "condensing": self.condensing.to_dict(),
             "expert_flops": self.expert_flops,
+            "auto": None if self.auto is None else self.auto.to_dict(),
         }
         keep = self.options.keep_checkpoints
         save_checkpoint(self.checkpoints, self.step, self._state(), meta, self.mesh, keep)
@@ -388,7 +395,7 @@ class Trainer:
         load_checkpoint(path, self._state(), self.mesh)
         self.step, self.valid_loss = meta["step"], meta["valid_loss"]
         self.condensing.restore(meta.get("condensing"))
-        self.expert_flops = meta.get("expert_flops")
+        self.expert_flops, self._chosen = meta.get("expert_flops"), meta.get("auto")
         fit = meta.get("attention_fit")
         self.attention_fit = None if fit is None else AttentionFit.from_dict(fit)
 
@@ -402,7 +409,7 @@ class Trainer:
             self.restore(found[-1])
         dtype = getattr(torch, self.dtype_name)
         self.attention_fit = attention_for_planning(o, self.config, self.runtime, dtype, self.attention_fit)
-        self._measure_for_shadows(dtype)
+        self._measure_rates(dtype)
         writer = None
         if first:
             writer = MetricsWriter(self.out, self.step if found else None, tensorboard=o.tensorboard)
@@ -421,18 +428,25 @@ class Trainer:
             export_safetensors(self.model, self.out / "model.safetensors")
         return self._summarise()
 
-    def _measure_for_shadows(self, dtype: torch.dtype) -> None:
-        """Give the performance model of `shadow` its rates: those of the checkpoint, else measured now."""
-        state, o, mesh = self.runtime.residency, self.options, self.mesh
-        if state is None or state.strategy != "shadow":
+    def _measure_rates(self, dtype: torch.dtype) -> None:
+        """Give shadows and `auto` the rates that they weigh: of experts as in the checkpoint, else measured now."""
+        state, o, mesh, recipe = self.runtime.residency, self.options, self.mesh, self.runtime.recipe
+        if state is None or not (recipe.auto or recipe.residency == "shadow") or not self.model.moe_layers:
             return
-        if self._links() is None:
+        if recipe.auto or self._links() is None:
             state.topology = measure_links(self.comm, state.topology)
         if self.expert_flops is None:
             length = o.sequence_length or self.config.max_sequence_length
             rows = o.batch_size // (o.accumulate * mesh.world_size) * length * self.config.router.top_k
             self.expert_flops = measure_experts(self.model.moe_layers[0].experts, rows, dtype, self.comm)
         state.flops_per_second = self.expert_flops
+        if recipe.auto:
+            experts = self.model.moe_layers[0].experts
+            pair = 6 * sum(p[0].numel() for p in experts.parameters()) / self.expert_flops
+            padded = o.layout == "padded"
+            self.auto = AutoControl(self.model, self.comm, state.topology, pair, every=o.auto_every, padded=padded)
+            if self._chosen is not None:
+                self.auto.restore(self._chosen)
         self.comm.meter.take()  # agreeing is not part of a step's traffic
 
     def _loop(self, writer: MetricsWriter | None, progress: TrainProgress) -> None:

@@ -1,0 +1,91 @@
+"""Which way to run each layer, from its recorded routing and from what this cluster does in a second.
+
+A layer's part of a step that depends on the choice, forward and backward, is taken as
+
+    2 (dispatch + combine)  +  pairs of the busiest rank * seconds a pair  +  delivery of experts
+
+with each exchange as long as its busiest rank needs (`luffy.plan.prediction`). Fetching begins before attention, so that
+its first round costs what attention does not hide; shadows and second rounds hide nowhere. What no formula here knows
+(planning, launches, ranks waiting for each other) is an offset, learnt from steps that were run: predictions are of the
+difference that a choice makes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from luffy.plan.prediction import exchange_seconds
+from luffy.plan.replay import LayerReplay, Wire, replay_step
+from luffy.plan.trace import TraceStep
+
+RESIDENCIES = ("static", "fetch", "shadow")
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How the layers of a model are run: whether sequences move, and each layer's residency."""
+
+    moves: bool
+    residency: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """For people: the recipe that it amounts to, or the mixture."""
+        kinds = set(self.residency)
+        if len(kinds) == 1:
+            kind = next(iter(kinds))
+            named = {"static": "vanilla_dedup", "fetch": "janus", "shadow": "fastermoe"}
+            return named[kind] if not self.moves else "migrate" + ("" if kind == "static" else f"+{kind}")
+        counts = ",".join(f"{k} {self.residency.count(k)}" for k in RESIDENCIES if k in kinds)
+        return ("migrate" if self.moves else "stay") + f" ({counts})"
+
+
+@dataclass(frozen=True)
+class LayerRates:
+    """Seconds: of one (row, expert) pair, and of attention in one block, forward and backward."""
+
+    pair: float
+    attention: float
+
+
+def layer_seconds(layer: LayerReplay, wire: Wire, rates: LayerRates) -> float:
+    """The part of one layer, forward and backward, that the choice changes."""
+    counts, size = layer.problem.counts, wire.row_num_bytes
+    there, back = (
+        exchange_seconds(counts, homes, size, wire.topology) for homes in (layer.homes_before, layer.homes_after)
+    )
+    first, second = layer.expert_seconds
+    if wire.residency == "fetch":  # backward computes attention twice as long
+        delivery = 2 * second + max(0.0, first - rates.attention / 3) + max(0.0, first - rates.attention * 2 / 3)
+    else:
+        delivery = 2 * (first + second)
+    return 2 * (there + back) + float(layer.pairs.max(initial=0)) * rates.pair + delivery
+
+
+def weigh(
+    steps: Sequence[TraceStep], owners: np.ndarray, wire: Wire, rates: LayerRates, moving: str = "best"
+) -> dict[Mode, float]:
+    """Modelled seconds of the recorded micro-batches, summed, by mode: the uniform ones and the best mixtures.
+
+    wire: strategy and residency are replaced; `moving` is the strategy where sequences move.
+    """
+    L = steps[0].num_layers
+    out: dict[Mode, float] = {}
+    for moves in (False, True):
+        table: dict[str, np.ndarray] = {}
+        for residency in RESIDENCIES:
+            way = replace(
+                wire,
+                strategy=moving if moves else "stay",
+                look_ahead="router" if moves else "none",
+                residency=residency,
+            )
+            replays = [replay_step(step, owners, way, step.home_rank) for step in steps]
+            table[residency] = np.sum([[layer_seconds(x, way, rates) for x in r] for r in replays], axis=0)
+        for residency, seconds in table.items():
+            out[Mode(moves, (residency,) * L)] = float(seconds.sum())
+        stacked = np.stack([table[k] for k in RESIDENCIES])  # [3, L]
+        mixed = Mode(moves, tuple(RESIDENCIES[i] for i in stacked.argmin(0)))
+        out[mixed] = float(stacked.min(0).sum())
+    return out
