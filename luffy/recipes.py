@@ -129,7 +129,7 @@ RECIPES: dict[str, Recipe] = {
         ),
         Recipe(
             "auto",
-            "lossless: whatever the cost model finds fastest on these links, layer by layer, looked at again as it goes",
+            "lossless: what the cost model finds fastest on these links, layer by layer, looked at again as it goes",
             placement="best",
             look_ahead=True,
             auto=True,

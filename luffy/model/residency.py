@@ -122,9 +122,8 @@ class LayerResidency:
             guests, resident = more if guests is None else guests.joined(more), resident | missing
         if guests is None:
             return ExpertMap(slot_of_expert, self.experts.num_local), None
-        return ExpertMap(
-            slot_of_expert, self.experts.num_local, self._guest_map(resident, guests.ids, moves)
-        ), guests.weights
+        guest_map = self._guest_map(resident, guests.ids, moves)
+        return ExpertMap(slot_of_expert, self.experts.num_local, guest_map), guests.weights
 
     def _send(self, resident: np.ndarray, slots: np.ndarray, dtype: torch.dtype, strategy: str) -> Departed:
         state = self.state

@@ -4,10 +4,11 @@ A layer's part of a step that depends on the choice, forward and backward, is ta
 
     2 (dispatch + combine)  +  pairs of the busiest rank * seconds a pair  +  delivery of experts
 
-with each exchange as long as its busiest rank needs (`luffy.plan.prediction`). Fetching begins before attention, so that
-its first round costs what attention does not hide; shadows and second rounds hide nowhere. What no formula here knows
-(planning, launches, ranks waiting for each other) is an offset, learnt from steps that were run: predictions are of the
-difference that a choice makes.
+with each exchange as long as its busiest rank needs (`luffy.plan.prediction`). Fetching begins before attention, so
+that its first round costs what attention does not hide; in the backward pass, where gradients are synchronised at the
+same time, it hides nowhere, and neither do shadows and second rounds. What no formula here
+knows (planning, launches, ranks waiting for each other) is an offset, learnt from steps that were run: predictions are
+of the difference that a choice makes.
 """
 
 from collections.abc import Sequence
@@ -56,8 +57,8 @@ def layer_seconds(layer: LayerReplay, wire: Wire, rates: LayerRates) -> float:
         exchange_seconds(counts, homes, size, wire.topology) for homes in (layer.homes_before, layer.homes_after)
     )
     first, second = layer.expert_seconds
-    if wire.residency == "fetch":  # backward computes attention twice as long
-        delivery = 2 * second + max(0.0, first - rates.attention / 3) + max(0.0, first - rates.attention * 2 / 3)
+    if wire.residency == "fetch":  # a third of attention's time is its forward pass
+        delivery = 2 * second + max(0.0, first - rates.attention / 3) + first
     else:
         delivery = 2 * (first + second)
     return 2 * (there + back) + float(layer.pairs.max(initial=0)) * rates.pair + delivery

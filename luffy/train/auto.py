@@ -1,11 +1,11 @@
 """`--recipe auto`: the cost model runs the layers the way it expects to be fastest, and learns where it was wrong.
 
-    steps 0..7           as vanilla_dedup; the last of them is recorded
-    then, every n steps  weigh the modes on the recorded routing, choose, run, compare
+    steps 2..13          try vanilla_dedup, fetching, shadows and migration, a few steps each
+    then, every n steps  weigh all modes on the routing just recorded, choose, run, compare
 
-All modes are lossless. A mode that was run keeps the difference between its measured and its modelled time as its
-offset; others borrow that of the present one. So a mode that disappoints (a planner too slow for this link) is left at
-the next look, and none is taken up for less than MARGIN.
+All modes are lossless, so trying one costs time at most. What a trial took beyond what the model gives is the mode's
+offset; a mixture's is put together from those of its parts. A mode that ran between two looks gets an offset of its
+own from that. None is taken up for less than MARGIN.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from luffy.plan.topology import Topology
 from luffy.plan.trace import TraceStep
 from luffy.train.rehoming import current_owners, wire_of
 
-FIRST = 8  # steps before the first choice
-SETTLING = 2  # steps after a change that are not measured
+COLD = 2  # first steps of a run, which are like no others
+TRIAL = 3  # steps that each kind of mode is tried
+SETTLING = 1  # steps after a change that are not measured
 MARGIN = 0.02
 
 
@@ -36,32 +37,51 @@ class AutoControl:
         self.model, self.comm, self.topology = model, comm, topology
         self.pair_seconds, self.every, self.padded = pair_seconds, every, padded
         self.mode = Mode(False, ("static",) * len(model.moe_layers))
+        L = len(model.moe_layers)
+        self.trials = [Mode(False, (kind,) * L) for kind in ("static", "fetch", "shadow")] + [self.mode_moving(L)]
+        self.first = COLD + TRIAL * len(self.trials)
         self.offsets: dict[Mode, float] = {}
+        self.tried: dict[Mode, list[float]] = {m: [] for m in self.trials}
         self.began = 0
         self._seconds: list[float] = []
         self._attention: list[float] = []
 
+    @staticmethod
+    def mode_moving(num_layers: int) -> Mode:
+        return Mode(True, ("static",) * num_layers)
+
+    def before(self, step: int) -> None:
+        """`step` counts from 0: in the trials, run it the way that is due."""
+        if COLD <= step < self.first:
+            self.set(self.trials[(step - COLD) // TRIAL])
+
     def decides_after(self, step: int) -> bool:
         """Whether step `step`, counted from 0, is recorded and followed by a choice."""
-        return step + 1 == FIRST or (step + 1) % self.every == 0
+        return step + 1 == self.first or (step >= self.first and (step + 1) % self.every == 0)
 
     def after(self, step: int, record: dict[str, Any], traced: list[TraceStep]) -> dict[str, Any] | None:
         """Note a step's time; where it was recorded, choose anew. What to write down of it, else None."""
         self._attention.append(record["seconds_split"]["attention"])
+        if COLD <= step < self.first and (step - COLD) % TRIAL >= SETTLING:
+            self.tried[self.mode].append(record["seconds"])
         if not self.decides_after(step):  # recorded steps gather choices and are slower
             if step >= self.began + SETTLING:
                 self._seconds.append(record["seconds"])
             return None
-        if not self._seconds:
+        trying = step + 1 == self.first
+        if not (self._seconds or trying):
             return None
-        got = median(self._seconds)
         attention = median(self._attention[-50:]) / self.model.config.num_layers / max(1, len(traced))
         wire = replace(wire_of(self.model, self.padded), topology=self.topology)
         table = weigh(traced, current_owners(self.model), wire, LayerRates(self.pair_seconds, attention))
+        if trying:
+            self.set(self.trials[0])
+            self.offsets = {m: median(seconds) - table[m] for m, seconds in self.tried.items()}
+        got = median(self._seconds) if not trying else median(self.tried[self.mode])
         if self.mode not in table:  # the mixture of the last look is no longer the best: weigh it by its nearest
             table[self.mode] = min(s for m, s in table.items() if m.moves == self.mode.moves)
         self.offsets[self.mode] = got - table[self.mode]
-        predicted = {m: s + self.offsets.get(m, self.offsets[self.mode]) for m, s in table.items()}
+        predicted = {m: s + self._offset(m) for m, s in table.items()}
         modes = sorted(predicted, key=lambda m: (m.moves, m.residency))
         best = min(modes, key=lambda m: predicted[m])
         if predicted[best] > got * (1 - MARGIN):
@@ -78,6 +98,15 @@ class AutoControl:
         self.began, self._seconds = step + 1, []
         return out
 
+    def _offset(self, mode: Mode) -> float:
+        """Learnt, or put together from the trials: each layer's share of its residency's, and that of moving."""
+        if mode in self.offsets:
+            return self.offsets[mode]
+        base = self.offsets[self.trials[0]]
+        of_kind = {m.residency[0]: self.offsets[m] - base for m in self.trials if not m.moves}
+        moving = self.offsets[self.trials[-1]] - base if mode.moves else 0.0
+        return base + moving + sum(of_kind[kind] for kind in mode.residency) / len(mode.residency)
+
     def _agree(self, index: int) -> int:
         mine = torch.tensor([index], device=self.comm.mesh.device)
         return int(self.comm.all_gather_world(mine)[0])
@@ -92,8 +121,10 @@ class AutoControl:
 
     def to_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"moves": self.mode.moves, "residency": list(self.mode.residency), "began": self.began}
+        return {"moves": self.mode.moves, "residency": list(self.mode.residency), "began": self.began,
+                "offsets": [[m.moves, list(m.residency), s] for m, s in self.offsets.items()]}  # fmt: skip
 
     def restore(self, data: dict[str, Any]) -> None:
         self.began = data["began"]
+        self.offsets = {Mode(moves, tuple(kinds)): s for moves, kinds, s in data["offsets"]}
         self.set(Mode(data["moves"], tuple(data["residency"])))

@@ -163,6 +163,8 @@ class Trainer:
         self.clock.start()
         rehomed = self._rehome()
         self.condensing.before(self.step)
+        if self.auto is not None:
+            self.auto.before(self.step)
         writes_trace = self.options.trace_every and (self.step + 1) % self.options.trace_every == 0
         tracing = writes_trace or (self.auto is not None and self.auto.decides_after(self.step))
         traced: list[TraceStep] = []
@@ -407,9 +409,7 @@ class Trainer:
         found = list_checkpoints(self.checkpoints) if o.resume else []
         if found:
             self.restore(found[-1])
-        dtype = getattr(torch, self.dtype_name)
-        self.attention_fit = attention_for_planning(o, self.config, self.runtime, dtype, self.attention_fit)
-        self._measure_rates(dtype)
+        self.prepare()
         writer = None
         if first:
             writer = MetricsWriter(self.out, self.step if found else None, tensorboard=o.tensorboard)
@@ -427,6 +427,13 @@ class Trainer:
         if o.export:
             export_safetensors(self.model, self.out / "model.safetensors")
         return self._summarise()
+
+    def prepare(self) -> None:
+        """Measure what plans of this run weigh, unless a checkpoint knew it: on all ranks, before the first step."""
+        dtype = getattr(torch, self.dtype_name)
+        fit = attention_for_planning(self.options, self.config, self.runtime, dtype, self.attention_fit)
+        self.attention_fit = fit
+        self._measure_rates(dtype)
 
     def _measure_rates(self, dtype: torch.dtype) -> None:
         """Give shadows and `auto` the rates that they weigh: of experts as in the checkpoint, else measured now."""
