@@ -176,7 +176,7 @@ def check_recipe(recipe: Recipe, config: ModelConfig) -> None:
             "out centroid"
         )
     coded = set(parse_wire(recipe.wire).values()) != {"model"}
-    if coded and recipe.placement != "stay":
+    if coded and recipe.placement != "stay" and not recipe.auto:
         raise UserError(
             f"--wire {recipe.wire} cannot be combined with --recipe {recipe.name}: a sequence that moves takes its "
             "residual from the dispatched rows, which a narrower format would round; use --recipe vanilla_dedup"

@@ -149,7 +149,7 @@ class MoELayer(nn.Module):
         self.runtime, self.layer = runtime, layer
         # Of this layer: `auto` begins as vanilla_dedup, and changes it.
         recipe = runtime.recipe
-        self.recipe = replace(recipe, placement="stay", look_ahead=False) if recipe.auto else recipe
+        self.recipe = replace(recipe, placement="stay", look_ahead=False, wire="model") if recipe.auto else recipe
         self.router = Router(config.router, config.hidden_size)
         self.experts = GroupedExperts(config, E // mesh.ep_size)
         shared = config.num_shared_experts * config.expert_hidden_size

@@ -11,7 +11,7 @@ knows (planning, launches, ranks waiting for each other) is an offset, learnt fr
 of the difference that a choice makes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,21 +25,22 @@ RESIDENCIES = ("static", "fetch", "shadow")
 
 @dataclass(frozen=True)
 class Mode:
-    """How the layers of a model are run: whether sequences move, and each layer's residency."""
+    """How the layers of a model are run: whether sequences move, each layer's residency, the format of rows."""
 
     moves: bool
     residency: tuple[str, ...]
+    wire: str = "model"
 
     @property
     def name(self) -> str:
         """For people: the recipe that it amounts to, or the mixture."""
-        kinds = set(self.residency)
+        kinds, wire = set(self.residency), "" if self.wire == "model" else f"+{self.wire}"
         if len(kinds) == 1:
             kind = next(iter(kinds))
             named = {"static": "vanilla_dedup", "fetch": "janus", "shadow": "fastermoe"}
-            return named[kind] if not self.moves else "migrate" + ("" if kind == "static" else f"+{kind}")
+            return (named[kind] if not self.moves else "migrate" + ("" if kind == "static" else f"+{kind}")) + wire
         counts = ",".join(f"{k} {self.residency.count(k)}" for k in RESIDENCIES if k in kinds)
-        return ("migrate" if self.moves else "stay") + f" ({counts})"
+        return ("migrate" if self.moves else "stay") + f" ({counts})" + wire
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,22 @@ def layer_seconds(layer: LayerReplay, wire: Wire, rates: LayerRates) -> float:
 
 
 def weigh(
-    steps: Sequence[TraceStep], owners: np.ndarray, wire: Wire, rates: LayerRates, moving: str = "best"
+    steps: Sequence[TraceStep],
+    owners: np.ndarray,
+    wire: Wire,
+    rates: LayerRates,
+    moving: str = "best",
+    formats: Mapping[str, int] | None = None,
 ) -> dict[Mode, float]:
     """Modelled seconds of the recorded micro-batches, summed, by mode: the uniform ones and the best mixtures.
 
-    wire: strategy and residency are replaced; `moving` is the strategy where sequences move.
+    wire: strategy and residency are replaced; `moving` is the strategy where sequences move. formats: wire formats that
+    may be used where sequences stay, with the bytes of a row, the mean over the four directions.
     """
     L = steps[0].num_layers
     out: dict[Mode, float] = {}
-    for moves in (False, True):
+    ways = [(False, "model", wire.row_num_bytes), (True, "model", wire.row_num_bytes)]
+    for moves, name, size in ways + [(False, n, b) for n, b in (formats or {}).items()]:
         table: dict[str, np.ndarray] = {}
         for residency in RESIDENCIES:
             way = replace(
@@ -81,12 +89,13 @@ def weigh(
                 strategy=moving if moves else "stay",
                 look_ahead="router" if moves else "none",
                 residency=residency,
+                row_num_bytes=size,
             )
             replays = [replay_step(step, owners, way, step.home_rank) for step in steps]
             table[residency] = np.sum([[layer_seconds(x, way, rates) for x in r] for r in replays], axis=0)
         for residency, seconds in table.items():
-            out[Mode(moves, (residency,) * L)] = float(seconds.sum())
+            out[Mode(moves, (residency,) * L, name)] = float(seconds.sum())
         stacked = np.stack([table[k] for k in RESIDENCIES])  # [3, L]
-        mixed = Mode(moves, tuple(RESIDENCIES[i] for i in stacked.argmin(0)))
+        mixed = Mode(moves, tuple(RESIDENCIES[i] for i in stacked.argmin(0)), name)
         out[mixed] = float(stacked.min(0).sum())
     return out

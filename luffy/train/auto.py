@@ -1,11 +1,11 @@
 """`--recipe auto`: the cost model runs the layers the way it expects to be fastest, and learns where it was wrong.
 
-    steps 2..13          try vanilla_dedup, fetching, shadows and migration, a few steps each
+    steps 2..13          try vanilla_dedup, fetching, shadows and migration, a few steps each (and --wire, if given)
     then, every n steps  weigh all modes on the routing just recorded, choose, run, compare
 
-All modes are lossless, so trying one costs time at most. What a trial took beyond what the model gives is the mode's
-offset; a mixture's is put together from those of its parts. A mode that ran between two looks gets an offset of its
-own from that. None is taken up for less than MARGIN.
+All modes are lossless, but for the wire format that `--wire` allows, so trying one costs time at most. What a trial
+took beyond what the model gives is the mode's offset; a mixture's is put together from those of its parts. A mode that
+ran between two looks gets an offset of its own from that. None is taken up for less than MARGIN.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from luffy.comm import Comm
+from luffy.exchange import codecs_of
 from luffy.model import Transformer
 from luffy.plan.choose import LayerRates, Mode, weigh
 from luffy.plan.topology import Topology
@@ -38,17 +39,17 @@ class AutoControl:
         self.pair_seconds, self.every, self.padded = pair_seconds, every, padded
         self.mode = Mode(False, ("static",) * len(model.moe_layers))
         L = len(model.moe_layers)
-        self.trials = [Mode(False, (kind,) * L) for kind in ("static", "fetch", "shadow")] + [self.mode_moving(L)]
+        self.trials = [Mode(False, (kind,) * L) for kind in ("static", "fetch", "shadow")] + [
+            Mode(True, ("static",) * L)
+        ]
+        self.formats = _row_sizes(model) if model.runtime.recipe.wire != "model" else {}
+        self.trials += [Mode(False, ("static",) * L, name) for name in self.formats]
         self.first = COLD + TRIAL * len(self.trials)
         self.offsets: dict[Mode, float] = {}
         self.tried: dict[Mode, list[float]] = {m: [] for m in self.trials}
         self.began = 0
         self._seconds: list[float] = []
         self._attention: list[float] = []
-
-    @staticmethod
-    def mode_moving(num_layers: int) -> Mode:
-        return Mode(True, ("static",) * num_layers)
 
     def before(self, step: int) -> None:
         """`step` counts from 0: in the trials, run it the way that is due."""
@@ -73,16 +74,20 @@ class AutoControl:
             return None
         attention = median(self._attention[-50:]) / self.model.config.num_layers / max(1, len(traced))
         wire = replace(wire_of(self.model, self.padded), topology=self.topology)
-        table = weigh(traced, current_owners(self.model), wire, LayerRates(self.pair_seconds, attention))
+        table = weigh(
+            traced, current_owners(self.model), wire, LayerRates(self.pair_seconds, attention), formats=self.formats
+        )
         if trying:
             self.set(self.trials[0])
             self.offsets = {m: median(seconds) - table[m] for m, seconds in self.tried.items()}
         got = median(self._seconds) if not trying else median(self.tried[self.mode])
         if self.mode not in table:  # the mixture of the last look is no longer the best: weigh it by its nearest
-            table[self.mode] = min(s for m, s in table.items() if m.moves == self.mode.moves)
+            table[self.mode] = min(
+                s for m, s in table.items() if (m.moves, m.wire) == (self.mode.moves, self.mode.wire)
+            )
         self.offsets[self.mode] = got - table[self.mode]
         predicted = {m: s + self._offset(m) for m, s in table.items()}
-        modes = sorted(predicted, key=lambda m: (m.moves, m.residency))
+        modes = sorted(predicted, key=lambda m: (m.moves, m.wire, m.residency))
         best = min(modes, key=lambda m: predicted[m])
         if predicted[best] > got * (1 - MARGIN):
             best = self.mode
@@ -103,9 +108,10 @@ class AutoControl:
         if mode in self.offsets:
             return self.offsets[mode]
         base = self.offsets[self.trials[0]]
-        of_kind = {m.residency[0]: self.offsets[m] - base for m in self.trials if not m.moves}
-        moving = self.offsets[self.trials[-1]] - base if mode.moves else 0.0
-        return base + moving + sum(of_kind[kind] for kind in mode.residency) / len(mode.residency)
+        extra = {(m.moves, m.residency[0], m.wire): self.offsets[m] - base for m in self.trials}
+        of_kind = {kind: extra[False, kind, "model"] for kind in set(mode.residency)}
+        way = extra[mode.moves, "static", mode.wire]
+        return base + way + sum(of_kind[kind] for kind in mode.residency) / len(mode.residency)
 
     def _agree(self, index: int) -> int:
         mine = torch.tensor([index], device=self.comm.mesh.device)
@@ -117,14 +123,30 @@ class AutoControl:
         recipe = self.model.runtime.recipe
         for moe, residency in zip(self.model.moe_layers, mode.residency, strict=True):
             placement = recipe.placement if mode.moves else "stay"
-            moe.recipe = replace(recipe, placement=placement, look_ahead=mode.moves, residency=residency)
+            moe.recipe = replace(
+                recipe, placement=placement, look_ahead=mode.moves, residency=residency, wire=mode.wire
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"moves": self.mode.moves, "residency": list(self.mode.residency), "began": self.began,
-                "offsets": [[m.moves, list(m.residency), s] for m, s in self.offsets.items()]}  # fmt: skip
+        return {
+            "moves": self.mode.moves,
+            "residency": list(self.mode.residency),
+            "wire": self.mode.wire,
+            "began": self.began,
+            "offsets": [[m.moves, list(m.residency), m.wire, s] for m, s in self.offsets.items()],
+        }
 
     def restore(self, data: dict[str, Any]) -> None:
         self.began = data["began"]
-        self.offsets = {Mode(moves, tuple(kinds)): s for moves, kinds, s in data["offsets"]}
-        self.set(Mode(data["moves"], tuple(data["residency"])))
+        self.offsets = {Mode(moves, tuple(kinds), wire): s for moves, kinds, wire, s in data["offsets"]}
+        self.set(Mode(data["moves"], tuple(data["residency"]), data["wire"]))
+
+
+def _row_sizes(model: Transformer) -> dict[str, int]:
+    """The wire format that the user allows: bytes of a row, the mean over directions."""
+    recipe, width, dtype = model.runtime.recipe, model.config.hidden_size, model.stream_dtype
+    row = torch.zeros(1, width, dtype=dtype)
+    codecs = [c for stage in ("dispatch", "combine") for c in codecs_of(recipe, stage)]
+    sizes = [row.nbytes if c is None else c.encode(row).nbytes for c in codecs]
+    return {recipe.wire: sum(sizes) // len(sizes)}

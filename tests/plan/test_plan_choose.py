@@ -54,6 +54,14 @@ def test_few_tokens_travel_themselves_and_many_have_experts_come() -> None:
         assert min(table, key=table.__getitem__).residency == (expected,)
 
 
+def test_narrow_rows_where_they_are_allowed_and_sequences_stay() -> None:
+    table = weigh([a_step([0, 1, 1, 1] * 50)], OWNER, wire(), LayerRates(1e-12, 0.0), formats={"int8": 30})
+    static, narrow = (table[Mode(False, ("static",), f)] for f in ("model", "int8"))
+    assert narrow == pytest.approx(0.3 * static, rel=1e-3)
+    assert not any(m.moves for m in table if m.wire == "int8")
+    assert Mode(False, ("static",), "int8").name == "vanilla_dedup+int8"
+
+
 def test_a_mixture_takes_the_best_of_each_layer() -> None:
     at_home, mixed = a_step([0] * 200 + [1] * 200), a_step([0, 1] * 200)
     both = TraceStep(1, mixed.lengths, mixed.home_rank, np.concatenate([at_home.chosen, mixed.chosen]), mixed.chosen)

@@ -31,7 +31,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_auto_tries_chooses_and_changes_nothing_else(data: str, tmp_path: Path) -> None:
     common = ["--data", data, "--cache-dir", str(tmp_path / "cache")]
-    plain = train(tmp_path / "plain", "--recipe", "vanilla_dedup", "--steps", "24", *common)
+    plain = train(tmp_path / "plain", "--recipe", "vanilla_dedup", "--steps", "17", *common)
     out = tmp_path / "auto"
     train(out, "--recipe", "auto", "--auto-every", "20", "--steps", "17", *common)
     records = train(out, "--recipe", "auto", "--auto-every", "20", "--steps", "24", "--resume", *common)
@@ -43,8 +43,17 @@ def test_auto_tries_chooses_and_changes_nothing_else(data: str, tmp_path: Path) 
     assert choices[20]["mode"] == choices[14]["chosen"]  # the choice survived the resume
     # Trials: steps 6-8 fetch experts, and nothing but experts.
     assert records[6]["bytes"]["experts"] > 0 and records[6]["bytes"]["dispatch"] == 0
-    for a, b in zip(plain[:17], records[:17], strict=True):
+    for a, b in zip(plain, records[:17], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-9)
+
+
+def test_a_wire_format_is_tried_where_the_user_allows_one(data: str, tmp_path: Path) -> None:
+    records = train(tmp_path / "auto", "--recipe", "auto", "--wire", "int8", "--steps", "18", "--data", data,
+                    "--cache-dir", str(tmp_path / "cache"))  # fmt: skip
+    (choice,) = [r["auto"] for r in records if "auto" in r]
+    assert "vanilla_dedup+int8" in choice["predicted_seconds"] and "migrate+int8" not in choice["predicted_seconds"]
+    plain, narrow = records[3]["bytes"]["dispatch"], records[15]["bytes"]["dispatch"]
+    assert 0 < narrow < 0.4 * plain  # float64 rows of 32, in a byte each and a scale
 
 
 def test_auto_refuses_what_it_cannot_weigh(capsys: pytest.CaptureFixture[str]) -> None:
