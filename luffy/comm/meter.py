@@ -12,7 +12,9 @@ backend picks; every backend's bandwidth-optimal algorithm moves the same volume
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -41,6 +43,8 @@ class TrafficMeter:
         # Host work that was meant to hide behind a transfer and was not over when the transfer was: an upper bound.
         self.exposed_seconds = 0.0
         self._charged_to: str | None = None
+        # When rows were under way, [begin, end] each: filled in by the threads that moved them.
+        self._under_way: list[tuple[float, float]] = []
 
     @contextlib.contextmanager
     def charging(self, direction: str) -> Iterator[None]:
@@ -50,6 +54,20 @@ class TrafficMeter:
             yield
         finally:
             self._charged_to = None
+
+    def watch(self, work: Any) -> None:
+        """Note how long a collective over rows is under way, whoever waits for it."""
+        begin = time.perf_counter()
+        work.get_future().add_done_callback(lambda _: self._under_way.append((begin, time.perf_counter())))
+
+    def take_under_way(self) -> float:
+        """Seconds in which rows were under way since last taken, counted once where several were."""
+        spans, self._under_way = sorted(self._under_way), []
+        seconds, reached = 0.0, 0.0
+        for begin, end in spans:
+            seconds += max(0.0, end - max(begin, reached))
+            reached = max(reached, end)
+        return seconds
 
     def link_class(self, peer: int) -> int:
         """LOCAL, INTRA_NODE or INTER_NODE for world rank `peer` as seen from this rank."""

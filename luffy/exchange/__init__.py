@@ -14,10 +14,11 @@ from luffy.exchange.migrate import (
     transfer,
 )
 from luffy.exchange.permute import Pairs, pairs_by_expert, weighted_sum
-from luffy.exchange.planning import Planner, PlanTally
+from luffy.exchange.planning import Planned, Planner, PlanTally
 from luffy.exchange.rebuild import SharedAnswers, carries_residual, combine_at_new_home, orphan_tokens, own_shared
 from luffy.exchange.recorder import Recorder
 from luffy.exchange.shared import combine_condensed, rows_to_send
+from luffy.exchange.stage import Stage, alternate, finish
 from luffy.exchange.wire import codecs_of
 
 __all__ = [
@@ -28,13 +29,16 @@ __all__ = [
     "Migration",
     "Pairs",
     "PlanTally",
+    "Planned",
     "Planner",
     "Received",
     "Recorder",
     "SharedAnswers",
     "SimilarityHistory",
+    "Stage",
     "all_local",
     "alone_per_sequence",
+    "alternate",
     "by_table",
     "carries_residual",
     "codecs_of",
@@ -46,6 +50,7 @@ __all__ = [
     "counts_per_sequence",
     "dispatch",
     "exchange_counts",
+    "finish",
     "only_sent",
     "orphan_tokens",
     "own_shared",

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from luffy.comm import Codec, all_to_all_rows
+from luffy.comm import Codec, arrive, depart
 from luffy.exchange.condense import Condensed
 from luffy.exchange.copies import Copies
+from luffy.exchange.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def dispatch(
     global_token: Tensor | None = None,
     wire: tuple[Codec | None, Codec | None] = (None, None),
     meanwhile: Callable[[], None] | None = None,
-) -> Received:
+) -> Stage[Received]:
     """hidden [T, D], ids and weights [T, K] -> the rows that this rank's experts serve.
 
     rows: [C, D] to send in place of the copies' tokens. condensed: what became of the copies; `copies` are those that
@@ -75,7 +76,7 @@ def dispatch(
     if global_token is not None:
         columns.append(global_token[copies.token].to(torch.int32))
     n = copies.num_local
-    remote = all_to_all_rows(
+    under_way = depart(
         [c[n:] for c in columns],
         copies.exchange,
         directions=("dispatch", *("control",) * (len(columns) - 1)),
@@ -83,6 +84,8 @@ def dispatch(
         codecs=(wire, *((None, None),) * (len(columns) - 1)),
         meanwhile=meanwhile,
     )
+    yield
+    remote = arrive(under_way)
     rows, ids, weights, *rest = (torch.cat([c[:n], r]) for c, r in zip(columns, remote, strict=True))
     ids, tokens = ids.long(), None if global_token is None else rest[-1].long()
     source = _sources(copies, rows.device)

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from luffy.comm import Comm, RowExchange
-from luffy.comm.under_way import UnderWay, arrive, depart
+from luffy.comm import Comm, RowExchange, RowsUnderWay, arrive, depart
 from luffy.plan.residency import Delivery
 
 
@@ -32,11 +31,10 @@ class Guests:
 
 @dataclass(frozen=True)
 class Departed:
-    """A delivery whose first round is under way. rows: its buffer. width: elements of an expert."""
+    """A delivery whose first round is under way. width: elements of an expert."""
 
     delivery: Delivery
-    under_way: UnderWay
-    rows: Tensor
+    under_way: RowsUnderWay
     width: int
 
 
@@ -73,11 +71,12 @@ def _arriving(moves: np.ndarray, rank: int) -> np.ndarray:
     return mine[np.lexsort((mine[:, 3], mine[:, 2], mine[:, 0]))]
 
 
-def _exchange(moves: np.ndarray, comm: Comm) -> RowExchange:
+def _depart(rows: Tensor, moves: np.ndarray, comm: Comm) -> RowsUnderWay:
     me, N = comm.mesh.ep_rank, comm.mesh.ep_size
     out = np.bincount(moves[moves[:, 0] == me, 1], minlength=N)
     into = np.bincount(moves[moves[:, 1] == me, 0], minlength=N)
-    return RowExchange(comm, tuple(out.tolist()), tuple(into.tolist()))
+    exchange = RowExchange(comm, tuple(out.tolist()), tuple(into.tolist()))
+    return depart([rows], exchange, directions=("experts",), backward_directions=("experts",))
 
 
 def send_off(weights: Tensor, slots: np.ndarray, delivery: Delivery, comm: Comm, dtype: torch.dtype) -> Departed:
@@ -90,21 +89,19 @@ def send_off(weights: Tensor, slots: np.ndarray, delivery: Delivery, comm: Comm,
     sent = _sent(delivery.first, comm.mesh.ep_rank)
     index = (slots[sent[:, 2]] - comm.mesh.ep_rank * n) * delivery.parts + sent[:, 3]
     rows = _pick(weights.view(n * delivery.parts, weights.shape[1] // delivery.parts), index, dtype)
-    under_way = UnderWay(_exchange(delivery.first, comm), "experts")
-    return Departed(delivery, under_way, depart(rows, under_way), width)
+    return Departed(delivery, _depart(rows, delivery.first, comm), width)
 
 
 def take_in(departed: Departed, comm: Comm) -> Guests:
     """Wait for the first round, do the second: the guests of this rank."""
     delivery, me = departed.delivery, comm.mesh.ep_rank
-    rows = arrive(departed.rows, departed.under_way)
+    (rows,) = arrive(departed.under_way)
     names = _arriving(delivery.first, me)[:, 2:] @ [delivery.parts, 1]
     if len(delivery.second):
         relayed = _sent(delivery.second, me)[:, 2:] @ [delivery.parts, 1]
         order = np.argsort(names)
         index = order[np.searchsorted(names[order], relayed)] if len(relayed) else relayed
-        under_way = UnderWay(_exchange(delivery.second, comm), "experts")
-        more = arrive(depart(_pick(rows, index, rows.dtype), under_way), under_way)
+        (more,) = arrive(_depart(_pick(rows, index, rows.dtype), delivery.second, comm))
         rows = torch.cat([rows, more])
         names = np.concatenate([names, _arriving(delivery.second, me)[:, 2:] @ [delivery.parts, 1]])
     ids = delivery.guests_of(me)

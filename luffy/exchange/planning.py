@@ -47,6 +47,14 @@ class PlanTally:
         return out
 
 
+@dataclass(frozen=True)
+class Planned:
+    """One rank's plan for a layer. migration: None where nobody moves. digests: waits for those of all ranks' plans."""
+
+    migration: Migration | None
+    digests: Callable[[], torch.Tensor]
+
+
 @dataclass
 class Planner:
     """Places the sequences of one EP group after each MoE layer.
@@ -60,7 +68,6 @@ class Planner:
     topology: Topology
     attention: AttentionCost
     tally: PlanTally = field(default_factory=PlanTally)
-    _digests: Callable[[], torch.Tensor] | None = None
 
     def plan(
         self,
@@ -71,8 +78,8 @@ class Planner:
         next_counts: np.ndarray | None,
         row_num_bytes: int,
         padded: bool,
-    ) -> Migration | None:
-        """Where each sequence is rebuilt; None where nobody moves. Call `confirm` before acting on it.
+    ) -> Planned:
+        """Where each sequence is rebuilt. Call `confirm` before acting on it.
 
         counts, next_counts: int64 [S, N]. alone: int64 [S, N], residuals that travel if a sequence is rebuilt there.
         """
@@ -91,7 +98,7 @@ class Planner:
         )
         options = {"seed": layer} if self.strategy == "random" else {}
         plan = plan_placement(self.strategy, problem, **options)
-        self._digests = self.comm.start_all_gather_ep(torch.tensor([plan.digest()], dtype=torch.int64))
+        digests = self.comm.start_all_gather_ep(torch.tensor([plan.digest()], dtype=torch.int64))
         self.tally.plans += 1
         self.tally.sequences += len(counts)
         self.tally.moved += plan.num_moved
@@ -100,18 +107,17 @@ class Planner:
         self.tally.tokens_max_over_mean = max(self.tally.tokens_max_over_mean, fullest)
         self.tally.seconds += time.perf_counter() - begin
         if plan.num_moved == 0:
-            return None
+            return Planned(None, digests)
         new = Layout(table.moved(plan.new_home), self.comm.mesh.ep_rank, layout.device)
-        return Migration(layout, new, counts, alone)
+        return Planned(Migration(layout, new, counts, alone), digests)
 
-    def confirm(self, layer: int) -> None:
+    def confirm(self, planned: Planned, layer: int) -> None:
         """Wait until all ranks have planned; RankMismatchError names the layer and the ranks that planned differently.
 
         The wait is tallied by itself: it is for the slowest rank, for which the combine would have waited instead.
         """
-        assert self._digests is not None, "confirm follows plan"
         begin = time.perf_counter()
-        digests, self._digests = self._digests().flatten().tolist(), None
+        digests = planned.digests().flatten().tolist()
         self.tally.wait_seconds += time.perf_counter() - begin
         if len(set(digests)) > 1:
             common = max(set(digests), key=lambda d: (digests.count(d), -digests.index(d)))

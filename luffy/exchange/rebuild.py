@@ -20,12 +20,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from luffy.comm import Comm, all_to_all_rows
+from luffy.comm import Comm, arrive, depart
 from luffy.exchange.condense import Condensed
 from luffy.exchange.copies import CopyKeys, ExpertMap
 from luffy.exchange.dispatch import Received
 from luffy.exchange.migrate import Migration, transfer
 from luffy.exchange.shared import take_shared
+from luffy.exchange.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def combine_at_new_home(
     orphans: Tensor | None = None,
     apart: Tensor | None = None,
     shared: SharedAnswers | None = None,
-) -> Tensor:
+) -> Stage[Tensor]:
     """Partial sums (residuals already added by their carriers) to the new homes: the stream there, [T_new, D].
 
     hidden [T, D]: the stream at the old home. partial [R, D]. base(h): what a token has besides its routed experts,
@@ -132,12 +133,14 @@ def combine_at_new_home(
     if is_shared is not None:
         slot = torch.where(is_shared, -1 - slot, slot)
     rows, slot = rows[by_home], slot[by_home].to(torch.int32)
-    remote, remote_slot = all_to_all_rows(
+    under_way = depart(
         [rows[n:], slot[n:]],
         exchange,
         directions=("combine", "control"),
         backward_directions=("combine_backward", "control"),
     )
+    yield
+    remote, remote_slot = arrive(under_way)
     before, after = migration.stayed_rows()
     wide = torch.promote_types(hidden.dtype, torch.float32)
     out = torch.zeros(T_new, hidden.shape[1], dtype=wide, device=hidden.device)

@@ -13,6 +13,7 @@ from luffy.comm import Codec
 from luffy.exchange.combine import return_rows
 from luffy.exchange.condense import Condensed
 from luffy.exchange.copies import Copies
+from luffy.exchange.stage import Stage
 
 
 def rows_to_send(x: Tensor, copies: Copies, condensed: Condensed) -> Tensor:
@@ -57,12 +58,12 @@ def combine_condensed(
     weights: Tensor,
     wire: tuple[Codec | None, Codec | None] = (None, None),
     correct: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
+) -> Stage[Tensor]:
     """`combine` where some answers are shared: the new stream, [T, D]. weights [T, K].
 
     correct: (x [T, D], rows that travelled [C, D]); what shares an answer adds x - c to it. None: no correction.
     """
-    rows = return_rows(partial, copies, wire)  # [C, D]
+    rows = yield from return_rows(partial, copies, wire)  # [C, D]
     wide = torch.promote_types(hidden.dtype, torch.float32)
     shared = condensed.shared.flatten()[copies.flat]
     out = hidden.to(wide).index_add(0, copies.token, rows.masked_fill(shared[:, None], 0).to(wide))

@@ -5,6 +5,8 @@ Every recipe is this one layer; what differs is data (which copies, which order)
 What crosses the network is kept for the backward pass and never sent or decided again: under activation checkpointing
 (`recompute`) only local work (norm and experts) is computed a second time, from the rows already received. Recomputing
 the exchange would pay a slow link twice, and routing anew could choose differently.
+
+Where rows travel the layer yields (luffy.exchange.stage), so that another micro-batch may compute in the meantime.
 """
 
 from __future__ import annotations
@@ -28,11 +30,13 @@ from luffy.exchange import (
     CondenseState,
     ExpertMap,
     Migration,
+    Planned,
     Planner,
     Received,
     Recorder,
     SharedAnswers,
     SimilarityHistory,
+    Stage,
     all_local,
     alone_per_sequence,
     by_table,
@@ -46,6 +50,7 @@ from luffy.exchange import (
     counts_per_sequence,
     dispatch,
     exchange_counts,
+    finish,
     only_sent,
     orphan_tokens,
     own_shared,
@@ -173,13 +178,16 @@ class MoELayer(nn.Module):
             return None
         return self.residency.prefetch(self.slot_of_expert, dtype, self.recipe.residency)
 
-    def forward(
+    def forward(self, batch: TokenBatch, norm: nn.Module) -> TokenBatch:
+        return finish(self.stages(batch, norm))
+
+    def stages(
         self,
         batch: TokenBatch,
         norm: nn.Module,
         predict_next: Predictor | None = None,
         departed: Departed | None = None,
-    ) -> TokenBatch:
+    ) -> Stage[TokenBatch]:
         """`predict_next(hidden)` says which copies the next MoE layer is likely to want; see `Recipe.look_ahead`.
         departed: of `prefetch`."""
         rt, mesh = self.runtime, self.runtime.comm.mesh
@@ -210,41 +218,40 @@ class MoELayer(nn.Module):
             copies, gathered = all_local(sent, ids, rt.comm), torch.zeros(0)
         else:
             copies, gathered = exchange_counts(sent, ids, rt.comm, wanted)
-        migrations: list[Migration | None] = [None]
+        plans: list[Planned] = []
 
         def plan() -> None:
-            migrations[0] = self._plan(gathered.numpy(), batch, forecast is not None)
+            plans.append(self._plan(gathered.numpy(), batch, forecast is not None))
 
         # LSH-MoE's correction x - c is made with what the experts see, so that is what travels there.
         corrects = condensed is not None and condensed.scheme.compensate
         stream, norm_there = (normed, self.no_norm) if corrects else (hidden, norm)
         rows = None if condensed is None else rows_to_send(stream, copies, condensed)
-        received = dispatch(
+        received = yield from dispatch(
             hidden, ids, weights, copies, self.recipe.copies, rows=rows, condensed=condensed,
             global_token=None if self.planner is None else layout.global_token,
             wire=codecs_of(self.recipe, "dispatch"), meanwhile=None if self.planner is None else plan,
         )  # fmt: skip
-        migration = migrations[0]
         received = replace(received, rows=boundary(received.rows, rt.clock, "exchange", "experts"))
         partial = self._run_experts(received, copies.num_pairs, norm_there, experts, guests)
         if condensed is not None:
             stats = replace(stats, condensed=tally(condensed, received, partial).to(stats.condensed.dtype))
+        migration = None
         if self.planner is not None:
-            self.planner.confirm(self.layer)
+            migration = plans[0].migration
+            self.planner.confirm(plans[0], self.layer)
 
         if migration is not None:
             shared = self._shared_answers(received, condensed, weights, keys, experts)
-            hidden, layout = (
-                self._rebuild(hidden, partial, received, migration, sent, shared, norm, experts),
-                migration.new,
-            )
+            hidden = yield from self._rebuild(hidden, partial, received, migration, sent, shared, norm, experts)
+            layout = migration.new
         else:
             partial, wire = boundary(partial, rt.clock, "experts", "exchange"), codecs_of(self.recipe, "combine")
             if condensed is None:
-                hidden = combine(hidden, partial, copies, wire)
+                hidden = yield from combine(hidden, partial, copies, wire)
             else:
                 correct = (normed, rows) if corrects and rows is not None else None
-                hidden = combine_condensed(hidden, partial, copies, condensed, weights, wire, correct)
+                hidden = yield from combine_condensed(hidden, partial, copies, condensed, weights, wire, correct)
             hidden = self._base(hidden, normed)
         hidden = boundary(hidden, rt.clock, "exchange", "other")
         return replace(
@@ -329,7 +336,7 @@ class MoELayer(nn.Module):
         """Whether a token may have no row that carries its residual."""
         return condensed is not None or self.router.config.capacity_factor is not None
 
-    def _plan(self, gathered: np.ndarray, batch: TokenBatch, looks_ahead: bool) -> Migration | None:
+    def _plan(self, gathered: np.ndarray, batch: TokenBatch, looks_ahead: bool) -> Planned:
         rt = self.runtime
         assert self.planner is not None
         blocks = np.split(by_table(gathered, batch.layout.table), gathered.shape[2] // rt.comm.mesh.ep_size, axis=1)
@@ -371,7 +378,7 @@ class MoELayer(nn.Module):
         shared: SharedAnswers | None,
         norm: nn.Module,
         experts: ExpertMap,
-    ) -> Tensor:
+    ) -> Stage[Tensor]:
         """The stream at the new homes [T_new, D], each residual added by the one rank that carries it."""
         rt = self.runtime
         own = None if shared is None else shared.own
@@ -387,7 +394,7 @@ class MoELayer(nn.Module):
         orphans = None
         if self._can_be_alone(condensed):
             orphans = orphan_tokens(sent, None if condensed is None else condensed.shared, migration)
-        return combine_at_new_home(
+        return (yield from combine_at_new_home(
             hidden, partial, received, migration, rt.comm, lambda h: self._base(h, norm(h)), orphans,
             carried.apart, shared,
-        )  # fmt: skip
+        ))  # fmt: skip

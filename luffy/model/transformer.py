@@ -21,6 +21,7 @@ from luffy.comm.clock import boundary
 from luffy.config import ModelConfig
 from luffy.data.batch import Layout, TokenBatch
 from luffy.exchange.migrate import transfer
+from luffy.exchange.stage import Stage, alternate
 from luffy.model.attention import Attention, remember
 from luffy.model.aux_loss import AuxLoss, auxiliary_loss
 from luffy.model.layers import FeedForward, Linear, make_norm
@@ -84,9 +85,10 @@ class Block(nn.Module):
         assert self.moe is not None
         return self.moe.foresee(hidden, self.no_norm if self.post_norm else self.ffn_norm)
 
-    def forward(
+    def stages(
         self, batch: TokenBatch, memory: Tensor | None = None, predict_next: Predictor | None = None
-    ) -> TokenBatch:
+    ) -> Stage[TokenBatch]:
+        """The block, yielding where it waits for rows."""
         clock = self.runtime.clock
         departed = None if self.moe is None else self.moe.prefetch(batch.hidden.dtype)
         hidden = boundary(batch.hidden, clock, "other", "attention")
@@ -99,7 +101,8 @@ class Block(nn.Module):
         batch = batch.with_hidden(boundary(hidden, clock, "attention", "other"))
 
         if self.moe is not None:
-            batch = self.moe(batch, self.no_norm if self.post_norm else self.ffn_norm, predict_next, departed)
+            norm = self.no_norm if self.post_norm else self.ffn_norm
+            batch = yield from self.moe.stages(batch, norm, predict_next, departed)
         elif self.post_norm:
             batch = batch.with_hidden(batch.hidden + self.ffn(batch.hidden))  # type: ignore[misc]
         else:
@@ -114,7 +117,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """MicroBatch -> ModelOutput. `dtype` is that of the residual stream and of all matrix products."""
+    """MicroBatches -> a ModelOutput each. `dtype` is that of the residual stream and of all matrix products."""
 
     def __init__(self, config: ModelConfig, runtime: Runtime, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -134,9 +137,13 @@ class Transformer(nn.Module):
     def moe_layers(self) -> list[MoELayer]:
         return [b.moe for b in self.blocks if b.moe is not None]  # type: ignore[misc]
 
-    def forward(self, micro: MicroBatch) -> ModelOutput:
+    def forward(self, *micros: MicroBatch) -> tuple[ModelOutput, ...]:
+        """Several micro-batches take turns: one computes while the rows of another travel (luffy.exchange.stage)."""
         if self.runtime.residency is not None:
             self.runtime.residency.reset()
+        return tuple(alternate([self._stages(micro) for micro in micros]))
+
+    def _stages(self, micro: MicroBatch) -> Stage[ModelOutput]:
         hidden = self.token_embedding(micro.tokens)  # [T, D]
         if self.position_embedding is not None:
             hidden = hidden + self.position_embedding(micro.layout.positions)
@@ -144,11 +151,13 @@ class Transformer(nn.Module):
             hidden = self.embedding_norm(hidden)
         batch = TokenBatch(hidden.to(self.stream_dtype), micro.layout, micro.padded, micro.memory)
         for i, block in enumerate(self.blocks):
-            batch = block(batch, None if micro.memory is None else micro.memory[i], self._next_predictor(i))
+            memory = None if micro.memory is None else micro.memory[i]
+            batch = yield from block.stages(batch, memory, self._next_predictor(i))  # type: ignore[operator]
         labels = micro.labels
         if batch.layout is not micro.layout:
             (labels,) = transfer([labels], micro.layout, batch.layout, self.runtime.comm, "control")
         token_loss = self._token_loss(batch.hidden, labels) / max(micro.step_labels, 1)
+        token_loss = boundary(token_loss, self.runtime.clock, "other", "other")
         aux = auxiliary_loss(batch.router_stats, self.config.router, self.runtime.comm, micro.num_tokens)
         loss = token_loss
         if aux is not None:

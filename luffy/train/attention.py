@@ -97,7 +97,7 @@ def attention_for_planning(
     else:
         with phase("profile attention", enabled=mesh.rank == 0):
             longest = options.sequence_length or config.max_sequence_length
-            share = options.batch_size // (options.accumulate * mesh.world_size)
+            share = options.batch_size // (options.num_micro_batches * mesh.world_size)
             profile: AttentionProfile | None = None
             # Too much else may go on for times to mean anything; another rank may fare better.
             with contextlib.suppress(ValueError):

@@ -56,6 +56,11 @@ class TrainOptions:
 
     batch_size: int = option(32, "Sequences per optimizer step over all ranks.", "Training")
     accumulate: int = option(1, "Micro-batches per step.", "Training")
+    overlap: bool = option(
+        False,
+        "Split each micro-batch in two halves that take turns: one computes while the rows of the other travel.",
+        "Training",
+    )
     lr: float = option(1e-3, "Peak learning rate.", "Training")
     min_lr: float = option(0.1, "Final learning rate, as a share of --lr.", "Training")
     warmup_steps: int | None = option(None, "Default: 5% of the steps, 200 at most.", "Training")
@@ -151,12 +156,20 @@ class TrainOptions:
             f"({config.max_sequence_length}); raise --max-sequence-length",
         )
         if config.memory_length:
+            _require(
+                not self.overlap, "--overlap cannot be combined with --memory-length: the halves depend on another"
+            )
             _require(self.sequence_mode == "streams", "--memory-length needs --sequence-mode streams")
         if self.topology is not None:
             parse_topology(self.topology)
         check_recipe(recipe, config)
         if self.fetch_limit is not None:
             parse_num_bytes(self.fetch_limit, "--fetch-limit")
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Forward passes of a step."""
+        return self.accumulate * (2 if self.overlap else 1)
 
     def get_recipe(self) -> Recipe:
         recipe = get_recipe(self.recipe)
@@ -207,11 +220,12 @@ class TrainOptions:
             links is None or links.world_size == ep_size,
             f"--topology {self.topology} does not describe an expert-parallel group of {ep_size} ranks",
         )
-        share = world_size * self.accumulate
+        share = world_size * self.num_micro_batches
+        halves = " x 2, for --overlap" if self.overlap else ""
         _require(
             self.batch_size % share == 0,
             f"--batch-size {self.batch_size} must be a multiple of ranks x --accumulate "
-            f"({world_size} x {self.accumulate})",
+            f"({world_size} x {self.accumulate}{halves})",
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class Trainer:
             )
         self.config = config.override(vocab_size=corpus.vocab_size)
         self.mask_id = None if self.config.causal else corpus.mask_id
-        micro_size = options.batch_size // options.accumulate
+        micro_size = options.batch_size // options.num_micro_batches
         length = options.sequence_length or self.config.max_sequence_length
 
         def loader(split: Any, **changes: Any) -> SequenceLoader:
@@ -159,7 +159,7 @@ class Trainer:
 
     def train_step(self) -> dict[str, Any]:
         """One optimizer step on all ranks; the record for `metrics.jsonl`, the same on every rank."""
-        begin, A = time.perf_counter(), self.options.accumulate
+        begin, A, turns = time.perf_counter(), self.options.num_micro_batches, 2 if self.options.overlap else 1
         self.clock.start()
         rehomed = self._rehome()
         self.condensing.before(self.step)
@@ -173,22 +173,27 @@ class Trainer:
         token_loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         aux: AuxLoss | None = None
         condensed: torch.Tensor | None = None
-        for m, sequences in enumerate(micro_batches):
-            micro = make_micro_batch(
-                sequences, m, announced, self.comm,
-                padded=self.options.layout == "padded", memory=self._memory_for(sequences),
-            )  # fmt: skip
+        if tracing:
+            turns = 1  # one at a time is recorded
+        for m in range(0, A, turns):
+            micros = [
+                make_micro_batch(
+                    micro_batches[i], i, announced, self.comm,
+                    padded=self.options.layout == "padded", memory=self._memory_for(micro_batches[i]),
+                ) for i in range(m, m + turns)
+            ]  # fmt: skip
             self.runtime.recorder.active = bool(tracing)
-            output: ModelOutput = self.sync(micro, last=m == A - 1)
+            outputs: tuple[ModelOutput, ...] = self.sync(*micros, last=m + turns == A)
             if tracing:
                 traced.append(self.runtime.recorder.finish(self.comm, self.step + 1))
-            output.loss.backward()
-            token_loss += output.token_loss
-            aux = output.aux
-            if aux is not None:
-                condensed = aux.condensed if condensed is None else condensed + aux.condensed
-            if self.memory is not None:
-                self.memory = output.memory
+            torch.stack([output.loss for output in outputs]).sum().backward()
+            for output in outputs:
+                token_loss += output.token_loss
+                aux = output.aux
+                if aux is not None:
+                    condensed = aux.condensed if condensed is None else condensed + aux.condensed
+                if self.memory is not None:
+                    self.memory = output.memory
         self.sync.finish()
         norm = self.sync.clip(self.options.clip_norm)
         lr = self.learning_rate(self.step + 1)
@@ -221,7 +226,7 @@ class Trainer:
         recorded = []
         with self.comm.meter.charging("experts"):
             for m in range(NUM_RECORDED):
-                sequences = self._read(self.step * o.accumulate + m)
+                sequences = self._read(self.step * o.num_micro_batches + m)
                 announced = gather_step([sequences], self.comm)
                 padded = o.layout == "padded"
                 memory = self._memory_for(sequences)
@@ -234,7 +239,7 @@ class Trainer:
                 self.optimizer,
                 recorded,
                 padded=o.layout == "padded",
-                micro_batches=o.accumulate,
+                micro_batches=o.num_micro_batches,
                 steps_until_next=min(every, o.steps - self.step),
             )
         self._planning()  # the recording's plans are not the step's
@@ -280,16 +285,21 @@ class Trainer:
     def _share(self, token_loss: torch.Tensor, aux: AuxLoss | None, norm: torch.Tensor) -> dict[str, Any]:
         """Sum what ranks counted, in one small all-reduce, and stop everywhere if a number is not finite."""
         seconds, counts = self.clock.take(), self.comm.meter.take()
-        mine = np.concatenate([[seconds[p] for p in PHASES], counts.reshape(-1)]).astype(np.float64)
+        # What was under way and not waited for; the phase includes packing rows, so this is what was hidden at least.
+        under_way = self.comm.meter.take_under_way()
+        hidden = max(0.0, under_way - seconds["exchange"])
+        mine = np.concatenate([[seconds[p] for p in PHASES], [under_way, hidden], counts.reshape(-1)])
         packed = torch.cat([token_loss[None], torch.from_numpy(mine).to(self.mesh.device)])
         # The sum's own bytes belong to the next step: its counts are already on their way.
         values = self.comm.all_reduce(packed).tolist()
         grad_norm = float(norm)
         if not math.isfinite(values[0]) or not math.isfinite(grad_norm):
             self._stop_not_finite(values[0], grad_norm, aux)
-        split = dict(zip(PHASES, (v / self.mesh.world_size for v in values[1 : 1 + len(PHASES)]), strict=True))
+        n = 1 + len(PHASES)
+        means = [v / self.mesh.world_size for v in values[1 : n + 2]]
+        split = dict(zip(PHASES, means, strict=False))
         shape = (len(DIRECTIONS), len(LINK_CLASSES))
-        traffic = np.array(values[1 + len(PHASES) :]).round().astype(np.int64).reshape(shape)
+        traffic = np.array(values[n + 2 :]).round().astype(np.int64).reshape(shape)
         record: dict[str, Any] = {
             "loss": values[0],
             "grad_norm": grad_norm,
@@ -297,6 +307,8 @@ class Trainer:
             "bytes_by_link": by_link(traffic),
             "seconds_split": split,
         }
+        if means[-2] > 0:
+            record["exchange_under_way"], record["exchange_hidden"] = means[-2:]
         if aux is not None:
             record |= {
                 "balance": float(aux.balance),
@@ -345,7 +357,7 @@ class Trainer:
             announced = gather_step([sequences], self.comm)
             padded = self.options.layout == "padded"
             micro = make_micro_batch(sequences, 0, announced, self.comm, padded=padded, memory=memory)
-            output = self.model(micro)
+            (output,) = self.model(micro)
             memory = output.memory if memory is not None else None
             loss = self.comm.all_reduce(output.token_loss.to(torch.float64).clone())
             total += float(loss) * micro.step_labels
@@ -388,8 +400,8 @@ class Trainer:
             new, old = self.config.to_dict(), meta["model"]
             differing = sorted(k for k in new if new[k] != old.get(k))
             raise UserError(f"--resume: {path} holds a model with other settings ({', '.join(differing)})")
-        for name in ("seed", "batch_size", "accumulate", "sequence_length", "sequence_mode"):
-            before, now = meta["options"][name], getattr(self.options, name)
+        for name in ("seed", "batch_size", "accumulate", "overlap", "sequence_length", "sequence_mode"):
+            before, now = meta["options"].get(name, False), getattr(self.options, name)
             if before != now:
                 option = "--" + name.replace("_", "-")
                 raise UserError(f"--resume: the run began with {option} {before}, not {now}; give it again as it was")
@@ -444,7 +456,7 @@ class Trainer:
             state.topology = measure_links(self.comm, state.topology)
         if self.expert_flops is None:
             length = o.sequence_length or self.config.max_sequence_length
-            rows = o.batch_size // (o.accumulate * mesh.world_size) * length * self.config.router.top_k
+            rows = o.batch_size // (o.num_micro_batches * mesh.world_size) * length * self.config.router.top_k
             self.expert_flops = measure_experts(self.model.moe_layers[0].experts, rows, dtype, self.comm)
         state.flops_per_second = self.expert_flops
         if recipe.auto:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from luffy.comm import Comm, RowExchange, all_to_all_rows, build_mesh
+from luffy.comm import Comm, RowExchange, all_to_all_rows, arrive, build_mesh, depart
 from luffy.comm.clock import PhaseClock, boundary
 from luffy.comm.meter import by_direction
 from luffy.testing import run_ranks
@@ -192,13 +192,14 @@ def test_gradients_travel_back(world: int) -> None:
 def meanwhile_job(rank: int) -> list[str]:
     comm = Comm.create(build_mesh(torch.device("cpu")))
     done: list[str] = []
-    all_to_all_rows(
+    under_way = depart(
         [torch.zeros(2, 1)],
         RowExchange(comm, (1, 1), (1, 1)),
         directions=("dispatch",),
         backward_directions=("dispatch_backward",),
         meanwhile=lambda: done.append("planned"),
     )
+    arrive(under_way)
     return done
 
 

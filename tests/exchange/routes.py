@@ -16,6 +16,7 @@ from luffy.exchange import (
     copy_keys,
     dispatch,
     exchange_counts,
+    finish,
     pairs_by_expert,
     weighted_sum,
 )
@@ -51,11 +52,11 @@ def pass_through(
     mesh = comm.mesh
     keys = copy_keys(ids, experts, mesh.ep_rank, mesh.ep_size, per)
     copies, _ = exchange_counts(keys, ids, comm)
-    received = dispatch(hidden, ids, weights, copies, per)
+    received = finish(dispatch(hidden, ids, weights, copies, per))
     pairs = pairs_by_expert(received.expert_ids, experts, mesh.ep_rank, copies.num_pairs)
     answers = work(received.rows[pairs.row], received.expert_ids[pairs.row, pairs.choice])
     partial = weighted_sum(answers, received.weights, pairs, received.rows.shape[0])
-    return combine(hidden, partial, copies), copies
+    return finish(combine(hidden, partial, copies)), copies
 
 
 def expert_map(num_experts: int, ep_size: int, seed: int | None = None) -> ExpertMap:

@@ -6,6 +6,7 @@ a plain `torch.optim.AdamW`. `assert_exact` runs both and asserts that they agre
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,9 @@ import torch.distributed as dist
 
 from luffy.comm import Comm, build_mesh
 from luffy.config import ModelConfig, model_preset
+from luffy.data.batch import TokenBatch
 from luffy.data.loader import Sequence
+from luffy.exchange import Stage
 from luffy.model import Runtime, Transformer, build_model, is_expert
 from luffy.recipes import Recipe, get_recipe
 from luffy.testing import (
@@ -61,7 +64,7 @@ class Case:
     """A model, how it is spread and run, and the data: `steps` of `micro_batches` of `batch` sequences.
 
     rehome_after: experts of all layers move to random ranks after each of these steps. expert_flops: the speed that
-    decides about shadows.
+    decides about shadows. overlap: the micro-batches of a step take turns instead of following each other.
     """
 
     config: ModelConfig
@@ -80,6 +83,7 @@ class Case:
     dtype: torch.dtype = torch.float64
     ranks_per_node: int | None = None
     expert_flops: float | None = None
+    overlap: bool = False
 
     def data(self) -> list[list[list[Sequence]]]:
         """Sequences by [step][micro-batch]; the same at every number of ranks."""
@@ -120,6 +124,18 @@ def build(case: Case, ranks_per_node: int | None = None) -> tuple[Transformer, C
     return model, comm
 
 
+def watch_block(block: Any, note: Callable[[TokenBatch], None]) -> None:
+    """Have `note` called with every batch that leaves a block."""
+    whole = block.stages
+
+    def watched(*args: Any) -> Stage[TokenBatch]:
+        batch = yield from whole(*args)
+        note(batch)
+        return batch
+
+    block.stages = watched
+
+
 def share_of(sequences: list[Sequence], comm: Comm) -> list[Sequence]:
     """The slice of a batch that falls to this rank."""
     n = len(sequences) // comm.mesh.world_size
@@ -133,10 +149,12 @@ def run_step(model: Transformer, comm: Comm, case: Case, step: list[list[Sequenc
     mine = [share_of(micro, comm) for micro in step]
     announced = gather_step(mine, comm)
     total = torch.zeros(2, dtype=torch.float64)
-    for i, sequences in enumerate(mine):
-        out = model(make_micro_batch(sequences, i, announced, comm, padded=case.padded))
-        out.loss.backward()
-        total += torch.stack([out.loss.detach(), out.token_loss]).double()
+    micros = [make_micro_batch(s, i, announced, comm, padded=case.padded) for i, s in enumerate(mine)]
+    for group in [micros] if case.overlap else [[micro] for micro in micros]:
+        outputs = model(*group)
+        torch.stack([out.loss for out in outputs]).sum().backward()
+        for out in outputs:
+            total += torch.stack([out.loss.detach(), out.token_loss]).double()
     return comm.all_reduce(total)
 
 

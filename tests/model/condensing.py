@@ -14,7 +14,7 @@ from luffy.condensation import parse_condense
 from luffy.recipes import Recipe, get_recipe
 from luffy.testing import Condensing, gather_full, largest_error, oracle_step, run_ranks
 
-from .cases import TOLERANCE, Case, build, run_step, tensors
+from .cases import TOLERANCE, Case, build, run_step, tensors, watch_block
 
 
 class Watch:
@@ -49,7 +49,7 @@ def condensed_step(rank: int, case: Case) -> dict[str, Any]:
     model, comm = build(case)
     initial = {name: value.clone().numpy() for name, value in gather_full(model).items()}
     last: list[Any] = []
-    model.blocks[-1].register_forward_hook(lambda _, __, batch: last.append(batch.layout))
+    watch_block(model.blocks[-1], lambda batch: last.append(batch.layout))
     with Watch() as watch:
         loss = run_step(model, comm, case, case.data()[0]).tolist()
     return {

@@ -9,7 +9,7 @@ from luffy.data.batch import TokenBatch
 from luffy.model import ModelOutput
 from luffy.testing import random_sequences
 
-from .cases import Case, build
+from .cases import Case, build, watch_block
 from .placing import Trial, place
 
 LENGTH = 12
@@ -23,7 +23,7 @@ def states_and_outputs(case: Case, changes: list[tuple[int, int] | None]) -> lis
     """
     model, comm = build(case)
     last: list[TokenBatch] = []
-    model.blocks[-1].register_forward_hook(lambda _, __, batch: last.append(batch))
+    watch_block(model.blocks[-1], last.append)
     results = []
     for change in changes:
         sequences = random_sequences(case.batch, case.config.vocab_size, seed=11, lengths="equal", longest=LENGTH)
@@ -33,7 +33,7 @@ def states_and_outputs(case: Case, changes: list[tuple[int, int] | None]) -> lis
             tokens[where] = (tokens[where] + 41) % case.config.vocab_size
         home = tuple(i % comm.mesh.world_size for i in range(case.batch))
         last.clear()
-        out = model(place(Trial(sequences, home, padded=case.padded), comm))
+        (out,) = model(place(Trial(sequences, home, padded=case.padded), comm))
         states = torch.zeros(case.batch * LENGTH, case.config.hidden_size, dtype=torch.float64)
         states[last[0].layout.global_token] = last[0].hidden.detach()
         results.append((comm.all_reduce(states).unflatten(0, (-1, LENGTH)).numpy(), out))

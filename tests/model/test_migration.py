@@ -91,11 +91,12 @@ def _bytes(rank, case):
         whole = planner.plan
 
         def watched(layer, layout, counts, alone, *rest):
-            migration = whole(layer, layout, counts, alone, *rest)
+            planned = whole(layer, layout, counts, alone, *rest)
+            migration = planned.migration
             home = layout.table.home_rank if migration is None else migration.new.table.home_rank
             away = counts.sum() - counts[np.arange(len(home)), home].sum()
             predicted[0] += away * model.config.hidden_size * 8  # float64
-            return migration
+            return planned
 
         planner.plan = watched
     run_step(model, comm, case, case.data()[0])
