@@ -1,4 +1,4 @@
-"""Run a function on several real ranks: forked processes that talk over gloo.
+"""Run a function on several real ranks: forked processes that talk over gloo, or over NCCL with a GPU each.
 
 Forking keeps the start cheap (torch is loaded once), so a test can afford real processes; a test does well to assert
 much in one launch.
@@ -24,12 +24,16 @@ class RankFailedError(AssertionError):
     """A rank raised: carries its number and its traceback."""
 
 
-def _child(fn: Callable[..., Any], rank: int, world: int, store: str, args: tuple, results: Any) -> None:
+def _child(fn: Callable[..., Any], rank: int, world: int, store: str, args: tuple, results: Any, backend: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+        device = None
+        if backend == "nccl":
+            device = torch.device("cuda", rank)
+            torch.cuda.set_device(device)
+        dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world, device_id=device)
         value = fn(rank, *args)
         dist.barrier()
         results.put((rank, True, value))
@@ -42,9 +46,12 @@ def _child(fn: Callable[..., Any], rank: int, world: int, store: str, args: tupl
         os._exit(0)
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 300.0) -> list[Any]:
-    """Call `fn(rank, *args)` on `world_size` gloo ranks; the results (picklable, no live tensors) in rank order.
+def run_ranks(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 300.0, backend: str = "gloo"
+) -> list[Any]:
+    """Call `fn(rank, *args)` on `world_size` ranks; the results (picklable, no live tensors) in rank order.
 
+    backend: "gloo", or "nccl", where rank r has GPU r; the calling process must not have touched CUDA.
     Raises `RankFailedError` with the traceback of the first rank that failed, or that one did not answer in time.
     """
     context = mp.get_context("fork")
@@ -52,7 +59,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_secon
     with tempfile.TemporaryDirectory() as folder:
         store = os.path.join(folder, "store")
         children = [
-            context.Process(target=_child, args=(fn, r, world_size, store, args, results), daemon=True)
+            context.Process(target=_child, args=(fn, r, world_size, store, args, results, backend), daemon=True)
             for r in range(world_size)
         ]
         # What the parent no longer uses must not be destroyed in a child: a destructor that joins a thread (a store's

@@ -65,6 +65,7 @@ class Case:
 
     rehome_after: experts of all layers move to random ranks after each of these steps. expert_flops: the speed that
     decides about shadows. overlap: the micro-batches of a step take turns instead of following each other.
+    device: "cuda" gives each rank a GPU of its own, over NCCL.
     """
 
     config: ModelConfig
@@ -84,6 +85,11 @@ class Case:
     ranks_per_node: int | None = None
     expert_flops: float | None = None
     overlap: bool = False
+    device: str = "cpu"
+
+    @property
+    def backend(self) -> str:
+        return "gloo" if self.device == "cpu" else "nccl"
 
     def data(self) -> list[list[list[Sequence]]]:
         """Sequences by [step][micro-batch]; the same at every number of ranks."""
@@ -114,7 +120,8 @@ def decays(name: str) -> bool:
 
 def build(case: Case, ranks_per_node: int | None = None) -> tuple[Transformer, Comm]:
     """The case's model on this rank with vivid weights."""
-    comm = Comm.create(build_mesh(torch.device("cpu"), case.ep_size, ranks_per_node or case.ranks_per_node))
+    device = torch.device("cpu") if case.device == "cpu" else torch.device("cuda", dist.get_rank())
+    comm = Comm.create(build_mesh(device, case.ep_size, ranks_per_node or case.ranks_per_node))
     recipe = case.recipe if isinstance(case.recipe, Recipe) else get_recipe(case.recipe)
     runtime = Runtime.create(comm, recipe, case.config, case.recompute)
     if runtime.residency is not None and case.expert_flops is not None:
@@ -148,7 +155,7 @@ def run_step(model: Transformer, comm: Comm, case: Case, step: list[list[Sequenc
     model.zero_grad()
     mine = [share_of(micro, comm) for micro in step]
     announced = gather_step(mine, comm)
-    total = torch.zeros(2, dtype=torch.float64)
+    total = torch.zeros(2, dtype=torch.float64, device=comm.mesh.device)
     micros = [make_micro_batch(s, i, announced, comm, padded=case.padded) for i, s in enumerate(mine)]
     for group in [micros] if case.overlap else [[micro] for micro in micros]:
         outputs = model(*group)
@@ -164,7 +171,7 @@ def reduce_gradients(model: Transformer, clip_norm: float | None) -> None:
     squares = []
     for experts, group in ((False, mesh.world_group), (True, mesh.dp_group)):
         grads = [p.grad for n, p in model.named_parameters() if is_expert(n) == experts and p.grad is not None]
-        flat = torch.cat([torch.zeros(0, dtype=torch.float64), *(g.flatten() for g in grads)])
+        flat = torch.cat([torch.zeros(0, dtype=torch.float64, device=mesh.device), *(g.flatten() for g in grads)])
         dist.all_reduce(flat, group=group)
         for g, reduced in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
             g.copy_(reduced.view_as(g))
@@ -206,7 +213,7 @@ def train_on_ranks(rank: int, case: Case) -> dict[str, Any]:
     if rank != 0:
         return {}
     return {"losses": losses} | {
-        kind: {name: value.numpy() for name, value in values.items()}
+        kind: {name: value.cpu().numpy() for name, value in values.items()}
         for kind, values in (("initial", initial), ("gradients", first), ("final", final))
     }
 
@@ -220,7 +227,7 @@ def assert_exact(case: Case, tolerance: float = TOLERANCE) -> OracleStep:
 
     Returns what the oracle says of the first step.
     """
-    result = run_ranks(train_on_ranks, case.world, case)[0]
+    result = run_ranks(train_on_ranks, case.world, case, backend=case.backend)[0]
     initial = tensors(result["initial"])
     first = oracle_step(case.config, initial, case.data()[0])
     loss, token_loss = result["losses"][0]

@@ -33,7 +33,7 @@ class Watch:
                 "sent": condensed.sent, "shared": condensed.shared, "audited": condensed.audited >= 0,
                 "leader": layout.global_token[condensed.leader // K],
             }  # fmt: skip
-            self.seen.append({name: value.numpy().copy() for name, value in note.items()})
+            self.seen.append({name: value.cpu().numpy().copy() for name, value in note.items()})
             self.seen[-1]["home"] = np.full(len(ids), ep_rank)
             return condensed, history
 
@@ -47,18 +47,18 @@ class Watch:
 def condensed_step(rank: int, case: Case) -> dict[str, Any]:
     """One step: loss, gradients, parameters, what was condensed by layer, bytes by direction of this rank."""
     model, comm = build(case)
-    initial = {name: value.clone().numpy() for name, value in gather_full(model).items()}
+    initial = {name: value.cpu().clone().numpy() for name, value in gather_full(model).items()}
     last: list[Any] = []
     watch_block(model.blocks[-1], lambda batch: last.append(batch.layout))
     with Watch() as watch:
         loss = run_step(model, comm, case, case.data()[0]).tolist()
     return {
         "seen": watch.seen,
-        "last": {"token": last[0].global_token.numpy(), "home": np.full(last[0].num_tokens, comm.mesh.ep_rank)},
+        "last": {"token": last[0].global_token.cpu().numpy(), "home": np.full(last[0].num_tokens, comm.mesh.ep_rank)},
         "bytes": by_direction(comm.meter.read()),
         "loss": loss,
         "initial": initial,
-        "gradients": {name: value.numpy() for name, value in gather_full(model, "grad").items()},
+        "gradients": {name: value.cpu().numpy() for name, value in gather_full(model, "grad").items()},
     }
 
 
@@ -84,7 +84,7 @@ def leader_table(seen: dict[str, np.ndarray], num_experts: int) -> Tensor:
 
 def assert_condensed_exact(case: Case) -> float:
     """Loss and every gradient are those of the oracle with the same leaders; returns the share of copies kept."""
-    results = run_ranks(condensed_step, case.world, case)
+    results = run_ranks(condensed_step, case.world, case, backend=case.backend)
     recipe = case.recipe if isinstance(case.recipe, Recipe) else get_recipe(case.recipe)
     scheme = parse_condense(recipe.condense)
     assert scheme is not None

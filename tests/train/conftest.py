@@ -1,20 +1,6 @@
-"""A small real corpus, and options for runs that take seconds."""
-
-import json
-import sysconfig
-from pathlib import Path
+"""Options for runs that take seconds."""
 
 import pytest
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory):
-    """About 150 KB of the standard library as .jsonl, with its cache beside it: {"data", "cache_dir"}."""
-    folder = tmp_path_factory.mktemp("corpus")
-    sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:60]
-    lines = [json.dumps({"text": p.read_text(encoding="utf-8", errors="ignore")[:2500]}) for p in sources]
-    (folder / "code.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    return {"data": str(folder / "code.jsonl"), "cache_dir": str(folder / "cache")}
 
 
 @pytest.fixture
