@@ -77,11 +77,14 @@ def rows_at_ranks(step: TraceStep, ids: np.ndarray, owner: np.ndarray, num_ranks
 
 
 def _copies_at(step: TraceStep, rank: np.ndarray, num_ranks: int, copies: str) -> np.ndarray:
-    """int64 [S, N] of the ranks [T, K] that serve each choice."""
+    """int64 [S, N] of the ranks [T, K] that serve each choice, -1 for none. Takes memory of T K, not of T N."""
+    counted = rank >= 0
     if copies == "ranks":
-        return step.sum_by_sequence(membership(rank, num_ranks))
-    ranks = np.arange(num_ranks)
-    return step.sum_by_sequence((rank[:, :, None] == ranks).sum(1))
+        for k in range(1, rank.shape[1]):  # a later choice on a rank that an earlier one already pays for
+            counted[:, k] &= (rank[:, :k] != rank[:, k : k + 1]).all(1)
+    sequence = np.repeat(np.arange(len(step.lengths)), step.lengths)
+    cells = (sequence[:, None] * num_ranks + rank)[counted]
+    return np.bincount(cells, minlength=len(step.lengths) * num_ranks).reshape(-1, num_ranks)
 
 
 def by_class(counts: np.ndarray, homes: np.ndarray, topology: Topology) -> np.ndarray:

@@ -7,7 +7,7 @@ counted (bytes) and what is modelled (seconds).
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -71,17 +71,16 @@ def predict_recipes(
     padded: bool = False,
     expert_flops: float = EXPERT_FLOPS,
 ) -> list[Prediction]:
-    """One prediction a recipe, experts beginning as a model deals them. Raises UserError where the trace cannot fill
-    the cluster.
+    """One prediction a recipe, experts beginning as a model deals them. `topology`: of one expert-parallel group.
+
+    Raises UserError where the trace cannot fill the group.
     """
     N, E = topology.world_size, trace.num_experts
-    if E % N:
-        raise UserError(f"--topology: {N} ranks cannot share the trace's {E} experts evenly; name a divisor of {E}")
     fewest = min(len(step.lengths) for step in trace.steps)
     if fewest < N:
         raise UserError(
-            f"--topology: the trace has {fewest} sequences a step, fewer than {N} ranks; record one with --batch-size "
-            f"{N} or more"
+            f"--topology: the trace has {fewest} sequences a step, fewer than the {N} ranks that share experts; record "
+            f"one with --batch-size {N} or more, or give a smaller --ep-size"
         )
     moved = [r.name for r in recipes if r.residency != "static"]
     if moved and not trace.about.get("expert_num_bytes"):
@@ -100,6 +99,25 @@ def predict_recipes(
         )
         for r in recipes
     ]
+
+
+def group_of(topology: Topology, num_experts: int, ep_size: int | None) -> Topology:
+    """The links of one expert-parallel group: `ep_size` consecutive ranks, as many as share the experts evenly by
+    default. The groups of a cluster are alike, each on nodes, or a part of a node, of its own.
+
+    Raises UserError where they would not be.
+    """
+    N, width = topology.world_size, topology.ranks_per_node
+    if ep_size is None:
+        fitting = [n for n in range(1, min(N, num_experts) + 1) if N % n == 0 and num_experts % n == 0]
+        ep_size = max(n for n in fitting if n % width == 0 or width % n == 0)
+        if ep_size == 1 < N:
+            raise UserError(f"--topology: {N} ranks cannot share the trace's {num_experts} experts evenly")
+    if ep_size < 1 or num_experts % ep_size:
+        raise UserError(f"--ep-size {ep_size}: cannot share the trace's {num_experts} experts evenly; name a divisor")
+    if N % ep_size or (ep_size % width and width % ep_size):
+        raise UserError(f"--ep-size {ep_size}: groups of {ep_size} do not fill {N} ranks in nodes of {width} evenly")
+    return replace(topology, world_size=ep_size, ranks_per_node=min(width, ep_size))
 
 
 def show(predictions: list[Prediction], compute_seconds: float | None, console: Console) -> None:
@@ -159,6 +177,7 @@ def run_plan(
     expert_flops: float,
     target: Path | None,
     figure: Path | None,
+    ep_size: int | None = None,
 ) -> None:
     """What `luffy plan` does: read, predict, print, and write what was asked for."""
     if compute_seconds is not None and not 0 <= compute_seconds < float("inf"):
@@ -170,14 +189,16 @@ def run_plan(
     recorded = load_trace(trace)
     if not expert_flops > 0:
         raise UserError(f"--expert-flops {expert_flops}: operations per second must be positive")
-    predictions = predict_recipes(recorded, topology, chosen, layout == "padded", expert_flops)
+    group = group_of(topology, recorded.num_experts, ep_size)
+    predictions = predict_recipes(recorded, group, chosen, layout == "padded", expert_flops)
     console = Console(soft_wrap=True)
     counted = counted_steps(recorded.steps)
     tokens = sum(int(s.lengths.sum()) for s in counted) // len(counted)
     console.print(
         f"{recorded.about.get('model', 'model')}: {recorded.num_layers} MoE layers, {recorded.num_experts} experts, "
         f"top-{recorded.top_k}; steps {counted[0].step}-{counted[-1].step}, {tokens} tokens each; "
-        f"{topology.world_size} ranks"
+        f"{group.world_size} ranks"
+        + ("" if group == topology else f", one of {topology.world_size // group.world_size} groups that share experts")
     )
     show(predictions, compute_seconds, console)
     if any(get_recipe(p.recipe).rehome_every and not p.rehomed for p in predictions):
@@ -189,6 +210,7 @@ def run_plan(
             "provenance": "bytes counted by replay, seconds predicted",
             "trace": str(trace),
             "topology": spec,
+            "ep_size": group.world_size,
             "compute_seconds": compute_seconds,
             "predictions": [asdict(p) for p in predictions],
         }

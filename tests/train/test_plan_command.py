@@ -57,10 +57,25 @@ def test_one_file_is_a_trace_too_and_says_that_experts_stay(tmp_path, capsys):
     assert "steps 3-3" in text and "needs a trace of at least 4 steps" in text
 
 
+def test_groups_on_a_large_cluster_are_like_the_group_alone(tmp_path, capsys):
+    run = save_trace(tmp_path / "run")
+    found = []
+    for spec in ("64x16:intra=64gbit,inter=8gbit", "16:intra=64gbit"):
+        target = tmp_path / "plan.json"
+        main(["plan", "--trace", str(run), "--topology", spec, "--json", str(target)])
+        text = capsys.readouterr().out
+        assert ("one of 64 groups" in text) == spec.startswith("64x")
+        found.append(json.loads(target.read_text()))
+    assert found[0]["ep_size"] == found[1]["ep_size"] == 16
+    assert found[0]["predictions"] == found[1]["predictions"]
+
+
 def test_what_cannot_be_planned_is_refused_by_the_option(tmp_path, capsys):
     run = save_trace(tmp_path / "run", steps=1, sequences=4)
     trace = ("--trace", run)
     assert "--topology" in fails(capsys, *trace, "--topology", "3:intra=1gbit")
+    assert "--ep-size" in fails(capsys, *trace, "--topology", "4x4:intra=1gbit,inter=1gbit", "--ep-size", "3")
+    assert "--ep-size" in fails(capsys, *trace, "--topology", "2x6:intra=1gbit,inter=1gbit", "--ep-size", "4")
     assert "--batch-size 8" in fails(capsys, *trace, "--topology", "8:intra=1gbit")
     assert "--compute-seconds" in fails(capsys, *trace, "--topology", "2:intra=1gbit", "--compute-seconds", "-1")
     assert "--recipe" in fails(capsys, *trace, "--topology", "2:intra=1gbit", "--recipes", "nothing")
