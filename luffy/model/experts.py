@@ -16,18 +16,30 @@ from luffy.config import ModelConfig
 from luffy.model.layers import activate
 
 
-class GroupedExperts(nn.Module):
-    """[P, D] sorted by expert -> [P, D]. Weights are [num_local, in, out], biases [num_local, out]."""
+class Experts(nn.Module):
+    """[P, D] sorted by expert -> [P, D]: two grouped products around an activation.
 
-    def __init__(self, config: ModelConfig, num_local: int) -> None:
-        super().__init__()
-        D, F_ = config.hidden_size, config.expert_hidden_size
-        width = 2 * F_ if config.activation == "swiglu" else F_
-        self.num_local, self.activation = num_local, config.activation
-        self.w_in = nn.Parameter(torch.empty(num_local, D, width))
-        self.w_out = nn.Parameter(torch.empty(num_local, F_, D))
-        self.b_in = nn.Parameter(torch.empty(num_local, width)) if config.bias else None
-        self.b_out = nn.Parameter(torch.empty(num_local, D)) if config.bias else None
+    Where the parameters are and how they lie is the subclass's: it gives them as `_own` does, views allowed, with the
+    experts first in every parameter.
+    """
+
+    num_local: int
+
+    def _own(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """w_in [num_local, D, width], w_out [num_local, F, D], b_in [num_local, width], b_out [num_local, D]."""
+        raise NotImplementedError
+
+    def activate(self, x: Tensor) -> Tensor:
+        """[P, width] -> [P, F]."""
+        raise NotImplementedError
+
+    @property
+    def hidden_size(self) -> int:
+        return self._own()[0].shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self._own()[0].device
 
     def forward(self, x: Tensor, num_tokens_per_expert: Tensor, guests: Tensor | None = None) -> Tensor:
         """x: [P, D] sorted by expert; num_tokens_per_expert: int64 [num_local + F].
@@ -35,15 +47,12 @@ class GroupedExperts(nn.Module):
         guests: [F, W] as `flat` gives them, experts of other ranks that take part behind this rank's own.
         """
         w_in, w_out, b_in, b_out = self._with(guests)
-        hidden = activate(self._linear(x, w_in, b_in, num_tokens_per_expert), self.activation)
+        hidden = self.activate(self._linear(x, w_in, b_in, num_tokens_per_expert))
         return self._linear(hidden, w_out, b_out, num_tokens_per_expert)
 
     def flat(self) -> Tensor:
         """All weights of each expert end to end: [num_local, W]."""
         return torch.cat([p.flatten(1) for p in self._own() if p is not None], dim=1)
-
-    def _own(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        return self.w_in, self.w_out, self.b_in, self.b_out
 
     def _with(self, guests: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         own = self._own()
@@ -63,6 +72,26 @@ class GroupedExperts(nn.Module):
         if bias is None:
             return y
         return y + torch.repeat_interleave(bias.to(x.dtype), counts, dim=0, output_size=x.shape[0])
+
+
+class GroupedExperts(Experts):
+    """The experts of a ModelConfig."""
+
+    def __init__(self, config: ModelConfig, num_local: int) -> None:
+        super().__init__()
+        D, F_ = config.hidden_size, config.expert_hidden_size
+        width = 2 * F_ if config.activation == "swiglu" else F_
+        self.num_local, self.activation = num_local, config.activation
+        self.w_in = nn.Parameter(torch.empty(num_local, D, width))
+        self.w_out = nn.Parameter(torch.empty(num_local, F_, D))
+        self.b_in = nn.Parameter(torch.empty(num_local, width)) if config.bias else None
+        self.b_out = nn.Parameter(torch.empty(num_local, D)) if config.bias else None
+
+    def _own(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        return self.w_in, self.w_out, self.b_in, self.b_out
+
+    def activate(self, x: Tensor) -> Tensor:
+        return activate(x, self.activation)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:

@@ -62,10 +62,10 @@ from luffy.exchange import (
 )
 from luffy.exchange.copies import CopyKeys
 from luffy.exchange.guests import Departed
-from luffy.model.experts import GroupedExperts
+from luffy.model.experts import Experts, GroupedExperts
 from luffy.model.layers import FeedForward
 from luffy.model.residency import LayerResidency, ResidencyState
-from luffy.model.router import Router
+from luffy.model.router import Router, RouterBase
 from luffy.plan.cost import AttentionCost
 from luffy.plan.topology import Topology
 from luffy.recipes import Recipe, check_recipe
@@ -79,6 +79,7 @@ class Forecast(NamedTuple):
 
 
 Predictor = Callable[[Tensor], Forecast]
+Norm = Callable[[Tensor], Tensor]  # lent by the block: rows of the stream to what router and experts see
 
 
 @dataclass(frozen=True)
@@ -144,27 +145,53 @@ class MoELayer(nn.Module):
 
     The block lends its pre-norm (or identity where it norms afterwards). It is applied twice, at home for the router
     and at the experts' rank for the rows, because what travels is the stream itself.
+
+    The parts are given: `build` makes those of a ModelConfig, luffy.hf those of another library's block. router: rows
+    to Routing and RouterStats. experts: this rank's share of them, `num_local` in the order of their ids.
+    layer_of_moe: index of this layer among the model's MoE layers.
     """
 
-    def __init__(self, config: ModelConfig, runtime: Runtime, layer: int) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        layer: int,
+        *,
+        router: RouterBase,
+        experts: Experts,
+        shared_experts: nn.Module | None = None,
+        layer_of_moe: int = 0,
+        causal: bool = True,
+    ) -> None:
         super().__init__()
-        mesh = runtime.comm.mesh
-        config.check_ranks(mesh.ep_size)
-        E = config.router.num_experts
         self.runtime, self.layer = runtime, layer
         # Of this layer: `auto` begins as vanilla_dedup, and changes it.
         recipe = runtime.recipe
         self.recipe = replace(recipe, placement="stay", look_ahead=False, wire="model") if recipe.auto else recipe
-        self.router = Router(config.router, config.hidden_size)
-        self.experts = GroupedExperts(config, E // mesh.ep_size)
-        shared = config.num_shared_experts * config.expert_hidden_size
-        self.shared_experts = FeedForward(config, shared) if shared else None
-        self.causal, self.no_norm = config.causal, nn.Identity()
-        self.layer_of_moe = sum(config.is_moe_layer(i) for i in range(layer))
-        self.register_buffer("slot_of_expert", torch.arange(E))
+        self.router = router
+        self.experts = experts
+        self.shared_experts = shared_experts
+        self.causal, self.no_norm = causal, nn.Identity()
+        self.layer_of_moe = layer_of_moe
+        self.register_buffer("slot_of_expert", torch.arange(router.config.num_experts))
         self.slot_of_expert: Tensor
         self.residency = (
             None if runtime.residency is None else LayerResidency(runtime.residency, runtime.comm, self.experts)
+        )
+
+    @classmethod
+    def build(cls, config: ModelConfig, runtime: Runtime, layer: int) -> MoELayer:
+        """Layer `layer` of a model of `config`, its weights not yet initialised."""
+        ep_size = runtime.comm.mesh.ep_size
+        config.check_ranks(ep_size)
+        shared = config.num_shared_experts * config.expert_hidden_size
+        return cls(
+            runtime,
+            layer,
+            router=Router(config.router, config.hidden_size),
+            experts=GroupedExperts(config, config.router.num_experts // ep_size),
+            shared_experts=FeedForward(config, shared) if shared else None,
+            layer_of_moe=sum(config.is_moe_layer(i) for i in range(layer)),
+            causal=config.causal,
         )
 
     @property
@@ -184,7 +211,7 @@ class MoELayer(nn.Module):
     def stages(
         self,
         batch: TokenBatch,
-        norm: nn.Module,
+        norm: Norm,
         predict_next: Predictor | None = None,
         departed: Departed | None = None,
     ) -> Stage[TokenBatch]:
@@ -262,7 +289,7 @@ class MoELayer(nn.Module):
         """What a token has besides its routed experts: its residual, and the experts that all tokens share."""
         return hidden if self.shared_experts is None else hidden + self.shared_experts(normed)
 
-    def foresee(self, hidden: Tensor, norm: nn.Module) -> Forecast:
+    def foresee(self, hidden: Tensor, norm: Norm) -> Forecast:
         """What this layer would choose for another layer's stream [T, D]; no gradient."""
         mesh = self.runtime.comm.mesh
         with torch.no_grad():
@@ -348,7 +375,7 @@ class MoELayer(nn.Module):
     # ---------------------------------------------------------------- where rows arrived
 
     def _run_experts(
-        self, received: Received, num_pairs: int, norm: nn.Module, experts: ExpertMap, guests: Tensor | None
+        self, received: Received, num_pairs: int, norm: Norm, experts: ExpertMap, guests: Tensor | None
     ) -> Tensor:
         """Partial sums [R, D] over the experts of this rank and its guests [F, W], one for each received row."""
         ep_rank = self.runtime.comm.mesh.ep_rank
@@ -376,7 +403,7 @@ class MoELayer(nn.Module):
         migration: Migration,
         sent: CopyKeys,
         shared: SharedAnswers | None,
-        norm: nn.Module,
+        norm: Norm,
         experts: ExpertMap,
     ) -> Stage[Tensor]:
         """The stream at the new homes [T_new, D], each residual added by the one rank that carries it."""

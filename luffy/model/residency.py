@@ -17,7 +17,7 @@ from luffy.comm import Comm
 from luffy.errors import UserError
 from luffy.exchange.copies import ExpertMap, GuestMap
 from luffy.exchange.guests import Departed, Guests, send_off, take_in
-from luffy.model.experts import GroupedExperts
+from luffy.model.experts import Experts
 from luffy.plan.residency import Delivery, ExpertCosts, at_owners, deliver, expert_costs, fetched, shadowed
 from luffy.plan.topology import Topology
 
@@ -69,7 +69,7 @@ class ResidencyState:
 class LayerResidency:
     """One layer's guests. It remembers what was chosen last, the same on every rank."""
 
-    def __init__(self, state: ResidencyState, comm: Comm, experts: GroupedExperts) -> None:
+    def __init__(self, state: ResidencyState, comm: Comm, experts: Experts) -> None:
         self.state, self.comm, self.experts = state, comm, experts
         self.chosen: np.ndarray | None = None  # bool [E, N]
         self._slots: tuple[int, np.ndarray] | None = None
@@ -110,7 +110,7 @@ class LayerResidency:
             self.chosen = wanted
         else:
             size = sum(p[0].numel() for p in self.experts.parameters())
-            costs = self.state.costs(self.experts.w_in.shape[1], size, dtype.itemsize)
+            costs = self.state.costs(self.experts.hidden_size, size, dtype.itemsize)
             wanted = shadowed(chosen, owner, costs)
         guests: Guests | None = None
         resident = at_owners(owner, N)
@@ -147,7 +147,7 @@ class LayerResidency:
         if self._map is None or self._map[:2] != key:
             place = np.full(len(resident), -1, dtype=np.int64)
             place[ids] = np.arange(len(ids))
-            device = self.experts.w_in.device
+            device = self.experts.device
             anywhere = torch.from_numpy(resident.all(1)).to(device) if moves else None
             held = torch.from_numpy(resident.copy()).to(device)
             self._map = *key, GuestMap(held, torch.from_numpy(place).to(device), len(ids), anywhere)

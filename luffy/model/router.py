@@ -49,8 +49,25 @@ class RouterStats:
     condensed: Tensor
 
 
-class Router(nn.Module):
-    """Linear scores, top-k choice: normed rows [T, D] -> Routing, RouterStats."""
+class RouterBase(nn.Module):
+    """What a MoELayer asks of a router: normed rows [T, D] -> Routing, RouterStats."""
+
+    config: RouterConfig
+
+    def choose(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, D] -> logits [T, E], scores [T, E] and the ids of the k chosen [T, K]."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, layout: Layout) -> tuple[Routing, RouterStats]:
+        raise NotImplementedError
+
+    def raise_bias(self, by: Tensor) -> None:
+        """Add `by` [E] to what is added to the scores for the choice only (loss-free balancing)."""
+        raise NotImplementedError
+
+
+class Router(RouterBase):
+    """Linear scores, top-k choice."""
 
     def __init__(self, config: RouterConfig, hidden_size: int) -> None:
         super().__init__()
@@ -67,30 +84,40 @@ class Router(nn.Module):
         choice = scores + self.choice_bias.to(scores.dtype) if self.config.bias_update_rate > 0 else scores
         return logits, scores, choice.topk(self.config.top_k, dim=-1).indices
 
+    def raise_bias(self, by: Tensor) -> None:
+        self.choice_bias.add_(by.to(self.choice_bias.dtype))
+
     def forward(self, x: Tensor, layout: Layout) -> tuple[Routing, RouterStats]:
-        cfg, E = self.config, self.config.num_experts
+        cfg = self.config
         logits, scores, ids = self.choose(x)
+        chosen = ids
         weights = scores.gather(-1, ids)
         if cfg.normalize_topk:
             weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
-        probabilities = scores if cfg.score == "softmax" else scores / scores.sum(-1, keepdim=True)
-        assigned = scores.new_zeros(E).index_add_(0, ids.flatten(), scores.new_ones(ids.numel()))
         dropped = scores.new_zeros(())
         if cfg.capacity_factor is not None:
-            keep = within_capacity(ids, layout, E, cfg.capacity_factor)
+            keep = within_capacity(ids, layout, cfg.num_experts, cfg.capacity_factor)
             dropped = (~keep).sum().to(scores.dtype)
             ids, weights = ids.masked_fill(~keep, -1), weights * keep
-        by_sequence = sequence_sums(probabilities, layout)  # [S, E]
-        stats = RouterStats(
-            probability_sum=by_sequence.sum(0),
-            assigned=assigned,
-            z_sum=logits.logsumexp(-1).square().sum(),
-            sequence_entropy=entropy_of_sums(by_sequence).sum(),
-            dropped=dropped,
-            rows=scores.new_zeros(2),
-            condensed=scores.new_zeros(NUM_COUNTS),
-        )
-        return Routing(ids, weights), stats
+        return Routing(ids, weights), router_stats(logits, scores, chosen, layout, cfg.score, dropped)
+
+
+def router_stats(
+    logits: Tensor, scores: Tensor, topk_expert_ids: Tensor, layout: Layout, score: str, dropped: Tensor | None = None
+) -> RouterStats:
+    """What choices [T, K], made from logits and scores [T, E], say to the auxiliary losses. `score`: see RouterConfig."""
+    E = scores.shape[1]
+    probabilities = scores if score == "softmax" else scores / scores.sum(-1, keepdim=True)
+    by_sequence = sequence_sums(probabilities, layout)  # [S, E]
+    return RouterStats(
+        probability_sum=by_sequence.sum(0),
+        assigned=scores.new_zeros(E).index_add_(0, topk_expert_ids.flatten(), scores.new_ones(topk_expert_ids.numel())),
+        z_sum=logits.logsumexp(-1).square().sum(),
+        sequence_entropy=entropy_of_sums(by_sequence).sum(),
+        dropped=scores.new_zeros(()) if dropped is None else dropped,
+        rows=scores.new_zeros(2),
+        condensed=scores.new_zeros(NUM_COUNTS),
+    )
 
 
 def sequence_sums(probabilities: Tensor, layout: Layout) -> Tensor:

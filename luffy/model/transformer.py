@@ -77,7 +77,7 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.ffn_norm = make_norm(config)
         self.no_norm = nn.Identity()
-        self.moe = MoELayer(config, runtime, layer) if config.is_moe_layer(layer) else None
+        self.moe = MoELayer.build(config, runtime, layer) if config.is_moe_layer(layer) else None
         self.ffn = None if self.moe is not None else FeedForward(config, config.dense_hidden_size)
 
     def predict(self, hidden: Tensor) -> Forecast:

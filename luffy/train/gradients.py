@@ -17,20 +17,21 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from luffy.comm import Comm
-from luffy.model import Transformer, is_expert
+from luffy.model import is_expert
 
 
 class GradientSync:
     """Wraps a model for training. Call it for a forward pass; call `finish` after the last backward of a step."""
 
-    def __init__(self, model: Transformer, comm: Comm, compress: bool = False) -> None:
+    def __init__(self, model: nn.Module, comm: Comm, compress: bool = False) -> None:
         self.model, self.comm = model, comm
         self._works: list[Any] = []
         self._last = True
         self.module: nn.Module = model
         mesh = comm.mesh
         experts = [(n, p) for n, p in model.named_parameters() if is_expert(n)]
-        if mesh.world_size > 1:
+        replicated = any(p.requires_grad for n, p in model.named_parameters() if not is_expert(n))
+        if mesh.world_size > 1 and replicated:
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [n for n, _ in experts])
             with warnings.catch_warnings():
                 # `broadcast_buffers` is on its way out, but its successor does not exist in every release yet.
@@ -44,7 +45,7 @@ class GradientSync:
                 )
             self.module.register_comm_hook(compress, self._sum_bucket)
         if mesh.dp_size > 1:
-            for _, p in experts:
+            for p in (p for _, p in experts if p.requires_grad):
                 p.register_post_accumulate_grad_hook(self._sum_expert)
 
     def __call__(self, *args: Any, last: bool = True) -> Any:
@@ -96,10 +97,14 @@ class GradientSync:
         replicated: list[Tensor] = []
         experts: list[Tensor] = []
         for name, p in self.model.named_parameters():
+            if not p.requires_grad:
+                continue
             if p.grad is None:
                 raise RuntimeError(f"{name} received no gradient")
             (experts if is_expert(name) else replicated).append(p.grad)
-        squares = torch.stack(torch._foreach_norm(replicated)).square().sum()
+        squares = torch.zeros((), device=self.comm.mesh.device)
+        if replicated:
+            squares = torch.stack(torch._foreach_norm(replicated)).square().sum()
         if experts:
             squares = squares + self.comm.all_reduce_ep(torch.stack(torch._foreach_norm(experts)).square().sum())
         norm = squares.sqrt()
@@ -110,12 +115,12 @@ class GradientSync:
 
 def decays(name: str, parameter: Tensor) -> bool:
     """Weight decay acts on matrices: not on norms, biases, or (stacked) expert biases."""
-    return parameter.dim() >= 2 and not name.endswith(("b_in", "b_out", "content_bias", "position_bias"))
+    return parameter.dim() >= 2 and not name.endswith(("b_in", "b_out", "bias"))
 
 
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float, fused: bool) -> torch.optim.AdamW:
-    """AdamW with betas (0.9, 0.95), decay on matrices only."""
-    named = list(model.named_parameters())
+    """AdamW with betas (0.9, 0.95), decay on matrices only, over the parameters that ask for a gradient."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     return torch.optim.AdamW(
         [
             {"params": [p for n, p in named if decays(n, p)], "weight_decay": weight_decay},

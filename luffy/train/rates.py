@@ -16,7 +16,7 @@ import torch
 
 from luffy.comm import Comm, RowExchange, all_to_all_rows
 from luffy.errors import UserError
-from luffy.model.experts import GroupedExperts
+from luffy.model.experts import Experts
 from luffy.plan.topology import Topology
 
 _SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([kmgtKMGT]?)(i?)B")
@@ -57,14 +57,14 @@ def _timed(action: Callable[[], object], comm: Comm, repeats: int) -> float:
     return float(comm.all_gather_world(mine).max())
 
 
-def measure_experts(experts: GroupedExperts, num_rows: int, dtype: torch.dtype, comm: Comm, repeats: int = 3) -> float:
+def measure_experts(experts: Experts, num_rows: int, dtype: torch.dtype, comm: Comm, repeats: int = 3) -> float:
     """Operations per second of the slowest rank's experts, forward and backward, all ranks busy.
 
     num_rows: about what a rank computes in a step, spread evenly over its experts.
     """
     each = max(1, num_rows // experts.num_local)
     counts = torch.full((experts.num_local,), each, device=comm.mesh.device)
-    x = torch.randn(each * experts.num_local, experts.w_in.shape[1], dtype=dtype, device=comm.mesh.device)
+    x = torch.randn(each * experts.num_local, experts.hidden_size, dtype=dtype, device=comm.mesh.device)
     x.requires_grad_()
     weights = [p for p in experts.parameters() if p.requires_grad]
 

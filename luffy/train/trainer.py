@@ -61,34 +61,11 @@ class Trainer:
         self.out = Path(options.out)
         self.comm = Comm.create(mesh)
         options.check_world(mesh.world_size)
-        config = options.model_config()
-        with phase("prepare data", enabled=mesh.rank == 0) as progress:
-            corpus = prepare_corpus(
-                options.data,
-                text_field=options.text_field,
-                tokenizer=options.tokenizer,
-                vocab_size=options.vocab_size or config.vocab_size,
-                cache_dir=options.cache_dir,
-                valid_fraction=options.valid_fraction,
-                progress=progress,
-            )
-        self.config = config.override(vocab_size=corpus.vocab_size)
-        self.mask_id = None if self.config.causal else corpus.mask_id
-        micro_size = options.batch_size // options.num_micro_batches
-        length = options.sequence_length or self.config.max_sequence_length
-
-        def loader(split: Any, **changes: Any) -> SequenceLoader:
-            return SequenceLoader(
-                split,
-                sequence_length=length,
-                global_batch_size=micro_size,
-                seed=options.seed,
-                mode=options.sequence_mode,
-                eos_id=corpus.eos_id,
-                **changes,
-            )
-
-        self.loader, self.valid_loader = loader(corpus.train), loader(corpus.valid, shuffle=False)
+        self.micro_size = options.batch_size // options.num_micro_batches
+        self.dtype_name = options.dtype
+        if options.dtype == "auto":
+            self.dtype_name = "bfloat16" if mesh.device.type == "cuda" else "float32"
+        self._load_data()
         self.runtime = Runtime.create(self.comm, options.get_recipe(), self.config, options.recompute, self._links())
         self.expert_flops: float | None = None
         self.auto: AutoControl | None = None
@@ -101,17 +78,50 @@ class Trainer:
                 else parse_num_bytes(limit, "--fetch-limit")
             )
         self.clock = self.runtime.clock
-        name = options.dtype if options.dtype != "auto" else "bfloat16" if mesh.device.type == "cuda" else "float32"
-        self.dtype_name = name
-        self.model = build_model(self.config, self.runtime, dtype=getattr(torch, name), seed=options.seed)
+        self.model = self._build_model()
         fused = mesh.device.type == "cuda"
         self.optimizer = make_optimizer(self.model, options.lr, options.weight_decay, fused)
         self.sync = GradientSync(self.model, self.comm, options.gradient_dtype == "bfloat16")
-        self.memory = self._empty_memory(micro_size // mesh.world_size)
+        self.memory = self._empty_memory(self.micro_size // mesh.world_size)
         self.step = 0
         self.valid_loss: float | None = None
         self.attention_fit: AttentionFit | None = None
         self.condensing = CondenseControl(self.runtime.condense, options)
+
+    def _load_data(self) -> None:
+        """Set `config`, `mask_id`, `loader` and `valid_loader`."""
+        options, config = self.options, self.options.model_config()
+        with phase("prepare data", enabled=self.mesh.rank == 0) as progress:
+            corpus = prepare_corpus(
+                options.data,
+                text_field=options.text_field,
+                tokenizer=options.tokenizer,
+                vocab_size=options.vocab_size or config.vocab_size,
+                cache_dir=options.cache_dir,
+                valid_fraction=options.valid_fraction,
+                progress=progress,
+            )
+        self.config = config.override(vocab_size=corpus.vocab_size)
+        self.mask_id = None if self.config.causal else corpus.mask_id
+        length = options.sequence_length or self.config.max_sequence_length
+
+        def loader(split: Any, **changes: Any) -> SequenceLoader:
+            return SequenceLoader(
+                split,
+                sequence_length=length,
+                global_batch_size=self.micro_size,
+                seed=options.seed,
+                mode=options.sequence_mode,
+                eos_id=corpus.eos_id,
+                **changes,
+            )
+
+        self.loader, self.valid_loader = loader(corpus.train), loader(corpus.valid, shuffle=False)
+
+    def _build_model(self) -> Any:
+        """The model, initialised, on the mesh's device."""
+        dtype = getattr(torch, self.dtype_name)
+        return build_model(self.config, self.runtime, dtype=dtype, seed=self.options.seed)
 
     def _links(self) -> Topology | None:
         """The links to plan for: those of --topology, else those of the lab that this run stands in, else unknown."""
@@ -341,8 +351,7 @@ class Trainer:
         if aux is None or rate == 0:
             return
         for layer, load in zip(self.model.moe_layers, aux.load, strict=True):
-            bias = layer.router.choice_bias
-            bias.add_(rate * torch.sign(load.mean() - load).to(bias.dtype))
+            layer.router.raise_bias(rate * torch.sign(load.mean() - load))
 
     # ---------------------------------------------------------------- evaluation
 
@@ -436,9 +445,12 @@ class Trainer:
         finally:
             if writer is not None:
                 writer.close()
-        if o.export:
-            export_safetensors(self.model, self.out / "model.safetensors")
+        self._export()
         return self._summarise()
+
+    def _export(self) -> None:
+        if self.options.export:
+            export_safetensors(self.model, self.out / "model.safetensors")
 
     def prepare(self) -> None:
         """Measure what plans of this run weigh, unless a checkpoint knew it: on all ranks, before the first step."""
