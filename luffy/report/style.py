@@ -53,6 +53,7 @@ SECONDS_COLOURS = {
     "exchange": ORANGE,
     "plan": PURPLE,
     "condense": RED,
+    "gradients": SKY,
     "other": GREY,
 }
 LINK_COLOURS = {"local": GREY, "intra_node": SKY, "inter_node": RED}
