@@ -65,8 +65,9 @@ def loss_figure(summaries: Summaries, runs: Sequence[Sequence[Run]], against: st
             shown += curve["valid_loss"]
         shown += course[len(course) // 10 :].tolist()
     target = summaries[0].get("target_loss")
-    drawn = target is not None and any(len(s["curve"]["step"]) > 1 for s in summaries)
-    if drawn:
+    if not any(len(s["curve"]["step"]) > 1 for s in summaries):
+        target = None  # a course of one point crosses nothing
+    if target is not None:
         axes.axhline(target, color=style.MUTED, linewidth=0.9, linestyle=(0, (1, 2)))
         shown.append(target)
     known = np.array([x for x in shown if np.isfinite(x)])
@@ -84,7 +85,7 @@ def loss_figure(summaries: Summaries, runs: Sequence[Sequence[Run]], against: st
     axes.grid(axis="y")
     held = any(s["curve"]["step"] for s in summaries)
     what = "marks: held-out; faint: training" if held else "training loss, smoothed"
-    what += f"; dotted: {target:.3f}, to be reached" if drawn else ""
+    what += f"; dotted: {target:.3f}, to be reached" if target is not None else ""
     style.titles(axes, f"Loss against {'wall time' if against == 'time' else 'bytes moved'}", what)
     legend(axes, names)
     return figure
@@ -124,7 +125,7 @@ def _key(axes: Axes, kinds: dict[str, str], columns: int = 3, extra: Sequence[An
 
 def phases_figure(summaries: Summaries) -> Figure:
     """Mean step by phase, the roofline as a line through each bar, hidden exchange hatched behind it."""
-    parts = [{k: v for k in PHASES if (v := s["phase_seconds"][k]) > 0} for s in summaries]
+    parts = [{k: v for k in PHASES if (v := s["phase_seconds"].get(k, 0)) > 0} for s in summaries]
     wholes = [sum(part.values()) for part in parts]
     hidden = [s.get("exchange_hidden_seconds") or 0.0 for s in summaries]
     roofs = [s.get("roofline") for s in summaries]

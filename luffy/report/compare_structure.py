@@ -49,11 +49,10 @@ def matrices_figure(summaries: Summaries) -> Figure | None:
         image = axes.imshow(shown, cmap="YlGnBu", vmin=0, vmax=most)
         axes.set_facecolor("#eef0f3")
         if ranks * columns <= 16:
+            size = 8 if ranks * columns <= 8 else 6
             for a, b in np.argwhere(~np.eye(ranks, dtype=bool)):
-                value = matrix[a, b]
-                big = value > 0.55 * most
-                axes.text(b, a, f"{value / scale:.3g}", ha="center", va="center",
-                          fontsize=8 if ranks * columns <= 8 else 6 if ranks <= 5 else 5.5, color="white" if big else style.INK)  # fmt: skip
+                colour = "white" if matrix[a, b] > 0.55 * most else style.INK
+                axes.text(b, a, f"{matrix[a, b] / scale:.3g}", ha="center", va="center", fontsize=size, color=colour)
         whole = float(matrix.sum())
         change = f" ({whole / before - 1:+.0%})" if s is not found[0][0] and before else ""
         title = f"{short(name_of(s), 50 // columns)}\n{format_bytes(whole)}{change}"

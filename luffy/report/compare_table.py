@@ -124,7 +124,7 @@ def phase_table(summaries: Sequence[dict[str, Any]]) -> Table:
     rows = []
     for s in summaries:
         known = phases_known(s["phase_seconds"])
-        phases = [format_seconds((known and s["phase_seconds"][kind]) or None) for kind in PHASES]
+        phases = [format_seconds((known and s["phase_seconds"].get(kind)) or None) for kind in PHASES]
         hidden = format_seconds(s["exchange_hidden_seconds"])
         rows.append([name_of(s), *phases, hidden, format_seconds(sum(s["phase_seconds"].values()))])
     return drop_empty((head, rows))
