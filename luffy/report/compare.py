@@ -18,7 +18,7 @@ from luffy.report import compare_structure as structure
 from luffy.report import compare_table as tables
 from luffy.report.html import REPORT_FILE, origin, render
 from luffy.report.runs import read_run, write_bytes_atomic
-from luffy.report.style import draw
+from luffy.report.style import draw_if_any
 
 COMPARE_FILE = "compare.json"
 
@@ -64,7 +64,7 @@ def write_compare_report(folder: Path) -> Path:
         ),
         ("Copies sent, of those that would be without condensation.", lambda: structure.kept_figure(summaries)),
     ]
-    pictures = [{"caption": caption, "svg": svg} for caption, build in plots if (svg := _svg(build)) is not None]
+    pictures = [{"caption": caption, "svg": drawn[1]} for caption, build in plots if (drawn := draw_if_any(build))]
     first = summaries[0]
     sections = [
         ("Speed", tables.speed_table(summaries), "Median step after warm-up. Reached: roofline over the mean step."),
@@ -98,21 +98,3 @@ def write_compare_report(folder: Path) -> Path:
     page = folder / REPORT_FILE
     write_bytes_atomic(page, html.encode())
     return page
-
-
-def _svg(build: Callable[[], Figure | None]) -> bytes | None:
-    """The figure as SVG; None if there is nothing to draw. Built within the project's settings."""
-    try:
-        return draw(lambda: _something(build()))[1]
-    except _NothingError:
-        return None
-
-
-class _NothingError(Exception):
-    pass
-
-
-def _something(figure: Figure | None) -> Figure:
-    if figure is None:
-        raise _NothingError
-    return figure

@@ -29,6 +29,9 @@ Summaries = Sequence[dict[str, Any]]
 
 
 def short(name: str, most: int = LONGEST_NAME) -> str:
+    """At most `most` letters of a label; of a long one rather its options, which tell it from its neighbours."""
+    if len(name) > most and " --" in name:
+        name = "…" + name[name.index(" --") + 1 :]
     return name if len(name) <= most else name[: most - 1] + "…"
 
 

@@ -120,6 +120,6 @@ def kept_figure(summaries: Summaries) -> Figure | None:
     axes.set_xlabel("MoE layer")
     axes.set_ylabel("copies sent")
     axes.grid(axis="y")
-    style.titles(axes, "Kept rows by layer", "share of copies that were sent, mean of all condensed steps")
+    style.titles(axes, "Kept rows by layer", "share of copies sent, mean of the condensed steps")
     legend(axes, names)
     return figure

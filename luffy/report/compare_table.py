@@ -119,8 +119,9 @@ def quality_table(summaries: Sequence[dict[str, Any]]) -> Table:
 
 def phase_table(summaries: Sequence[dict[str, Any]]) -> Table:
     """Mean step by phase. Exchange that hid behind computation stands apart: it is no part of the step."""
-    head = ["recipe", *(("exchange, exposed" if k == "exchange" else label_of(k)) for k in PHASES), "exchange, hidden",
-            "mean step"]  # fmt: skip
+    hides = any(s["exchange_hidden_seconds"] for s in summaries)
+    names = ["exchange, exposed" if kind == "exchange" and hides else label_of(kind) for kind in PHASES]
+    head = ["recipe", *names, "exchange, hidden", "mean step"]
     rows = []
     for s in summaries:
         known = phases_known(s["phase_seconds"])
