@@ -90,10 +90,10 @@ def write_compare_report(folder: Path) -> Path:
         + f" on {first['model']}",
         origin=origin(runs[0][0]),
         sections=[(title, head, rows, note) for title, (head, rows), note in sections],
-        remarks=tables.remarks(summaries, with_network=False),  # the origin has it
+        remarks=tables.remarks(summaries),
         pictures=pictures,
         own_options=[(s["label"], s["own_options"]) for s in summaries if s.get("own_options")],
-        elsewhere=any(s.get("elsewhere") for s in summaries),
+        elsewhere=[(tables.name_of(s), s["differs"]) for s in summaries if s.get("elsewhere")],
     )
     page = folder / REPORT_FILE
     write_bytes_atomic(page, html.encode())

@@ -88,7 +88,7 @@ def loss_figure(summaries: Summaries, runs: Sequence[Sequence[Run]], against: st
     axes.grid(axis="y")
     held = any(s["curve"]["step"] for s in summaries)
     what = "marks: held-out; faint: training" if held else "training loss, smoothed"
-    what += f"; dotted: {target:.3f}, to be reached" if target is not None else ""
+    what += f"; dotted: goal, {target:.3f}" if target is not None else ""
     style.titles(axes, f"Loss against {'wall time' if against == 'time' else 'bytes moved'}", what)
     legend(axes, names)
     return figure

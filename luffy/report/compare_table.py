@@ -158,8 +158,8 @@ def as_text(table: Table) -> str:
     return "\n".join(lines)
 
 
-def remarks(summaries: Sequence[dict[str, Any]], with_network: bool = True) -> list[str]:
-    """What must be said beside the tables: of repeats, of links, of runs made elsewhere."""
+def remarks(summaries: Sequence[dict[str, Any]]) -> list[str]:
+    """What must be said beside the tables: of repeats and their seeds."""
     found = []
     count = max(len(s["repeats"]) for s in summaries)
     if count > 1:
@@ -167,14 +167,16 @@ def remarks(summaries: Sequence[dict[str, Any]], with_network: bool = True) -> l
         found.append(
             f"{count} repeats of each recipe, in turn" + (", each with its own seed" if len(seeds) > 1 else "")
         )
-    if with_network and (network := summaries[0].get("network")):
-        found.append(str(network))
-    found += [f"*{s['label']}: made elsewhere; {s['differs'] or 'no difference is known'}" for s in summaries
-              if s.get("elsewhere")]  # fmt: skip
     return found
 
 
 def text_tables(summaries: Sequence[dict[str, Any]]) -> str:
     """All of it, for a terminal."""
     tables = [speed_table(summaries), phase_table(summaries), traffic_table(summaries), quality_table(summaries)]
-    return "\n\n".join([*map(as_text, tables), "\n".join(remarks(summaries))]).rstrip()
+    notes = remarks(summaries)
+    if network := summaries[0].get("network"):
+        notes.append(str(network))
+    for s in summaries:
+        if s.get("elsewhere"):
+            notes.append(f"{name_of(s)}: made elsewhere; {'; '.join(s['differs']) or 'no difference is known'}")
+    return "\n\n".join([*map(as_text, tables), "\n".join(notes)]).rstrip()

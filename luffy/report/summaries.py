@@ -166,6 +166,14 @@ def ratio(theirs: float | None, mine: float | None) -> float | None:
     return theirs / mine if theirs is not None and mine else None
 
 
+def said_to_differ(run: Run) -> list[str]:
+    """What a summary's own `differs` says: a text, a list of them, or texts by topic."""
+    said = run.summary.get("differs")
+    if isinstance(said, dict):
+        return [f"{topic.replace('_', ' ')}: {text}" for topic, text in said.items()]
+    return [str(text) for text in said] if isinstance(said, list) else [str(said)] if said else []
+
+
 def differences(mine: Run, first: Run) -> list[str]:
     """What sets a run made elsewhere apart from the first of a comparison, as far as their files say."""
     found = []

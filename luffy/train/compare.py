@@ -22,7 +22,7 @@ from luffy.lab.place import check_ranks, current_lab
 from luffy.report.compare import COMPARE_FILE, write_compare_report
 from luffy.report.compare_table import text_tables
 from luffy.report.runs import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, Run, read_json, read_run, write_json_atomic
-from luffy.report.summaries import differences, set_side_by_side, summarise
+from luffy.report.summaries import differences, said_to_differ, set_side_by_side, summarise
 from luffy.train.entries import Entry, parse_entries
 from luffy.train.launch import under_torchrun
 from luffy.train.options import TrainOptions
@@ -100,9 +100,7 @@ class Comparison:
         label = str(run.summary.get("label") or run.summary.get("recipe") or folder.name)
         if label in labels:
             label = f"{label} ({folder.name})"
-        said = run.summary.get("differs")
-        said = [str(s) for s in said] if isinstance(said, list) else [str(said)] if said else []
-        about = {"elsewhere": True, "differs": "; ".join(said + differences(run, first))}
+        about = {"elsewhere": True, "differs": [*said_to_differ(run), *differences(run, first)]}
         defaults = {"recipe": label, "model": "", "folders": [str(folder.resolve())]}
         return defaults | summarise(label, [run]) | about
 

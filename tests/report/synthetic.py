@@ -112,7 +112,7 @@ def make_comparison(folder: Path, ranks: int = 4) -> Path:
         write_json_atomic(out / "summary.json", summary)
         runs.append([read_run(out)])
         about = {"folders": [out.name], "own_options": {"locality_loss": 0.02} if number == 1 else {}}
-        about |= {"elsewhere": True, "differs": "pairs travel <one by one>"} if label == "peer" else {}
+        about |= {"elsewhere": True, "differs": ["pairs travel <one by one>"]} if label == "peer" else {}
         summaries.append(summarise(label, runs[-1]) | about)
     set_side_by_side(summaries, runs)
     write_json_atomic(folder / "compare.json", summaries)

@@ -31,7 +31,7 @@ def test_a_page_shows_everything_that_was_recorded(tmp_path: Path) -> None:
     assert len(captions) == len(set(captions)) == 8
     for name in NAMES:
         assert name in text
-    assert "peer*" in text and "made elsewhere; pairs travel &lt;one by one&gt;" in text
+    assert "peer*" in text and "<li>pairs travel &lt;one by one&gt;</li>" in text
     assert "exchange, hidden" in text and "roofline" in text and "emulated" in text
     before = path.read_bytes()
     assert write_compare_report(tmp_path).read_bytes() == before  # the same numbers, the same page

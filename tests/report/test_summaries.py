@@ -101,7 +101,7 @@ def test_runs_made_elsewhere_say_what_sets_them_apart(tmp_path: Path) -> None:
     there = run_of(tmp_path / "b", [1.0], {}, world_size=2, model="m", dtype="bfloat16")
     assert differences(there, here) == ["world size 2 (here 4)", "dtype bfloat16 (here float32)"]
     # A run that timed no phases has no share of exchange, rather than one of zero.
-    s = [summarise("x", [here]), summarise("y", [there]) | {"elsewhere": True, "differs": ""}]
+    s = [summarise("x", [here]), summarise("y", [there]) | {"elsewhere": True, "differs": []}]
     set_side_by_side(s, [[here], [there]])
     head, rows = speed_table(s)
     assert "exchange" not in head and [row[0] for row in rows] == ["x", "y*"]

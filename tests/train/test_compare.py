@@ -57,7 +57,7 @@ def test_repeats_take_turns_and_recipes_have_options_of_their_own(small, as_argu
     other = small(ranks=2, steps=2, recipe="vanilla", out=str(tmp_path / "other"), checkpoint_every=0)
     main(["train", *as_arguments(other)])
     summary = tmp_path / "other" / "summary.json"
-    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"differs": "another system"}))
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"differs": {"router": "another one"}}))
     settings = small(ranks=2, steps=4, checkpoint_every=0, eval_every=1, resume=True)
     recipes = "vanilla_dedup;local=luffy --locality-loss 0.5 --rehome-every 0"
     command = ["compare", "--recipes", recipes, "--repeats", "2", "--vary-seed", "--discard-checkpoints"]
@@ -76,8 +76,8 @@ def test_repeats_take_turns_and_recipes_have_options_of_their_own(small, as_argu
     options = [json.loads((out / name / "config.json").read_text())["options"] for name in order]
     assert [o["locality_loss"] for o in options] == [None, 0.5, None, 0.5]
     assert [o["recipe"] for o in options] == ["vanilla_dedup", "luffy"] * 2
-    assert elsewhere["elsewhere"] and elsewhere["differs"] == "another system"
-    assert "*vanilla: made elsewhere; another system" in printed.out
+    assert elsewhere["elsewhere"] and elsewhere["differs"] == ["router: another one"]
+    assert "vanilla*: made elsewhere; router: another one" in printed.out
     assert not (out / "local" / "checkpoints").exists()
     # Of all that was measured, the matrix is what the meter counted by direction.
     rows = ("dispatch", "combine", "dispatch_backward", "combine_backward", "experts")
