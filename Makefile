@@ -15,7 +15,7 @@ DEMO ?= --recipe vanilla_dedup --model moe-gpt2-tiny --ranks 4 --steps 100 --dev
 PYTEST_OPTIONS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-all test-multigpu check format clean
+.PHONY: help venv demo test test-slow test-all test-multigpu check format clean bench-cpu bench-gpu
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,21 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP)  ## train a small model on 4 local ranks and write its report
 	$(BIN)/luffy train $(DEMO) --overwrite --out $(DEMO_OUT)
+
+# With root, runs stand behind emulated links of these rates: `make BENCH_CPU_LINK=1gbit ...` takes another, an empty
+# one none.
+BENCH_CPU_LINK ?= $(shell [ "$$(id -u)" = 0 ] && echo 250mbit)
+BENCH_GPU_LINK ?= $(shell [ "$$(id -u)" = 0 ] && echo 4gbit)
+BENCH_RANKS ?= 8
+BENCH_OPTIONS ?=
+
+bench-cpu: $(STAMP)  ## a reduced set of the benchmarks, under 15 minutes on 2 cores
+	$(BIN)/python benchmarks/run_all.py --small --device cpu --ranks 4 --steps 24 --budget-seconds 840 --out runs/bench-cpu \
+		$(if $(BENCH_CPU_LINK),--link $(BENCH_CPU_LINK)) $(BENCH_OPTIONS)
+
+bench-gpu: $(STAMP)  ## the full set, for as long as 9 minutes; call it again to continue
+	$(BIN)/python benchmarks/run_all.py --device cuda --ranks $(BENCH_RANKS) --budget-seconds 540 --out runs/bench-gpu \
+		$(if $(BENCH_GPU_LINK),--link $(BENCH_GPU_LINK)) $(BENCH_OPTIONS)
 
 test: $(STAMP)  ## run the fast tests
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_OPTIONS)

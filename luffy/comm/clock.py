@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PHASES = ("attention", "experts", "exchange", "plan", "condense", "other")
+PHASES = ("attention", "experts", "exchange", "plan", "condense", "gradients", "other")
 
 
 class PhaseClock:

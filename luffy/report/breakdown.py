@@ -48,6 +48,8 @@ def time_split_figure(run: Run, means: Mapping[str, float]) -> Figure:
     """Where a step's time goes."""
     skip = warmup_steps(len(run.records))
     whole = float(np.nanmean(column(run.records, "seconds")[skip:]))
+    rest = max(0.0, whole - sum(means.values()))  # what no stage claims, so that the parts add up to the whole
+    means = {**means, "other": means.get("other", 0.0) + rest}
     figure, axes = _bars(means, style.SECONDS_COLOURS, whole, format_seconds, "time per step")
     num_steps = len(run.records) - skip
     span = f"mean of {num_steps} steps after warm-up" if skip else f"mean of {num_steps}, first included"

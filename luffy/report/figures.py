@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from luffy.report import style
 from luffy.report.breakdown import expert_load_figure, links_figure, time_split_figure
+from luffy.report.compare_structure import matrices_figure, matrix_of
 from luffy.report.runs import LINK_KINDS, SECONDS_KINDS, Run, column, warmup_steps
 from luffy.report.series import bin_means, elapsed_time, expert_load, mean_of_last, smooth, step_means
 from luffy.report.units import format_bytes, format_count, format_share
@@ -163,9 +164,9 @@ def condensation_figure(run: Run, layers: list[str]) -> Figure:
 
 def draw_pictures(run: Run) -> list[Picture]:
     """Every picture that the run's records can fill, in the order in which a reader wants them."""
-    plans: list[tuple[str, str, Callable[[], Figure]]] = []
+    plans: list[tuple[str, str, Callable[[], Figure | None]]] = []
 
-    def add(name: str, caption: str, build: Callable[[], Figure]) -> None:
+    def add(name: str, caption: str, build: Callable[[], Figure | None]) -> None:
         plans.append((name, caption, build))
 
     caption = "Loss of every step (faint), smoothed over neighbouring steps, and on validation data."
@@ -182,6 +183,10 @@ def draw_pictures(run: Run) -> list[Picture]:
         add("condensation", caption, partial(condensation_figure, run, layers))
     if len(means := step_means(run, "bytes_by_link", LINK_KINDS)) > 1:  # one bar alone tells nothing
         add("links", "Bytes of a mean step by the kind of link that they took.", partial(links_figure, means))
+    about = [{"label": str(run.lookup("recipe") or "this run"), **run.summary}]
+    if matrix_of(about[0]) is not None:
+        caption = "Bytes of rows and experts from each rank (row) to each other (column)."
+        add("traffic", caption, partial(matrices_figure, about))
     if means := step_means(run, "seconds_split", SECONDS_KINDS):
         add("time_split", "Time of a mean step by stage.", partial(time_split_figure, run, means))
     if timed:
@@ -189,7 +194,7 @@ def draw_pictures(run: Run) -> list[Picture]:
     if (load := expert_load(run)) is not None:
         caption = "Tokens that each expert received, relative to an even share, late in the run."
         add("expert_load", caption, partial(expert_load_figure, load))
-    return [Picture(name, caption, *style.draw(build)) for name, caption, build in plans]
+    return [Picture(name, caption, *drawn) for name, caption, build in plans if (drawn := style.draw_if_any(build))]
 
 
 def write_pictures(run: Run, out_dir: Path) -> list[Picture]:

@@ -26,7 +26,7 @@ REPORT_FILE = "report.html"
 PROVENANCE = ("measured", "emulated", "predicted")
 
 # Shown in the header, the tiles or the tables below, hence not again among the rest of the summary.
-_SHOWN = {"bytes", "seconds", "environment", "provenance", "network"}
+_SHOWN = {"bytes", "seconds", "environment", "provenance", "network", "traffic"}
 
 
 def render(template: str, **context: Any) -> str:

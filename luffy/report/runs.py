@@ -40,7 +40,7 @@ BYTE_KINDS = (
     "gradients",
     "control",
 )
-SECONDS_KINDS = ("attention", "experts", "exchange", "plan", "condense", "other")
+SECONDS_KINDS = ("attention", "experts", "exchange", "plan", "condense", "gradients", "other")
 LINK_KINDS = ("local", "intra_node", "inter_node")
 
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT}

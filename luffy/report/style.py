@@ -53,6 +53,7 @@ SECONDS_COLOURS = {
     "exchange": ORANGE,
     "plan": PURPLE,
     "condense": RED,
+    "gradients": SKY,
     "other": GREY,
 }
 LINK_COLOURS = {"local": GREY, "intra_node": SKY, "inter_node": RED}
@@ -121,14 +122,23 @@ def new_figure(height: float = HEIGHT, width: float = WIDTH) -> tuple[Figure, Ax
     return figure, figure.subplots()
 
 
-def draw(build: Callable[[], Figure]) -> tuple[bytes, bytes]:
-    """Run `build` under the project's settings; its figure as (PNG, SVG)."""
+def draw_if_any(build: Callable[[], Figure | None]) -> tuple[bytes, bytes] | None:
+    """Run `build` under the project's settings; its figure as (PNG, SVG), or None if it had nothing to draw."""
     with settings():
         figure = build()
+        if figure is None:
+            return None
         png, svg = io.BytesIO(), io.BytesIO()
         figure.savefig(png, format="png", dpi=_PNG_DPI, metadata={"Software": None})
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
     return png.getvalue(), svg.getvalue()
+
+
+def draw(build: Callable[[], Figure]) -> tuple[bytes, bytes]:
+    """`draw_if_any` for a figure that there always is."""
+    drawn = draw_if_any(build)
+    assert drawn is not None
+    return drawn
 
 
 def save_png(path: Path, png: bytes) -> Path:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import sys
-import types
-import typing
-from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +12,9 @@ from luffy.config import PRESETS
 from luffy.errors import UserError
 from luffy.lab.cli import lab
 from luffy.recipes import RECIPES
-from luffy.train.options import TrainOptions, option_name
+from luffy.train.option_parser import train_options
+from luffy.train.options import TrainOptions
 from luffy.version import __version__
-
-
-def _click_type(annotation: Any) -> Any:
-    """int for `int` and `int | None`, and so on."""
-    if isinstance(annotation, types.UnionType):
-        return next(a for a in typing.get_args(annotation) if a is not type(None))
-    return annotation
-
-
-def train_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a click command one option for each field of TrainOptions, in their order."""
-    hints = typing.get_type_hints(TrainOptions)
-    for f in reversed(fields(TrainOptions)):
-        kind, name = _click_type(hints[f.name]), option_name(f)
-        settings: dict[str, Any] = {"default": f.default, "help": f.metadata["help"]}
-        if f.default is not None:
-            settings["show_default"] = True
-        if kind is bool:
-            command = click.option(f"{name}/--no-{name[2:]}", f.name, **settings)(command)
-        else:
-            command = click.option(name, f.name, type=kind, **settings)(command)
-    return command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -58,13 +33,42 @@ def train(**values: Any) -> None:
 
 
 @cli.command()
-@click.option("--recipes", required=True, help="Recipes to compare, separated by commas.")
+@click.option(
+    "--recipes",
+    required=True,
+    help="Recipes to compare, separated by commas; with options of their own, by semicolons: "
+    '"vanilla;luffy --locality-loss 0.02;fast=vanilla_dedup --wire int8" (fast is the name it gets).',
+)
+@click.option("--repeats", default=1, show_default=True, help="Runs of each recipe, in turn (A B A B ...).")
+@click.option("--vary-seed", is_flag=True, help="Each repeat takes the next seed (default: all the same).")
+@click.option("--target-loss", type=float, help="Held-out loss to reach (default: what the first recipe ends with).")
+@click.option("--also", default="", help="Folders of runs made elsewhere, separated by commas, to show beside these.")
+@click.option("--discard-checkpoints", is_flag=True, help="Remove a run's checkpoints when it is finished.")
 @train_options
-def compare(recipes: str, **values: Any) -> None:
-    """Train with several recipes on the same data and seed (--recipe is ignored), and compare them."""
-    from luffy.train.compare import compare as run
+def compare(
+    recipes: str,
+    repeats: int,
+    vary_seed: bool,
+    target_loss: float | None,
+    also: str,
+    discard_checkpoints: bool,
+    **values: Any,
+) -> None:
+    """Train with several recipes on the same data and seed (--recipe is ignored), and compare them.
 
-    run(recipes, TrainOptions(**values))
+    With --resume, runs that are finished are taken as they are, and one that was stopped continues.
+    """
+    from luffy.train.compare import Comparison
+
+    Comparison(
+        recipes,
+        TrainOptions(**values),
+        repeats=repeats,
+        vary_seed=vary_seed,
+        target_loss=target_loss,
+        also=tuple(name for name in also.split(",") if name),
+        discard_checkpoints=discard_checkpoints,
+    ).run()
 
 
 @cli.command()
@@ -111,10 +115,11 @@ def models() -> None:
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
 def report(run: Path) -> None:
-    """Write the HTML report of the run in folder RUN again."""
+    """Write the HTML report of the run, or of the comparison, in folder RUN again."""
+    from luffy.report.compare import COMPARE_FILE, write_compare_report
     from luffy.report.html import write_run_report
 
-    click.echo(write_run_report(run))
+    click.echo(write_compare_report(run) if (run / COMPARE_FILE).exists() else write_run_report(run))
 
 
 cli.add_command(lab)

@@ -1,115 +1,130 @@
 """`luffy compare`: several recipes on the same data and seed, one table, one page.
 
-Each recipe is an ordinary run in a folder of its own, so everything that `luffy train` writes is there to look at. Runs
-follow one another on the same machine; a speed-up is the ratio of median step times after warm-up, and the quartiles
-beside it say how far to trust it.
+Each recipe is an ordinary run in a folder of its own, so everything that `luffy train` writes is there to look at.
+Repeats are interleaved (A B C A B C): a machine that slows down in the course of an hour slows all recipes alike, and
+does not make the last one look bad. What the numbers mean is said in luffy.report.summaries.
+
+It resumes. A run whose summary is there is finished and is not run again; one that was stopped goes on from its
+checkpoint. Both only where its options are those that are asked for now: mixing others in would be no comparison.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import shutil
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
 from luffy.errors import UserError
-from luffy.recipes import get_recipe
-from luffy.report.compare import write_compare_report
-from luffy.report.runs import read_run, warmup_steps, write_json_atomic
-from luffy.report.units import format_bytes, format_seconds
+from luffy.lab.place import check_ranks, current_lab
+from luffy.report.compare import COMPARE_FILE, write_compare_report
+from luffy.report.compare_table import text_tables
+from luffy.report.runs import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, Run, read_json, read_run, write_json_atomic
+from luffy.report.summaries import differences, said_to_differ, set_side_by_side, summarise
+from luffy.train.entries import Entry, parse_entries
 from luffy.train.launch import under_torchrun
 from luffy.train.options import TrainOptions
 from luffy.train.run import start
 
+# Options that may differ between a run and its continuation: none changes what is computed or how fast.
+_FREE = {"out", "resume", "overwrite", "timeout_seconds", "cache_dir", "keep_checkpoints", "export"}
 
-def compare(names: str, options: TrainOptions) -> list[dict[str, Any]]:
-    """Train with each of `names` (comma-separated) and write compare.json and report.html to --out.
 
-    Returns the summaries, each with `step_seconds` (quartiles) and `speedup_over` {recipe: ratio of median step times}.
-    Raises UserError for unknown or repeated recipes.
-    """
-    recipes = [n.strip() for n in names.split(",") if n.strip()]
-    if len(recipes) < 2 or len(set(recipes)) < len(recipes):
-        raise UserError(f"--recipes {names!r}: name at least two different recipes, separated by commas")
-    if under_torchrun():
-        raise UserError("luffy compare starts its own ranks (--ranks); run it without torchrun")
-    for name in recipes:
-        get_recipe(name)
-    out = Path(options.out)
-    summaries = []
-    for name in recipes:
-        click.echo(f"== {name}", err=True)
-        run = replace(options, recipe=name, out=str(out / name))
-        if options.resume and (out / name / "summary.json").exists():
-            click.echo("already finished", err=True)
-        else:
+@dataclass(frozen=True)
+class Comparison:
+    """`luffy compare`: `recipes` is the text of --recipes, `options` those that all runs share."""
+
+    recipes: str
+    options: TrainOptions
+    repeats: int = 1
+    vary_seed: bool = False
+    target_loss: float | None = None
+    also: tuple[str, ...] = ()
+    discard_checkpoints: bool = False
+
+    def run(self) -> list[dict[str, Any]]:
+        """Train what is not finished; write compare.json and report.html to --out; the summaries, one a recipe.
+
+        Raises UserError, before the first run, for whatever can be seen by then.
+        """
+        if under_torchrun():
+            raise UserError("luffy compare starts its own ranks (--ranks); run it without torchrun")
+        if self.repeats < 1:
+            raise UserError(f"--repeats {self.repeats} must be at least 1")
+        entries = parse_entries(self.recipes)
+        elsewhere = [(Path(name), read_run(name)) for name in self.also]
+        plan = [(entry, self._of(entry, r)) for r in range(self.repeats) for entry in entries]
+        todo = [(entry, run) for entry, run in plan if not _finished(run)]
+        for entry, run in plan:
+            if (entry, run) not in todo:
+                click.echo(f"== {Path(run.out).name}: already finished", err=True)
+        for number, (_, run) in enumerate(todo, start=1):
+            click.echo(f"== {Path(run.out).name} ({number} of {len(todo)})", err=True)
             start(run)
-        summaries.append(summarise(out / name))
-    for mine in summaries:
-        median = mine["step_seconds"][1]
-        mine["speedup_over"] = {o["recipe"]: o["step_seconds"][1] / median for o in summaries if o is not mine}
-    write_json_atomic(out / "compare.json", summaries)
-    page = write_compare_report(out, summaries)
-    click.echo(table(summaries))
-    if "network" in summaries[0]:
-        click.echo(f"network:     {summaries[0]['network']}")
-    click.echo(f"report:      {page}")
-    return summaries
+            if self.discard_checkpoints:
+                shutil.rmtree(Path(run.out) / "checkpoints", ignore_errors=True)
+        summaries, runs = [], []
+        for entry in entries:
+            folders = [Path(run.out) for planned, run in plan if planned is entry]
+            runs.append([read_run(folder) for folder in folders])
+            about = {"own_options": entry.options, "folders": [folder.name for folder in folders]}
+            summaries.append(summarise(entry.label, runs[-1]) | about)
+        for folder, other in elsewhere:
+            runs.append([other])
+            summaries.append(self._elsewhere(folder, other, runs[0][0], [s["label"] for s in summaries]))
+        set_side_by_side(summaries, runs, self.target_loss)
+        out = Path(self.options.out)
+        write_json_atomic(out / COMPARE_FILE, summaries)
+        click.echo(text_tables(summaries))
+        click.echo(f"numbers:     {out / COMPARE_FILE}")
+        click.echo(f"report:      {write_compare_report(out)}")
+        return summaries
+
+    def _of(self, entry: Entry, repeat: int) -> TrainOptions:
+        """The options of repeat `repeat` (from 0) of a recipe; all that can be checked of them is."""
+        folder = entry.folder + (f".{repeat + 1}" if repeat else "")
+        seed = self.options.seed + (repeat if self.vary_seed else 0)
+        run = replace(entry.apply(self.options), out=str(Path(self.options.out) / folder), seed=seed)
+        lab = current_lab()
+        if lab is not None:
+            run = replace(run, ranks=check_ranks(lab, run.ranks))
+        run.check_world(run.ranks)
+        if (Path(run.out) / METRICS_FILE).exists() and not (run.resume or run.overwrite):
+            raise UserError(f"--out {run.out} already holds a run; add --resume, --overwrite, or choose another folder")
+        return run
+
+    def _elsewhere(self, folder: Path, run: Run, first: Run, labels: list[str]) -> dict[str, Any]:
+        """The summary of a run that another system, or another command, made."""
+        label = str(run.summary.get("label") or run.summary.get("recipe") or folder.name)
+        if label in labels:
+            label = f"{label} ({folder.name})"
+        about = {"elsewhere": True, "differs": [*said_to_differ(run), *differences(run, first)]}
+        defaults = {"recipe": label, "model": "", "folders": [str(folder.resolve())]}
+        return defaults | summarise(label, [run]) | about
 
 
-def summarise(folder: Path) -> dict[str, Any]:
-    """A run's summary, with per-step medians over the steps after warm-up."""
-    run = read_run(folder)
-    records = run.records[min(warmup_steps(len(run.records)), len(run.records) - 1) :]
-    seconds = [r["seconds"] for r in records]
-
-    def median(*path: str) -> float:
-        values = []
-        for record in records:
-            value: Any = record
-            for key in path:
-                value = value.get(key, 0) if isinstance(value, dict) else 0
-            values.append(float(value))
-        return float(np.median(values))
-
-    return {
-        **run.summary,
-        "step_seconds": [float(np.quantile(seconds, q)) for q in (0.25, 0.5, 0.75)],
-        "step_bytes": {d: median("bytes", d) for d in run.summary["bytes"]},
-        "step_bytes_by_link": {c: median("bytes_by_link", c) for c in ("intra_node", "inter_node")},
-        "plan": {k: median("plan", k) for k in ("moved_share", "seconds", "exposed_seconds")},
-        "tokens_spread": median("tokens_max_over_mean"),
-    }
-
-
-def table(summaries: list[dict[str, Any]]) -> str:
-    """One row a recipe, as text."""
-    first = summaries[0]["recipe"]
-    columns = ("recipe", "s/step [quartiles]", f"over {first}", "dispatch", "combine", "both backwards", "intra-node",
-               "inter-node", "kept", "moved", "plan (exposed)", "tokens max/mean", "held-out loss")  # fmt: skip
-    rows = [columns]
-    for s in summaries:
-        low, mid, high = s["step_seconds"]
-        b = s["step_bytes"]
-        valid = s.get("valid_loss")
-        rows.append(
-            (
-                s["recipe"],
-                f"{mid:.3f} [{low:.3f}, {high:.3f}]",
-                f"{s['speedup_over'].get(first, 1.0):.2f}x",
-                format_bytes(b["dispatch"]),
-                format_bytes(b["combine"]),
-                format_bytes(b["dispatch_backward"] + b["combine_backward"]),
-                format_bytes(s["step_bytes_by_link"]["intra_node"]),
-                format_bytes(s["step_bytes_by_link"]["inter_node"]),
-                f"{100 * s.get('copies_kept', 1):.0f}%",
-                f"{100 * s['plan']['moved_share']:.0f}%",
-                f"{format_seconds(s['plan']['seconds'])} ({format_seconds(s['plan']['exposed_seconds'])})",
-                f"{s['tokens_spread']:.2f}" if s["tokens_spread"] else "-",
-                "-" if valid is None else f"{valid:.4f}",
-            )
+def _finished(run: TrainOptions) -> bool:
+    """Whether `run` is there, whole. Raises UserError where its folder holds a run with other options."""
+    folder = Path(run.out)
+    config, summary = read_json(folder / CONFIG_FILE), read_json(folder / SUMMARY_FILE)
+    if run.overwrite or "options" not in config:
+        return False
+    default = {f.name: f.default for f in fields(TrainOptions)}
+    before = default | config["options"]
+    other = [name for name, value in run.to_dict().items() if name not in _FREE and before[name] != value]
+    named = [f"--{name.replace('_', '-')} {before[name]}" for name in other]
+    if summary and _links(summary.get("lab")) != _links(lab.describe() if (lab := current_lab()) else None):
+        named.append("other links")
+    if named:
+        raise UserError(
+            f"--resume: {folder} holds a run with {', '.join(named)}; choose another --out, or add --overwrite in "
+            "place of --resume"
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return bool(summary)
+
+
+def _links(lab: dict[str, Any] | None) -> Any:
+    """What was asked of a lab, without what its links were then found to give."""
+    return None if lab is None else {key: value for key, value in lab.items() if key != "links"}

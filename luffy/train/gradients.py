@@ -17,14 +17,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from luffy.comm import Comm
+from luffy.comm.clock import PhaseClock
 from luffy.model import is_expert
 
 
 class GradientSync:
     """Wraps a model for training. Call it for a forward pass; call `finish` after the last backward of a step."""
 
-    def __init__(self, model: nn.Module, comm: Comm, compress: bool = False) -> None:
+    def __init__(self, model: nn.Module, comm: Comm, compress: bool = False, clock: PhaseClock | None = None) -> None:
         self.model, self.comm = model, comm
+        self.clock, self._marked = clock, False
         self._works: list[Any] = []
         self._last = True
         self.module: nn.Module = model
@@ -50,7 +52,7 @@ class GradientSync:
 
     def __call__(self, *args: Any, last: bool = True) -> Any:
         """Forward. `last` says that this micro-batch's backward completes the step's gradients."""
-        self._last = last
+        self._last, self._marked = last, False
         with self._no_sync() if not last else contextlib.nullcontext():
             return self.module(*args)
 
@@ -63,6 +65,7 @@ class GradientSync:
             yield
 
     def _sum_bucket(self, compress: bool, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        self._mark_end_of_backward()
         buffer = bucket.buffer()
         sent = buffer.to(torch.bfloat16) if compress else buffer
         mesh = self.comm.mesh
@@ -74,6 +77,16 @@ class GradientSync:
             return buffer.copy_(value) if compress else value
 
         return future.then(done)
+
+    def _mark_end_of_backward(self) -> None:
+        """Let the phase "gradients" begin when the backward pass is over and only sums are waited for.
+
+        Called for the first bucket: the wait is itself a callback at the end, and is queued after the last bucket.
+        """
+        if self.clock is not None and not self._marked:
+            self._marked = True
+            clock = self.clock
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: clock.switch("gradients"))
 
     def _sum_expert(self, parameter: Tensor) -> None:
         if not self._last:
@@ -87,6 +100,8 @@ class GradientSync:
         for work in self._works:
             work.wait()
         self._works.clear()
+        if self.clock is not None:
+            self.clock.switch("other")
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> Tensor:

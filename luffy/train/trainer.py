@@ -81,12 +81,14 @@ class Trainer:
         self.model = self._build_model()
         fused = mesh.device.type == "cuda"
         self.optimizer = make_optimizer(self.model, options.lr, options.weight_decay, fused)
-        self.sync = GradientSync(self.model, self.comm, options.gradient_dtype == "bfloat16")
+        self.sync = GradientSync(self.model, self.comm, options.gradient_dtype == "bfloat16", self.clock)
         self.memory = self._empty_memory(self.micro_size // mesh.world_size)
         self.step = 0
         self.valid_loss: float | None = None
         self.attention_fit: AttentionFit | None = None
         self.condensing = CondenseControl(self.runtime.condense, options)
+        # Rows and experts sent to each rank since this process began: this rank's row of the traffic matrix.
+        self._sent, self._sent_steps = np.zeros(mesh.world_size, dtype=np.int64), 0
 
     def _load_data(self) -> None:
         """Set `config`, `mask_id`, `loader` and `valid_loader`."""
@@ -294,6 +296,7 @@ class Trainer:
 
     def _share(self, token_loss: torch.Tensor, aux: AuxLoss | None, norm: torch.Tensor) -> dict[str, Any]:
         """Sum what ranks counted, in one small all-reduce, and stop everywhere if a number is not finite."""
+        self._sent, self._sent_steps = self._sent + self.comm.meter.read_to_rank(), self._sent_steps + 1
         seconds, counts = self.clock.take(), self.comm.meter.take()
         # What was under way and not waited for; the phase includes packing rows, so this is what was hidden at least.
         under_way = self.comm.meter.take_under_way()
@@ -514,6 +517,7 @@ class Trainer:
         peak = torch.zeros(self.mesh.world_size, dtype=torch.int64, device=self.mesh.device)
         peak[self.mesh.rank] = self._peak_memory()
         highest = int(self.comm.all_reduce(peak).max())
+        traffic = self.comm.all_gather_world(torch.from_numpy(self._sent).to(self.mesh.device)).tolist()
         if self.mesh.rank != 0:
             return None
         summary = RunSummary.from_records(
@@ -527,6 +531,7 @@ class Trainer:
                 "ep_size": self.mesh.ep_size,
                 "dtype": self.dtype_name,
                 "environment": describe_machine(self.mesh.device.type),
+                "traffic": {"steps": self._sent_steps, "bytes": traffic},  # [from][to]; steps since the last resume
                 **({} if self.attention_fit is None else {"attention_fit": self._attention_fit()}),
                 **(_in_lab(lab) if (lab := current_lab()) else {}),
             },

@@ -2,72 +2,19 @@
 
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from luffy.errors import UserError
+from luffy.report.breakdown import time_split_figure
 from luffy.report.figures import condensation_figure, draw_pictures
 from luffy.report.html import write_run_report
-from luffy.report.runs import BYTE_KINDS, SECONDS_KINDS, read_run, totals, write_json_atomic
+from luffy.report.runs import read_run, totals, write_json_atomic
 from luffy.report.series import bin_means, expert_load, smooth
 
-VOID = {"meta", "img", "br", "hr", "link", "input"}
-
-
-class Page(HTMLParser):
-    """Checks that tags nest and ids are unique, and collects what the page loads."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.resources: list[str] = []
-        self.images: list[dict[str, str | None]] = []
-        self.tags: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == [], f"not closed: {self.open}"
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "img":
-            self.images.append(dict(attributes))
-        self.resources += [value or "" for name, value in attributes if name in ("src", "href", "srcset", "data")]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
-        self.open.pop()
-
-
-def make_run(out: Path, steps: int, *, full: bool = True, layers: int = 3, experts: int = 4) -> Path:
-    """A synthetic run folder; `full=False` has the required keys alone and no summary."""
-    out.mkdir(parents=True, exist_ok=True)
-    random = np.random.default_rng(0)
-    records: list[dict[str, Any]] = []
-    for step in range(1, steps + 1):
-        seconds = 0.5 + 0.1 * float(random.random())
-        traffic = {kind: int(random.integers(10**6, 10**7)) for kind in BYTE_KINDS}
-        record = {"step": step, "loss": 3 + 6 / step, "tokens": 4096, "seconds": seconds, "bytes": traffic}
-        if full:
-            record["seconds_split"] = dict.fromkeys(SECONDS_KINDS, seconds / 6)
-            record["bytes_by_link"] = {"local": 10**6, "intra_node": 2 * 10**6, "inter_node": 10**7}
-            record["expert_load"] = random.integers(1, 100, (layers, experts)).tolist()
-            if step % 10 == 0:
-                record["valid_loss"] = 3.2 + 6 / step
-        records.append(record)
-    (out / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    if full:
-        environment = {"device": "cpu", "device_name": "Some CPU", "host": "Some CPU, 2 cores", "torch_version": "2.13"}
-        named = {"recipe": "luffy", "model": "moe-gpt2-tiny", "world_size": 4, "peak_memory_bytes": 10**9}
-        write_json_atomic(out / "summary.json", named | totals(records) | {"environment": environment})
-        options = {"recipe": "luffy", "lr": 1e-3, "tokenizer": None, "text": "<script>alert('x')</script> & \"more\""}
-        write_json_atomic(out / "config.json", {"options": options, "model": {"hidden_size": 128}})
-    return out
+from .synthetic import Page, make_run
 
 
 def check_page(path: Path) -> tuple[str, Page]:
@@ -103,6 +50,14 @@ def test_a_full_run(tmp_path: Path) -> None:
         assert fact in text, fact
     assert "&lt;script&gt;" in text  # options are text, whatever they hold
     assert path.stat().st_size < 2_000_000
+
+
+def test_the_stages_of_a_step_add_up_to_it(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "run", 20))
+    whole = float(np.mean([r["seconds"] for r in run.records[3:]]))
+    figure = time_split_figure(run, {"attention": 0.25 * whole, "exchange": 0.5 * whole})
+    widths = [bar.get_width() for bar in figure.axes[0].patches]
+    assert widths == pytest.approx([0.25 * whole, 0.5 * whole, 0.25 * whole])
 
 
 @pytest.mark.parametrize("steps", [1, 2, 40])

@@ -1,5 +1,6 @@
 """Runs on real ranks: resume bit for bit, another number of ranks, data parallel groups, recurrence, NaN."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -143,6 +144,12 @@ def test_the_summary_and_the_record_agree(small):
     assert all(r["bytes"]["combine"] == r["bytes"]["dispatch"] for r in records)  # sequences stay
     # The split is a mean over ranks and `seconds` is the first rank's: on a busy machine neither bounds the other.
     assert all(min(r["seconds_split"].values()) >= 0 < sum(r["seconds_split"].values()) for r in records)
+    assert all(r["seconds_split"]["gradients"] > 0 for r in records)  # the wait of the last bucket is told apart
+    traffic = json.loads(Path(settings["out"], "summary.json").read_text())["traffic"]
+    rows = ("dispatch", "combine", "dispatch_backward", "combine_backward", "experts")
+    sent = sum(r["bytes"][kind] for r in records for kind in rows)
+    assert traffic["steps"] == 2 and len(traffic["bytes"]) == 2
+    assert traffic["bytes"][0][1] + traffic["bytes"][1][0] == sent
 
 
 def test_rehoming_changes_where_experts_live_and_nothing_else(small, tmp_path):
