@@ -270,9 +270,9 @@ def _with_history(
     return torch.cat(places), SimilarityHistory(layout.global_token, table[:-1].unflatten(0, (T, T)))
 
 
-def only_sent(keys: CopyKeys, condensed: Condensed) -> CopyKeys:
-    """The keys without the copies that do not travel."""
-    if keys.keys.is_cuda and fused.triton is not None:
+def only_sent(keys: CopyKeys, condensed: Condensed, *, kernel: bool | None = None) -> CopyKeys:
+    """The keys without the copies that do not travel. kernel: as for `condense`."""
+    if kernel or (kernel is None and keys.keys.is_cuda and fused.triton is not None):
         new_keys, new_rank = fused.drop(keys.keys, keys.rank, keys.is_copy, condensed.sent)
         return replace(keys, keys=new_keys, is_copy=condensed.sent, rank=new_rank)
     dropped = keys.is_copy & ~condensed.sent

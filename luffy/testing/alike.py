@@ -1,9 +1,9 @@
 """Layers of alike copies, and the fused decision what to condense held to the one in torch on them.
 
-`exact` rows leave no room for rounding: entries of +-1 and 0, as many of them as a power of four, times a power of two.
-Lengths, products and cosines are then exact in every format, thresholds can be hit exactly, and ties are frequent: both
-paths must give the same answer bit for bit. Other rows are Gaussian; there the threshold is put where no cosine is near,
-and what is chosen must be as alike.
+`exact` rows leave no room for rounding: entries of +-1 and 0, as many as a power of four, times a power of two. Their
+lengths, products and cosines are exact in every format, thresholds can be hit exactly, and ties are frequent: both
+paths must give the same answer bit for bit. Other rows are Gaussian; there the threshold is put where no cosine is
+near, and what is chosen must be as alike.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def alike_layer(
     if odd_rows and T > 20:
         x[1], x[5], x[8, 0], x[13, size - 1] = 0, torch.nan, torch.nan, torch.inf
         x[T // 2 :: 17] = 0
-    popularity = torch.rand(num_experts, generator=g)
+    popularity = 0.5 * torch.rand(num_experts, generator=g)
     if num_experts > top_k + 1:
         popularity[-1] = -9  # nobody's choice
     ids = (popularity + 0.7 * torch.rand(T, num_experts, generator=g)).topk(top_k).indices
@@ -103,11 +103,9 @@ def compare_exactly(
     there = layer.to(device)
     expected = layer.decide(scheme, threshold, kernel=False, **flags)
     got = there.decide(scheme, threshold, kernel=True, **flags)
-    problems = [
-        _difference(name, getattr(expected, name), getattr(got, name)) for name in ("leader", "sent", "shared", "audited")
-    ]
-    keys, new_keys = only_sent(layer.keys, expected), only_sent(there.keys, got)
-    problems += [_difference(name, getattr(keys, name), getattr(new_keys, name)) for name in ("keys", "is_copy", "rank")]
+    problems = [_difference(n, getattr(expected, n), getattr(got, n)) for n in ("leader", "sent", "shared", "audited")]
+    keys, new_keys = only_sent(layer.keys, expected, kernel=False), only_sent(there.keys, got, kernel=True)
+    problems += [_difference(n, getattr(keys, n), getattr(new_keys, n)) for n in ("keys", "is_copy", "rank")]
     assert not any(problems), "\n".join([_name(layer, scheme, threshold, flags, device), *filter(None, problems)])
     return int((expected.copy & ~expected.sent).sum())
 
