@@ -9,6 +9,7 @@ near, and what is chosen must be as alike.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -37,26 +38,25 @@ class AlikeLayer:
     def to(self, device: torch.device) -> AlikeLayer:
         return replace(self, x=self.x.to(device), ids=self.ids.to(device))
 
-    @property
+    @cached_property
     def layout(self) -> Layout:
         first = np.array([7, *self.lengths])  # an earlier sequence lives elsewhere: global tokens are not local rows
         return Layout(SequenceTable(first, np.array([1] + [0] * len(self.lengths))), 0, self.x.device)
 
-    @property
+    @cached_property
     def experts(self) -> ExpertMap:
         return ExpertMap(torch.arange(self.num_experts, device=self.x.device), self.num_experts // self.ep_size)
 
-    @property
+    @cached_property
     def keys(self) -> CopyKeys:
         return copy_keys(self.ids, self.experts, 0, self.ep_size, "pairs" if self.pairs else "ranks")
 
     def decide(
-        self, scheme: Condensation, threshold: float, *, causal: bool, by_sequence: bool, kernel: bool | None,
-        step: int = 12_345, layer: int = 3,
-    ) -> Condensed:  # fmt: skip
-        state = CondenseState(scheme, [threshold] * (layer + 1), step=step)
+        self, scheme: Condensation, threshold: float, *, causal: bool, by_sequence: bool, kernel: bool | None
+    ) -> Condensed:
+        state = CondenseState(scheme, [threshold] * 4, step=12_345)
         return condense(
-            state, layer, self.x, self.ids, self.keys, self.layout, self.experts, 0,
+            state, 3, self.x, self.ids, self.keys, self.layout, self.experts, 0,
             causal=causal, by_sequence=by_sequence, pairs=self.pairs, kernel=kernel,
         )[0]  # fmt: skip
 
