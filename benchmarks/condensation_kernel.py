@@ -180,10 +180,12 @@ def tune(size: int, tokens: int, windows: list[int]) -> list[dict]:
 
 
 def line(r: dict) -> str:
+    """A row of the table; measurements from before the kernels were fused lack some columns."""
+    num_bytes = r.get("decide_num_bytes") or r["memory_num_bytes"]["decide"]
     return (
-        f"| {r['hidden_size']} | {r['rows'] // 1024}k | {r['window']} | {r['scheme'].split(',local')[0]} | "
-        f"{r['choose_ms']:.3f} | {r['decide_ms']:.3f} | {r['decide_host_ms']:.3f} | {r['launches']} | "
-        f"{r['experts_ms']:.2f} | {r['decide_share']:.1%} | {r['decide_num_bytes'] / 1e6:.1f} |"
+        f"| {r['hidden_size']} | {r['rows'] // 1024}k | {r['window']} | {r.get('scheme', '').split(',local')[0]} | "
+        f"{r['choose_ms']:.3f} | {r['decide_ms']:.3f} | {r['decide_host_ms']:.3f} | {r.get('launches', '')} | "
+        f"{r['experts_ms']:.2f} | {r['decide_share']:.1%} | {num_bytes / 1e6:.1f} |"
     )
 
 
