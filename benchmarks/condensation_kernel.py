@@ -1,136 +1,251 @@
-"""Is choosing representatives cheap? Its time beside the expert layer that it precedes, and its memory against rows.
+"""Is deciding what to condense cheap? Its time beside the expert layer that it precedes, its launches, its memory.
 
-    python benchmarks/condensation_kernel.py --out docs/results/condensation_kernel.json      (needs a GPU)
+    python benchmarks/condensation_kernel.py run --out docs/results/condensation_kernel.json      (needs a GPU)
+    python benchmarks/condensation_kernel.py table docs/results/condensation_kernel.json
 
-One rank's share of a layer: `rows` copies, spread over 16 experts, in clusters of alike rows. `choose`: gather, cosine
-tiles and choice (luffy.kernels.representatives). `decide`: all of luffy.exchange.condense, with sorting and windows.
-`experts`: forward of the grouped expert products that those rows are for. Medians of interleaved repeats.
+One rank's share of a layer: `rows` copies, spread over 16 experts, in clusters of alike rows. *decide*: all of
+luffy.exchange.condense and only_sent, from the router's choices to the keys of what is sent. *choose*: the kernel in it
+that does the arithmetic (luffy.kernels.condense). *experts*: forward of the grouped expert products that those rows are
+for. Medians of interleaved repeats, launched behind a wait, so that what the host needs to launch them is not in them;
+it is measured apart (*host*). `run` first holds the kernels to the torch path, and says so where they differ.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import click
-import numpy as np
 import torch
 
 from luffy.condensation import parse_condense
 from luffy.config import model_preset
-from luffy.data.batch import Layout, SequenceTable
-from luffy.exchange import CondenseState, ExpertMap, condense, copy_keys
-from luffy.exchange.condense import find_groups, make_windows
-from luffy.kernels.representatives import choose_representatives
+from luffy.exchange import CondenseState, condense, only_sent
+from luffy.kernels.condense import Question, choose, find_windows
 from luffy.model.experts import GroupedExperts
+from luffy.testing.alike import AlikeLayer, alike_layer, compare_closely, compare_exactly
+from luffy.testing.launches import launches
 from luffy.train.metrics import describe_machine
 
-
-def milliseconds(action, repeats: int) -> list[float]:
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(10_000_000)  # launches happen behind it, and are not timed
-        begin.record()
-        action()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return times
+NUM_EXPERTS, TOP_K, THRESHOLD = 16, 2, 0.9
+HEADER = (
+    "| d | rows | window | scheme | choose ms | decide ms | host ms | launches | experts ms | decide / experts | MB |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|"
+)
 
 
-def measure(size: int, tokens: int, window: int, repeats: int) -> dict:
-    device, E, K = torch.device("cuda"), 16, 2
-    g = torch.Generator(device).manual_seed(0)
-    centres = torch.randn(tokens // 4, size, generator=g, device=device)
-    x = centres[torch.randint(len(centres), (tokens,), generator=g, device=device)]
-    x = (x + 0.3 * torch.randn(tokens, size, generator=g, device=device)).bfloat16()
-    ids = torch.rand(tokens, E, generator=g, device=device).topk(K).indices
-    lengths = np.full(tokens // 1024, 1024)
-    layout = Layout(SequenceTable(lengths, np.zeros(len(lengths), dtype=np.int64)), 0, device)
-    experts = ExpertMap(torch.arange(E, device=device), 1)
-    keys = copy_keys(ids, experts, 0, E, "ranks")
-    state = CondenseState(parse_condense(f"static:0.9,local,window={window}"), [0.9])
+def milliseconds(action: Callable[[], Any]) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(10_000_000)  # launches happen behind it, and are not timed
+    begin.record()
+    action()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def check(device: torch.device) -> list[str]:
+    """What differs between the kernels and torch, a text for each case; empty if nothing does."""
+    problems = []
+    for window in (16, 32, 64, 128):
+        for dtype, causal in ((torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, True)):
+            for by_sequence in (True, False):
+                seed = window + 2 * causal + by_sequence
+                layer = alike_layer(seed, (700, 1, 30, 257, 100), 768, NUM_EXPERTS, TOP_K, dtype=dtype)
+                rough = alike_layer(seed, (60, 31), 1024, 8, TOP_K, dtype=dtype, exact=False)
+                for extras in ("", ",correct"):
+                    flags = {"causal": causal, "by_sequence": by_sequence, "device": device}
+                    try:
+                        scheme = parse_condense(f"{'budget' if causal else 'static'}:0.5,local,window={window}{extras}")
+                        assert scheme is not None
+                        if not compare_exactly(layer, scheme, 0.5, **flags):
+                            problems.append(f"nothing was condensed, nothing was tested: {scheme}")
+                        compare_closely(rough, scheme, 0.8, **flags)
+                    except Exception as error:  # a kernel that does not compile is a finding too
+                        short = "".join(traceback.format_exception_only(error))[-1500:]
+                        problems.append(f"window {window}, {dtype}, {flags}: {short}")
+    return problems
+
+
+def layer_of_rows(size: int, tokens: int) -> AlikeLayer:
+    """Gaussian clusters of four; an expert a rank, those of this rank condensed too."""
+    g = torch.Generator("cuda").manual_seed(0)
+    centres = torch.randn(tokens // 4, size, generator=g, device="cuda")
+    x = centres[torch.randint(len(centres), (tokens,), generator=g, device="cuda")]
+    x = (x + 0.3 * torch.randn(tokens, size, generator=g, device="cuda")).bfloat16()
+    ids = torch.rand(tokens, NUM_EXPERTS, generator=g, device="cuda").topk(TOP_K).indices
+    return AlikeLayer(x, ids, (1024,) * (tokens // 1024), NUM_EXPERTS, NUM_EXPERTS)
+
+
+def expert_layer(size: int) -> GroupedExperts:
     config = model_preset("moe-gpt2").override(hidden_size=size, expert_hidden_size=4 * size, num_heads=8)
-    network = GroupedExperts(config, E).to(device).bfloat16()
+    with torch.device("cuda"):
+        network = GroupedExperts(config, NUM_EXPERTS).bfloat16()
     for p in network.parameters():
         torch.nn.init.normal_(p, std=0.02)
-    rows = x[torch.arange(tokens * K, device=device) // K]
-    counts = torch.full((E,), tokens * K // E, device=device)
-    group, G = find_groups(ids, keys, layout, E, 0, local=True, by_sequence=False, pairs=False)
-    table = make_windows(group, G, layout, window)
-    token = torch.where(table >= 0, table // K, -1)
-    unit = torch.nn.functional.normalize(x.float(), dim=1).bfloat16()
+    return network
 
-    def choose(kernel=True):
-        return choose_representatives(unit, token, 0.9, causal=True, nearest=True, kernel=kernel)
 
-    def decide():
-        return condense(state, 0, x, ids, keys, layout, experts, 0, causal=True, by_sequence=False, pairs=False)
+def forward_of(network: GroupedExperts, layer: AlikeLayer) -> Callable[[], Any]:
+    """What the experts do with the copies: as many rows for each."""
+    num_rows = layer.ids.numel()
+    rows = layer.x[torch.arange(num_rows, device="cuda") // TOP_K]
+    counts = torch.full((NUM_EXPERTS,), num_rows // NUM_EXPERTS, device="cuda")
 
-    def forward():
+    def forward() -> None:
         with torch.no_grad():
             network(rows, counts)
 
-    actions = {"choose": choose, "decide": decide, "experts": forward}
-    times: dict[str, list[float]] = {name: [] for name in actions}
+    return forward
+
+
+def question(layer: AlikeLayer, scheme: Any) -> Question:
+    keys = layer.keys
+    return Question(
+        layer.x, layer.ids, keys.rank, keys.is_copy, layer.layout, NUM_EXPERTS, 0, THRESHOLD, scheme.window,
+        True, scheme.nearest, True, False, False,
+    )  # fmt: skip
+
+
+def measure(layer: AlikeLayer, forward: Callable[[], Any], text: str, repeats: int, by_torch: bool) -> dict:
+    scheme = parse_condense(text)
+    assert scheme is not None
+    state = CondenseState(scheme, [THRESHOLD])
+    layer_arguments = (layer.x, layer.ids, layer.keys, layer.layout, layer.experts, 0)
+
+    def decide(kernel: bool | None = None) -> Any:
+        flags = {"causal": True, "by_sequence": False, "pairs": False, "kernel": kernel}
+        condensed = condense(state, 0, *layer_arguments, **flags)[0]
+        return condensed, only_sent(layer.keys, condensed, kernel=kernel)
+
+    asked = question(layer, scheme)
+    windows = find_windows(asked)
+    actions = {"choose": lambda: choose(asked, *windows), "decide": decide, "experts": forward}
     for action in actions.values():
         action()
+    times: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(repeats):
         for name, action in actions.items():
-            times[name] += milliseconds(action, 1)
+            times[name].append(milliseconds(action))
     torch.cuda.synchronize()
     began = time.perf_counter()
     for _ in range(repeats):
         decide()
-    host = (time.perf_counter() - began) / repeats * 1e3  # what the host needs to launch it all
+    host = (time.perf_counter() - began) / repeats * 1e3
     torch.cuda.synchronize()
-    memory = {}
-    for name in ("choose", "decide"):
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        actions[name]()
-        memory[name] = torch.cuda.max_memory_allocated() - before
-    kept = condense(state, 0, x, ids, keys, layout, experts, 0, causal=True, by_sequence=False, pairs=False)[0]
-    out = {"hidden_size": size, "rows": tokens * K, "window": window, "kept": float(kept.sent.float().mean())}
-    out["decide_host_ms"] = host
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    condensed = decide()[0]
+    memory = torch.cuda.max_memory_allocated() - before
+    found = launches(decide)
+    out = {"hidden_size": layer.x.shape[1], "rows": layer.ids.numel(), "window": scheme.window, "scheme": text}
     out |= {f"{n}_ms": median(t) for n, t in times.items()}
     out |= {f"{n}_spread_ms": [min(t), max(t)] for n, t in times.items()}
     out |= {"choose_share": out["choose_ms"] / out["experts_ms"], "decide_share": out["decide_ms"] / out["experts_ms"]}
-    if size == 768:
-        out["reference_ms"] = median(milliseconds(lambda: choose(False), 5))
-    return out | {"memory_num_bytes": memory}
+    out |= {"decide_host_ms": host, "kept": float(condensed.sent.float().mean()), "decide_num_bytes": memory}
+    out |= {"launches": sum(n for n, _ in found.values()), "launched_us": {k: [n, us] for k, (n, us) in found.items()}}
+    if by_torch:
+        decide(False)
+        out["torch_decide_ms"] = median(milliseconds(lambda: decide(False)) for _ in range(3))
+        out["torch_launches"] = sum(n for n, _ in launches(lambda: decide(False)).values())
+    return out
 
 
-@click.command()
+def tune(size: int, tokens: int, windows: list[int]) -> list[dict]:
+    """Times of the choosing kernel by columns at once, warps and stages: what `choose` should have as defaults."""
+    layer, results = layer_of_rows(size, tokens), []
+    for window in windows:
+        asked = question(layer, parse_condense(f"static:{THRESHOLD},local,window={window}"))
+        found = find_windows(asked)
+        for block, warps, stages in itertools.product((32, 64, 128), (4, 8), (2, 3, 4)):
+            setting = {"block": block, "num_warps": warps, "stages": stages}
+            action = functools.partial(choose, asked, *found, **setting)
+            try:
+                action()
+            except Exception as error:  # more shared memory than there is
+                click.echo(f"window {window} {setting}: {type(error).__name__}")
+                continue
+            ms = median(milliseconds(action) for _ in range(7))
+            results.append({"hidden_size": size, "rows": TOP_K * tokens, "window": window, **setting, "ms": ms})
+    for r in sorted(results, key=lambda r: (r["window"], r["ms"])):
+        click.echo(json.dumps(r))
+    return results
+
+
+def line(r: dict) -> str:
+    """A row of the table; measurements from before the kernels were fused lack some columns."""
+    num_bytes = r.get("decide_num_bytes") or r["memory_num_bytes"]["decide"]
+    return (
+        f"| {r['hidden_size']} | {r['rows'] // 1024}k | {r['window']} | {r.get('scheme', '').split(',local')[0]} | "
+        f"{r['choose_ms']:.3f} | {r['decide_ms']:.3f} | {r['decide_host_ms']:.3f} | {r.get('launches', '')} | "
+        f"{r['experts_ms']:.2f} | {r['decide_share']:.1%} | {num_bytes / 1e6:.1f} |"
+    )
+
+
+@click.group()
+def main() -> None:
+    """Measure on a GPU, or print what was measured."""
+
+
+@main.command()
 @click.option("--sizes", default="768,1024,2048,4096", show_default=True)
 @click.option("--rows", default="8192,16384,32768,65536", show_default=True)
 @click.option("--windows", default="64,128", show_default=True)
-@click.option("--repeats", default=15, show_default=True)
+@click.option("--repeats", default=11, show_default=True)
+@click.option("--tune", "tuned", is_flag=True, help="Also try other settings of the choosing kernel.")
 @click.option("--out", type=click.Path(path_type=Path))
-def main(sizes: str, rows: str, windows: str, repeats: int, out: Path | None) -> None:
-    """Print a table, and write it as JSON."""
-    results = []
-    click.echo(
-        "| d | rows | window | kept | choose ms | decide ms | experts ms | choose/experts | decide/experts | MB |"
-    )
-    click.echo("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+def run(sizes: str, rows: str, windows: str, repeats: int, tuned: bool, out: Path | None) -> None:
+    """Check the kernels, print a table, and write it as JSON; the exit status is 1 if a check failed."""
+    began = time.monotonic()
+    problems = check(torch.device("cuda"))
+    for problem in problems:
+        click.echo(f"FAILED {problem}")
+    click.echo(f"checks: {len(problems)} failed, {time.monotonic() - began:.0f} s")
+    report: dict[str, Any] = {"environment": describe_machine("cuda"), "problems": problems, "results": []}
+    click.echo(HEADER)
+    widths = [int(w) for w in windows.split(",")]
     for size in map(int, sizes.split(",")):
+        network = expert_layer(size)
         for n in map(int, rows.split(",")):
-            for window in map(int, windows.split(",")):
-                r = measure(size, n // 2, window, repeats)
-                results.append(r)
-                click.echo(
-                    f"| {size} | {n} | {window} | {r['choose_ms']:.3f} | {r['decide_ms']:.3f} | "
-                    f"{r['decide_host_ms']:.3f} | {r['experts_ms']:.3f} | {r['choose_share']:.1%} | "
-                    f"{r['decide_share']:.1%} | {r['memory_num_bytes']['decide'] / 1e6:.0f} |"
-                )
+            layer = layer_of_rows(size, n // TOP_K)
+            forward = forward_of(network, layer)
+            for window in widths:
+                for text in ("static:0.9", *(["budget:0.1,correct"] if n == 32768 and window == 128 else [])):
+                    r = measure(layer, forward, f"{text},local,window={window}", repeats, by_torch=n == 32768)
+                    report["results"].append(r)
+                    click.echo(line(r))
+    if tuned:
+        report["tuning"] = [*tune(768, 4096, widths), *tune(4096, 32768, widths)]
+    click.echo(f"all: {time.monotonic() - began:.0f} s")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({"environment": describe_machine("cuda"), "results": results}, indent=1) + "\n")
+        out.write_text(json.dumps(report, indent=1) + "\n")
+    if problems:
+        raise SystemExit(1)
+
+
+@main.command()
+@click.argument("file", type=click.Path(exists=True, path_type=Path))
+def table(file: Path) -> None:
+    """Print what `run` wrote, as docs/condensation.md shows it."""
+    report = json.loads(file.read_text())
+    click.echo(f"{report['environment']['device_name']}, torch {report['environment']['torch_version']}")
+    click.echo(HEADER)
+    for r in report["results"]:
+        click.echo(line(r))
+    for r in report["results"]:
+        if "torch_decide_ms" in r:
+            click.echo(
+                f"{r['hidden_size']} x {r['rows']}, window {r['window']}, {r['scheme']}: with torch operations "
+                f"{r['torch_decide_ms']:.3f} ms in {r['torch_launches']} launches"
+            )
 
 
 if __name__ == "__main__":

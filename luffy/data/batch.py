@@ -103,6 +103,12 @@ class Layout:
         return self.positions * self.num_sequences + self.sequence_of_token
 
     @cached_property
+    def tokens_in_time(self) -> Tensor:
+        """The tokens ordered by `moment`: int32 [T]."""
+        grid = np.arange(self.max_length)[:, None]  # [max_length, S_local] of places and tokens
+        return self._to_device((self.starts + grid)[grid < self._host_lengths], torch.int32)
+
+    @cached_property
     def global_token(self) -> Tensor:
         """Global id of each token, int64 [T]."""
         first = np.repeat(self.table.first_token[self.sequences], self._host_lengths)

@@ -14,6 +14,9 @@ Decided from what the sender knows, before anything is sent:
     audit      a few condensed copies are sent all the same; where both answers are computed they are compared
                (luffy.exchange.audit)
 
+Written twice: below with torch operations, which is what is meant, and fused (luffy.kernels.condense), which is what
+GPUs run where similarity is looked for in windows. Both give the same answer, and the tests hold one to the other.
+
 Condensation is for training only: evaluation never condenses.
 """
 
@@ -29,6 +32,7 @@ from luffy.data.batch import Layout
 from luffy.errors import UserError
 from luffy.exchange.copies import CopyKeys, ExpertMap
 from luffy.exchange.hashing import same_bucket
+from luffy.kernels import condense as fused
 from luffy.kernels.representatives import choose_representatives, settle
 from luffy.plan.condensation import ALIKE, UNLIKE
 
@@ -116,17 +120,21 @@ def make_windows(group: Tensor, num_groups: int, layout: Layout, window: int) ->
     ordered = group.flatten()[order]
     counts = torch.zeros(num_groups + 1, dtype=torch.int64, device=group.device)
     counts.index_add_(0, ordered, torch.ones_like(ordered))
-    W = window or max(1, int(counts[:num_groups].max()) if num_groups else 1)
+    longest = window
+    if not (window and group.is_cuda):  # on a GPU it would be a read-back
+        longest = max(1, int(counts[:num_groups].max()) if num_groups else 1)
+    W = window or longest
     start = counts.cumsum(0) - counts
     place = torch.arange(T * K, device=group.device) - start[ordered]
     needed = (counts + W - 1) // W
     needed[num_groups] = 0
     first = needed.cumsum(0) - needed
-    num_windows = -(-T * K // W) + num_groups  # an upper bound that needs no read-back
+    # On a GPU an upper bound; elsewhere what there is, and below no wider than the largest group.
+    num_windows = T * K // W + num_groups if group.is_cuda else int(needed.sum())
     at = torch.where(ordered < num_groups, (first[ordered] + place // W) * W + place % W, num_windows * W)
     rows = torch.full((num_windows * W + 1,), -1, dtype=torch.int64, device=group.device)
     rows[at] = order
-    return rows[:-1].unflatten(0, (num_windows, W))
+    return rows[:-1].unflatten(0, (num_windows, W))[:, :longest]
 
 
 def leaders(rows: Tensor, leader_place: Tensor, num_copies: int) -> Tensor:
@@ -150,20 +158,33 @@ def condense(
     by_sequence: bool,
     pairs: bool,
     history: SimilarityHistory | None = None,
+    kernel: bool | None = None,
 ) -> tuple[Condensed, SimilarityHistory | None]:
-    """Decide for one layer. x [T, D]: the experts' inputs. Without gradient: the choice is discrete."""
+    """Decide for one layer. x [T, D]: the experts' inputs. Without gradient: the choice is discrete.
+
+    kernel: force the fused kernels or torch; None: the kernels on a GPU.
+    """
     scheme, (T, K) = state.scheme, ids.shape
     with torch.no_grad():
         E = experts.slot_of_expert.shape[0]
         # Where sequences move, who is local follows from a plan that knows the whole batch: to spare local copies
         # would tell a token of its future, and let results depend on where it lives.
         local = scheme.local or by_sequence
+        if kernel is None:
+            kernel = fused.available(x, scheme.window) and not scheme.hashed and not scheme.history
+        if kernel:
+            audit = (scheme.audit_share, state.step, layer) if scheme.audits else None
+            answer = fused.decide(fused.Question(
+                x, ids, keys.rank, keys.is_copy, layout, E, ep_rank, state.thresholds[layer], scheme.window,
+                causal, scheme.nearest, local, by_sequence, pairs, audit,
+            ))  # fmt: skip
+            return Condensed(scheme, answer.leader, keys.is_copy, answer.sent, answer.shared, answer.audited), None
         group, G = find_groups(ids, keys, layout, E, ep_rank, local=local, by_sequence=by_sequence, pairs=pairs)
         found = None
         if scheme.hashed:
             leader = same_bucket(x, group, G, layout, int(scheme.level), layer)
         else:
-            unit = _unit_rows(x)
+            unit = _unit_rows(x, narrow=scheme.history and x.is_cuda)
             rows = make_windows(group, G, layout, scheme.window)
             threshold, token = state.thresholds[layer], torch.where(rows >= 0, rows // K, -1)
             if scheme.history:
@@ -174,11 +195,15 @@ def condense(
         return _settle_copies(leader.unflatten(0, (T, K)), keys, state, layer, layout), found
 
 
-def _unit_rows(x: Tensor) -> Tensor:
-    """[T, D] scaled to length one, zeros left as they are; in bfloat16 on a GPU, in float32 at least elsewhere."""
+def _unit_rows(x: Tensor, narrow: bool = False) -> Tensor:
+    """[T, D] scaled to length one, zeros left as they are; in float32 at least.
+
+    narrow: in the dtype of x, for whole graphs, whose tiles would be twice as large; bfloat16 then rounds a cosine by
+    up to 0.004.
+    """
     wide = torch.promote_types(x.dtype, torch.float32)
     scale = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide).clamp_min(1e-12).reciprocal()
-    return x * scale.to(x.dtype) if x.is_cuda else x.to(wide) * scale
+    return x * scale.to(x.dtype) if narrow else x.to(wide) * scale
 
 
 def _settle_copies(leader: Tensor, keys: CopyKeys, state: CondenseState, layer: int, layout: Layout) -> Condensed:
@@ -245,8 +270,11 @@ def _with_history(
     return torch.cat(places), SimilarityHistory(layout.global_token, table[:-1].unflatten(0, (T, T)))
 
 
-def only_sent(keys: CopyKeys, condensed: Condensed) -> CopyKeys:
-    """The keys without the copies that do not travel."""
+def only_sent(keys: CopyKeys, condensed: Condensed, *, kernel: bool | None = None) -> CopyKeys:
+    """The keys without the copies that do not travel. kernel: as for `condense`."""
+    if kernel or (kernel is None and keys.keys.is_cuda and fused.triton is not None):
+        new_keys, new_rank = fused.drop(keys.keys, keys.rank, keys.is_copy, condensed.sent)
+        return replace(keys, keys=new_keys, is_copy=condensed.sent, rank=new_rank)
     dropped = keys.is_copy & ~condensed.sent
     last = keys.keys.new_full((), torch.iinfo(torch.int64).max)
     return replace(

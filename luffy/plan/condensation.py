@@ -31,9 +31,9 @@ def paper_threshold(initial_loss: float, loss: float) -> float:
 
 
 def cosines(x: np.ndarray) -> np.ndarray:
-    """[n, D] -> [n, n]; a row of zeros is like nothing, itself included."""
+    """[n, D] -> [n, n]; 0 to a row of zeros, its own included, and NaN to one of NaN."""
     norm = np.linalg.norm(x, axis=1, keepdims=True)
-    unit = np.divide(x, norm, out=np.zeros_like(x), where=norm > 0)
+    unit = np.divide(x, norm, out=np.zeros_like(x), where=norm != 0)
     return unit @ unit.T
 
 

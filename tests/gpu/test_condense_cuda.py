@@ -1,23 +1,89 @@
-"""The kernel that chooses representatives, and a condensed model, on a GPU."""
+"""The fused decision what to condense, on a GPU: the torch path's answers, in few launches and linear memory.
+
+The parent process never touches CUDA, so that ranks can be forked.
+"""
+
+from __future__ import annotations
 
 import os
 
 import pytest
 import torch
 
+from luffy.condensation import parse_condense
+from luffy.exchange import only_sent
 from luffy.testing import run_ranks
+from luffy.testing.alike import alike_layer, compare_exactly
+from luffy.testing.launches import launches
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not os.path.exists("/dev/nvidia0") and not os.path.exists("/dev/dxg"), reason="no GPU"),
 ]
+FORMATS = (torch.bfloat16, torch.float32, torch.float16)
 
 
-def _kernel(rank: int) -> int:
-    from tests.kernels.windows import check
+def _gpu() -> torch.device:
+    torch.cuda.set_device(0)
+    return torch.device("cuda", 0)
 
-    return check("cuda", (torch.float32, torch.bfloat16), (16, 32, 64, 128), (24, 80, 768))
+
+def _small(rank: int) -> list[int]:
+    from tests.kernels.deciding import check, check_many_blocks, check_rounding
+
+    gpu = _gpu()
+    return [
+        check(gpu, FORMATS, (24, 80, 768), (16, 32, 64, 128)),
+        check_rounding(gpu, FORMATS, (24, 768, 4096), 64),
+        check_many_blocks(gpu),
+    ]
 
 
-def test_the_kernel_agrees_with_its_reference():
-    assert run_ranks(_kernel, 1)[0] > 300
+def test_the_kernels_decide_as_torch_does():
+    condensed = run_ranks(_small, 1)[0]
+    assert [n > least for n, least in zip(condensed, (2000, 300, 30), strict=True)] == [True] * 3, condensed
+
+
+def _large(rank: int) -> int:
+    condensed = 0
+    for size, by_sequence, causal in ((768, False, True), (4096, True, True), (2048, False, False)):
+        lengths = (5000, 1024, 1, 333, 4096, 2048, 77)  # more blocks of tokens than counts are looked at together
+        layer = alike_layer(size, lengths, size, 16, 2, dtype=torch.bfloat16)
+        scheme = parse_condense("budget:0.1,local,window=128")
+        assert scheme is not None
+        condensed += compare_exactly(layer, scheme, 0.5, causal=causal, by_sequence=by_sequence, device=_gpu())
+    return condensed
+
+
+def test_a_layer_of_thousands_of_rows():
+    assert run_ranks(_large, 1)[0] > 1000
+
+
+def _cost(rank: int) -> dict[str, tuple[dict[str, tuple[int, float]], int]]:
+    """By scheme: what is launched for a decision of 16384 copies, and the bytes that it holds at most."""
+    gpu, found = _gpu(), {}
+    layer = alike_layer(1, (1024,) * 8, 1024, 16, 2, dtype=torch.bfloat16).to(gpu)
+    for text in ("static:0.9", "static:0.9,correct", "budget:0.1", "budget:0.1,correct,window=64"):
+        for by_sequence in (False, True):
+            scheme = parse_condense(text)
+            assert scheme is not None
+
+            def decide(scheme=scheme, by_sequence=by_sequence):
+                answer = layer.decide(scheme, 0.5, causal=True, by_sequence=by_sequence, kernel=None)
+                return only_sent(layer.keys, answer)
+
+            decide()
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            decide()
+            memory = torch.cuda.max_memory_allocated() - before
+            found[f"{text} by_sequence={by_sequence}"] = (launches(decide), memory)
+    return found
+
+
+def test_a_decision_is_a_handful_of_launches_and_little_memory():
+    for scheme, (found, memory) in run_ranks(_cost, 1)[0].items():
+        assert found, "the profiler sees no kernels on this machine: launches cannot be counted"
+        assert sum(count for count, _ in found.values()) <= 8, (scheme, found)
+        assert memory < 16384 * 80, (scheme, memory)  # rows of 1024 bfloat16 would be 2048 bytes each

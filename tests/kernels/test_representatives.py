@@ -1,11 +1,6 @@
-"""The fast choice of representatives: against the slow one, and the kernel (interpreted) against its reference."""
-
-import os
-import subprocess
-import sys
+"""The choice of representatives in windows, against the slow one."""
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -56,14 +51,3 @@ def test_no_windows_and_no_rows():
     empty = torch.full((2, 16), -1)
     got = choose_representatives(torch.ones(1, 4), empty, 0.5, causal=True, nearest=True)
     assert (got == torch.arange(16)).all()
-
-
-def test_the_kernel_agrees_with_its_reference_in_tritons_interpreter():
-    """In a process of its own, since Triton reads the switch when it is imported."""
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.windows"], env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "windows agree" in done.stdout

@@ -1,0 +1,77 @@
+"""The fused decision held to the torch one on many layers; run as a module, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import torch
+
+import luffy.kernels.windows as windows
+from luffy.condensation import parse_condense
+from luffy.testing.alike import alike_layer, compare_closely, compare_exactly
+
+# (experts, choices a token, ranks, a row per pair)
+ROUTINGS = [(8, 2, 2, False), (4, 1, 4, False), (40, 2, 8, False), (6, 3, 2, True), (8, 4, 4, False), (1, 1, 1, False)]
+LENGTHS = [(30, 7, 1, 66, 12), (90,), (1,), (24, 24, 24, 24), (2, 1)]
+THRESHOLDS = [0.5, 0.75, 1.0, 0.0, -1.0, 1.5]  # all but the last two are hit exactly by many pairs
+
+
+def check(
+    device: torch.device, dtypes: tuple[torch.dtype, ...], sizes: tuple[int, ...], widths: tuple[int, ...],
+    lengths: list[tuple[int, ...]] = LENGTHS,
+) -> int:  # fmt: skip
+    """Layers of every kind; returns how many copies were condensed, the same by both paths."""
+    condensed = 0
+    flags = itertools.product((True, False), (True, False), widths, dtypes)
+    for seed, (causal, by_sequence, window, dtype) in enumerate(flags):
+        for i, of in enumerate(lengths):
+            turn = seed + 3 * i
+            E, K, N, pairs = ROUTINGS[turn % len(ROUTINGS)]
+            layer = alike_layer(turn, of, sizes[turn % len(sizes)], E, K, N, dtype=dtype, pairs=pairs)
+            extras = f",window={window}" + (",local" if turn % 2 else "") + (",correct" if turn % 5 == 0 else "")
+            scheme = parse_condense(f"{'budget' if turn % 3 else 'static'}:0.1{extras}")
+            assert scheme is not None
+            scheme = replace(scheme, nearest=turn % 4 > 0, audit_share=1 / 4)
+            threshold = THRESHOLDS[turn % len(THRESHOLDS)]
+            condensed += compare_exactly(
+                layer, scheme, threshold, causal=causal, by_sequence=by_sequence, device=device
+            )
+    return condensed
+
+
+def check_rounding(device: torch.device, dtypes: tuple[torch.dtype, ...], sizes: tuple[int, ...], window: int) -> int:
+    """Gaussian rows, where sums are rounded; returns how many copies were condensed."""
+    condensed = 0
+    scheme = parse_condense(f"static:0.8,local,window={window}")
+    assert scheme is not None
+    for seed, (dtype, size, causal) in enumerate(itertools.product(dtypes, sizes, (True, False))):
+        layer = alike_layer(seed, (60, 31), size, 8, 2, dtype=dtype, exact=False)
+        condensed += compare_closely(layer, scheme, 0.8, causal=causal, by_sequence=False, device=device)
+    return condensed
+
+
+def check_many_blocks(device: torch.device) -> int:
+    """More blocks of tokens than counts are looked at together."""
+    whole, condensed = windows.BLOCK_TOKENS, 0
+    windows.BLOCK_TOKENS = 2
+    try:
+        scheme = parse_condense("static:0.5,window=32")
+        assert scheme is not None
+        for by_sequence in (False, True):
+            layer = alike_layer(5, (140, 3), 8, 4, 2)
+            condensed += compare_exactly(layer, scheme, 0.5, causal=True, by_sequence=by_sequence, device=device)
+    finally:
+        windows.BLOCK_TOKENS = whole
+    return condensed
+
+
+if __name__ == "__main__":
+    cpu = torch.device("cpu")
+    half = (torch.float32, torch.float16)  # the interpreter cannot multiply bfloat16
+    found = [
+        check(cpu, half, (24, 80), (16, 64)),
+        check_rounding(cpu, half, (24, 200), 32),
+        check_many_blocks(cpu),
+    ]
+    print("condensed alike:", *found)
