@@ -18,12 +18,13 @@ from luffy.exchange.planning import Planner, PlanTally
 from luffy.exchange.rebuild import SharedAnswers, carries_residual, combine_at_new_home, orphan_tokens, own_shared
 from luffy.exchange.recorder import Recorder
 from luffy.exchange.shared import combine_condensed, rows_to_send
-from luffy.exchange.wire import codecs_of
+from luffy.exchange.wire import Draws, codecs_of, residual_codec
 
 __all__ = [
     "CondenseState",
     "Condensed",
     "Copies",
+    "Draws",
     "ExpertMap",
     "Migration",
     "Pairs",
@@ -50,6 +51,7 @@ __all__ = [
     "orphan_tokens",
     "own_shared",
     "pairs_by_expert",
+    "residual_codec",
     "rows_at_favourite",
     "rows_to_send",
     "tally",

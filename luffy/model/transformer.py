@@ -137,6 +137,7 @@ class Transformer(nn.Module):
     def forward(self, micro: MicroBatch) -> ModelOutput:
         if self.runtime.residency is not None:
             self.runtime.residency.reset()
+        self.runtime.draws.micro_batch += 1
         hidden = self.token_embedding(micro.tokens)  # [T, D]
         if self.position_embedding is not None:
             hidden = hidden + self.position_embedding(micro.layout.positions)
