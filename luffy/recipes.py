@@ -12,21 +12,23 @@ There is one MoE layer; a recipe says what it does on each axis:
   "shadow": all, of popular ones; see luffy.plan.residency. `--residency` overrides it).
 * `condense`: which similar tokens share one row and its answer (`--condense` overrides it; see
   luffy.exchange.condense).
-* `wire`: the formats in which rows cross links (`--wire` overrides it; see luffy.exchange.wire).
+* `wire`: the formats in which rows cross links (`--wire` overrides it; see luffy.wire_format).
 * `auto`: residency and placement of each layer are chosen while training (luffy.train.auto); `placement` and
   `look_ahead` say how sequences move where they do.
 * `rehome_every`: steps between re-homings of experts, 0 for never (`--rehome-every` overrides it).
 
-Lossless recipes compute the same function as a dense model on one device.
+Recipes whose wire is "model" and that condense nothing are lossless: they compute the same function as a dense model
+on one device.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from luffy.condensation import parse_condense
 from luffy.config import ModelConfig
 from luffy.errors import UserError
+from luffy.wire_format import WireSpec, parse_wire
 
 
 @dataclass(frozen=True)
@@ -44,37 +46,15 @@ class Recipe:
     residency: str = "static"
     auto: bool = False
 
+    @property
+    def wire_spec(self) -> WireSpec:
+        """The formats of rows. Where sequences or experts move, rows that stay are rounded as well: who stays follows
+        from a plan that knows the whole batch, and must not tell a token of its future."""
+        spec = parse_wire(self.wire)
+        return spec if self.placement == "stay" and self.residency == "static" else replace(spec, local=True)
+
 
 RESIDENCIES = ("static", "fetch", "shadow")
-WIRE_FORMATS = ("model", "bf16", "fp8", "int8", "int4")
-WIRE_DIRECTIONS = ("dispatch", "combine", "dispatch_backward", "combine_backward")
-WIRE_SETS = {
-    "safe": "int8",
-    "aggressive": "dispatch=int4,combine=int8,dispatch_backward=int4,combine_backward=int8",
-}
-
-
-def parse_wire(text: str) -> dict[str, str]:
-    """``int8``, ``safe`` or ``dispatch=int4,combine=int8`` -> the format of every direction ("model" if not named).
-
-    Raises UserError naming --wire.
-    """
-    spec = WIRE_SETS.get(text, text)
-    if spec in WIRE_FORMATS:
-        return dict.fromkeys(WIRE_DIRECTIONS, spec)
-    formats: dict[str, str] = {}
-    for item in spec.split(","):
-        direction, equals, name = (part.strip() for part in item.partition("="))
-        if not equals or direction not in WIRE_DIRECTIONS or name not in WIRE_FORMATS:
-            raise UserError(
-                f"--wire {text}: cannot read '{item}'; give one of {', '.join((*WIRE_SETS, *WIRE_FORMATS))}, or "
-                f"DIRECTION=FORMAT, with directions {', '.join(WIRE_DIRECTIONS)}"
-            )
-        if direction in formats:
-            raise UserError(f"--wire {text}: {direction} is given twice")
-        formats[direction] = name
-    return dict.fromkeys(WIRE_DIRECTIONS, "model") | formats
-
 
 RECIPES: dict[str, Recipe] = {
     r.name: r
@@ -128,6 +108,12 @@ RECIPES: dict[str, Recipe] = {
             rehome_every=250,
         ),
         Recipe(
+            "luffy_max",
+            "fewest bits, not lossless: similar tokens share a corrected answer, rows travel as 4- and 8-bit integers",
+            condense="static:0.9,correct",
+            wire="aggressive",
+        ),
+        Recipe(
             "auto",
             "lossless: what the cost model finds fastest on these links, layer by layer, looked at again as it goes",
             placement="best",
@@ -175,12 +161,7 @@ def check_recipe(recipe: Recipe, config: ModelConfig) -> None:
             f"--condense {recipe.condense}: a mean of tokens would tell {config.name}, a decoder, of the future; leave "
             "out centroid"
         )
-    coded = set(parse_wire(recipe.wire).values()) != {"model"}
-    if coded and recipe.placement != "stay" and not recipe.auto:
-        raise UserError(
-            f"--wire {recipe.wire} cannot be combined with --recipe {recipe.name}: a sequence that moves takes its "
-            "residual from the dispatched rows, which a narrower format would round; use --recipe vanilla_dedup"
-        )
+    parse_wire(recipe.wire)
     if config.memory_length and recipe.placement != "stay":
         raise UserError(
             f"--memory-length cannot be combined with --recipe {recipe.name}: the states of a segment stay on the rank "

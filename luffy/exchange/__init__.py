@@ -19,12 +19,13 @@ from luffy.exchange.rebuild import SharedAnswers, carries_residual, combine_at_n
 from luffy.exchange.recorder import Recorder
 from luffy.exchange.shared import combine_condensed, rows_to_send
 from luffy.exchange.stage import Stage, alternate, finish
-from luffy.exchange.wire import codecs_of
+from luffy.exchange.wire import Draws, codecs_of, residual_codec
 
 __all__ = [
     "CondenseState",
     "Condensed",
     "Copies",
+    "Draws",
     "ExpertMap",
     "Migration",
     "Pairs",
@@ -55,6 +56,7 @@ __all__ = [
     "orphan_tokens",
     "own_shared",
     "pairs_by_expert",
+    "residual_codec",
     "rows_at_favourite",
     "rows_to_send",
     "tally",

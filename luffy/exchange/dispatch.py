@@ -17,6 +17,7 @@ from luffy.comm import Codec, arrive, depart
 from luffy.exchange.condense import Condensed
 from luffy.exchange.copies import Copies
 from luffy.exchange.stage import Stage
+from luffy.exchange.wire import AS_THEY_ARE, WireCodecs
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def dispatch(
     rows: Tensor | None = None,
     condensed: Condensed | None = None,
     global_token: Tensor | None = None,
-    wire: tuple[Codec | None, Codec | None] = (None, None),
+    wire: WireCodecs = AS_THEY_ARE,
     meanwhile: Callable[[], None] | None = None,
 ) -> Stage[Received]:
     """hidden [T, D], ids and weights [T, K] -> the rows that this rank's experts serve.
@@ -70,23 +71,30 @@ def dispatch(
     ids, weights = choices[copies.token], topk_weights[copies.token]  # [C, K]
     if per == "pairs":  # such a copy serves one choice, and need not tell of the others: K becomes 1
         ids, weights = (t.gather(1, copies.slot[:, None]) for t in (ids, weights))
-    columns = [hidden[copies.token] if rows is None else rows, ids.to(torch.int16), weights]
+    n = copies.num_local
+    codecs: tuple[Codec | None, Codec | None]
+    if rows is None and wire.coded:  # gathered by what encodes them
+        own, away, codecs = hidden[copies.token[:n]], hidden, wire.gathering(copies.token[n:], hidden.shape[0])
+    else:
+        rows = hidden[copies.token] if rows is None else rows
+        own, away, codecs = rows[:n], rows[n:], wire.plain
+    columns = [ids.to(torch.int16), weights]
     if condensed is not None and condensed.scheme.audits:
         columns.append(_audit_offsets(copies, condensed))
     if global_token is not None:
         columns.append(global_token[copies.token].to(torch.int32))
-    n = copies.num_local
     under_way = depart(
-        [c[n:] for c in columns],
+        [away, *(c[n:] for c in columns)],
         copies.exchange,
-        directions=("dispatch", *("control",) * (len(columns) - 1)),
-        backward_directions=("dispatch_backward", *("control",) * (len(columns) - 1)),
-        codecs=(wire, *((None, None),) * (len(columns) - 1)),
+        directions=("dispatch", *("control",) * len(columns)),
+        backward_directions=("dispatch_backward", *("control",) * len(columns)),
+        codecs=(codecs, *((None, None),) * len(columns)),
         meanwhile=meanwhile,
     )
     yield
     remote = arrive(under_way)
-    rows, ids, weights, *rest = (torch.cat([c[:n], r]) for c, r in zip(columns, remote, strict=True))
+    here = [wire.staying(own), *(c[:n] for c in columns)]
+    rows, ids, weights, *rest = (torch.cat([c, r]) for c, r in zip(here, remote, strict=True))
     ids, tokens = ids.long(), None if global_token is None else rest[-1].long()
     source = _sources(copies, rows.device)
     if condensed is None:

@@ -124,6 +124,26 @@ class Migration:
         rows = [np.concatenate([empty, *parts]) for parts in (before_rows, after_rows)]
         return self.on_device(rows[0]), self.on_device(rows[1])
 
+    def moving_rows(self, comm: Comm) -> tuple[Tensor, Tensor, RowExchange]:
+        """(rows before, at this rank, of its tokens that leave; rows after of those that come; split sizes).
+
+        Rows are ordered by the other side's rank, then by sequence: int64 each.
+        """
+        me, N, lengths = comm.mesh.ep_rank, comm.mesh.ep_size, self.old.table.lengths
+        old_home, new_home = self.old.table.home_rank, self.new.table.home_rank
+
+        def side(layout: Layout, other: np.ndarray) -> tuple[Tensor, tuple[int, ...]]:
+            place = {int(s): i for i, s in enumerate(layout.sequences)}
+            mine = sorted((s for s in place if other[s] != me), key=lambda s: (other[s], s))
+            parts = [layout.starts[place[s]] + np.arange(lengths[s]) for s in mine]
+            tokens = np.bincount(other[mine], lengths[mine], minlength=N) if mine else np.zeros(N)
+            rows = np.concatenate([np.zeros(0, dtype=np.int64), *parts])
+            return self.on_device(rows), tuple(int(n) for n in tokens)
+
+        leaving, out = side(self.old, new_home)
+        coming, into = side(self.new, old_home)
+        return leaving, coming, RowExchange(comm, out, into)
+
 
 def transfer(columns: list[Tensor], old: Layout, new: Layout, comm: Comm, direction: str) -> list[Tensor]:
     """Per-token tensors [T_old, ...] from the ranks of `old` to those of `new`: what follows a sequence (labels).

@@ -8,6 +8,10 @@ Two kinds of row cannot carry. A row whose answer is shared (luffy.exchange.cond
 take it too; b can still take the residual from such a row of its own. A token that sent no row at all, condensed or
 dropped by capacity, has none. Where neither b nor any other row can, the old home sends the residual: an *orphan*.
 
+Where rows are written in fewer bits nobody carries: what arrived is rounded, and so would be a sum that a residual is
+part of. Each token that moves then sends its residual from the old home, in a message of its own (`move_residuals`),
+as it is or in a format fine enough: it meets no rounding that a token that stays would not meet.
+
 What a receiver must be told is which token each row belongs to: one int32 a row. Where answers are shared it must also
 learn who takes which, and with what weight: that table follows its sequence from the old home.
 """
@@ -20,13 +24,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from luffy.comm import Comm, arrive, depart
+from luffy.comm import Codec, Comm, RowsUnderWay, arrive, depart
 from luffy.exchange.condense import Condensed
 from luffy.exchange.copies import CopyKeys, ExpertMap
 from luffy.exchange.dispatch import Received
 from luffy.exchange.migrate import Migration, transfer
 from luffy.exchange.shared import take_shared
 from luffy.exchange.stage import Stage
+from luffy.exchange.wire import AS_THEY_ARE, WireCodecs
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,24 @@ class SharedAnswers:
         return table[torch.where(rank < 0, 0, at)], rank >= 0, weights
 
 
+def move_residuals(
+    own: Tensor, migration: Migration, comm: Comm, codecs: tuple[Codec | None, Codec | None]
+) -> tuple[RowsUnderWay, Tensor]:
+    """own [T, D] of this rank's tokens -> (those of tokens that move here [n, D], on their way; their rows here, [n]).
+
+    Both sides order them by the other's rank, then by sequence: nothing but the rows is sent.
+    """
+    leaving, coming, exchange = migration.moving_rows(comm)
+    under_way = depart(
+        [own[leaving]],
+        exchange,
+        directions=("combine",),
+        backward_directions=("combine_backward",),
+        codecs=(codecs,),
+    )
+    return under_way, coming
+
+
 def combine_at_new_home(
     hidden: Tensor,
     partial: Tensor,
@@ -109,12 +132,15 @@ def combine_at_new_home(
     orphans: Tensor | None = None,
     apart: Tensor | None = None,
     shared: SharedAnswers | None = None,
+    wire: WireCodecs = AS_THEY_ARE,
+    residual: tuple[Codec | None, Codec | None] | None = None,
 ) -> Stage[Tensor]:
     """Partial sums (residuals already added by their carriers) to the new homes: the stream there, [T_new, D].
 
     hidden [T, D]: the stream at the old home. partial [R, D]. base(h): what a token has besides its routed experts,
     h itself plus shared experts; applied here to tokens that stay, to orphans (int64, rows of `hidden`) and to what is
-    taken from rows `apart` (bool [R]). shared: who takes which answer; None where each is its token's own.
+    taken from rows `apart` (bool [R]). shared: who takes which answer; None where each is its token's own. wire: how
+    rows are written. residual: how those of all tokens that move are, which then no row carries; None: they do not.
     """
     assert received.global_token is not None
     me, T_new = comm.mesh.ep_rank, migration.new.num_tokens
@@ -138,21 +164,30 @@ def combine_at_new_home(
         exchange,
         directions=("combine", "control"),
         backward_directions=("combine_backward", "control"),
+        codecs=(wire.plain, (None, None)),
     )
+    own = base(hidden) if residual is not None else None
+    moving = None if own is None or residual is None else move_residuals(own, migration, comm, residual)
     yield
     remote, remote_slot = arrive(under_way)
+    here = wire.staying(rows[:n])
     before, after = migration.stayed_rows()
     wide = torch.promote_types(hidden.dtype, torch.float32)
     out = torch.zeros(T_new, hidden.shape[1], dtype=wide, device=hidden.device)
-    out = out.index_add(0, after, base(hidden[before]).to(wide))
+    if own is None or moving is None:
+        out = out.index_add(0, after, base(hidden[before]).to(wide))
+    else:
+        out = out.index_add(0, after, own[before].to(wide))
+        (arrived,) = arrive(moving[0])
+        out = out.index_add(0, moving[1], arrived.to(wide))
     if apart is not None:
         index = apart.nonzero().squeeze(1)
         taken = base(received.rows[index]).to(wide)
         out = out.index_add(0, migration.place_of(received.global_token[index])[2], taken)
     if shared is None:
-        out = out.index_add(0, slot[:n].long(), rows[:n].to(wide))
+        out = out.index_add(0, slot[:n].long(), here.to(wide))
         return out.index_add(0, remote_slot.long(), remote.to(wide)).to(hidden.dtype)
-    answers, slot = torch.cat([rows[:n], remote]), torch.cat([slot[:n], remote_slot]).long()
+    answers, slot = torch.cat([here, remote]), torch.cat([slot[:n], remote_slot]).long()
     mine = slot < 0
     out = out.index_add(0, torch.where(mine, 0, slot), answers.masked_fill(mine[:, None], 0).to(wide))
     splits = torch.tensor([n, *exchange.output_splits], device=slot.device)  # own rows stand first

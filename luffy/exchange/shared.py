@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from luffy.comm import Codec
 from luffy.exchange.combine import return_rows
 from luffy.exchange.condense import Condensed
 from luffy.exchange.copies import Copies
 from luffy.exchange.stage import Stage
+from luffy.exchange.wire import AS_THEY_ARE, WireCodecs
 
 
 def rows_to_send(x: Tensor, copies: Copies, condensed: Condensed) -> Tensor:
@@ -56,12 +56,14 @@ def combine_condensed(
     copies: Copies,
     condensed: Condensed,
     weights: Tensor,
-    wire: tuple[Codec | None, Codec | None] = (None, None),
+    wire: WireCodecs = AS_THEY_ARE,
     correct: tuple[Tensor, Tensor] | None = None,
 ) -> Stage[Tensor]:
     """`combine` where some answers are shared: the new stream, [T, D]. weights [T, K].
 
     correct: (x [T, D], rows that travelled [C, D]); what shares an answer adds x - c to it. None: no correction.
+    Where rows are coded, c is the row before it was: an answer E(c + e) to a rounded row is off by what the expert
+    makes of e, and a correction by x - (c + e) would write e itself into the stream beside it.
     """
     rows = yield from return_rows(partial, copies, wire)  # [C, D]
     wide = torch.promote_types(hidden.dtype, torch.float32)

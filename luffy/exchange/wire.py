@@ -1,18 +1,24 @@
 """Wire formats: what a row is turned into before it crosses a link, and back into after it.
 
-A row of D values is cut into blocks of 32. Each block is sent as small integers (or float8) and one bfloat16 scale, the
-scales behind the payload in the same buffer:
+A row of D values is cut into blocks of 32. Each block is sent as integers (luffy.kernels.wire_rows) or float8 and one
+bfloat16 scale, the scales behind the payload in the same buffer:
 
-    model  as it is                          int8  q = round(x / s), s = max|x| / 127: 8.5 bits a value
-    bf16   16 bits, no blocks                int4  s = max|x| / 7, two values a byte:  4.5 bits
-                                             fp8   e4m3, s = max|x| / 448:             8.5 bits
+    model  as it is                          int16     s = max|x| / 32767: 16.5 bits a value
+    bf16   16 bits, no blocks                int8      s = max|x| / 127:    8.5 bits
+    fp8    e4m3, s = max|x| / 448: 8.5 bits  int4      s = max|x| / 7:      4.5 bits, two values a byte
+    fp8_e5m2  s = max|x| / 57344: 8.5 bits
 
-Only rows that leave their rank are encoded. What stays is exact, so a result depends, within the format's error, on
-which rank an expert lives on; encoding the rows that stay would cost time and error to hide that, and save no byte.
+A *codec* writes rows. Two more codecs wrap one, and are each other's partner: `From` gathers the rows that it encodes
+by index, `Into` adds the rows that it decodes into others by index. Dispatch goes forward as From and backward as Into,
+combine forward as Into and backward as From, so that on a GPU either is one pass over the data.
 
 Quantisation is straight-through: backward does not differentiate the rounding, and the gradient is sent in the format
 of its own direction. A value that is not finite makes its block's scale so, hence the whole block and the loss, and the
 trainer stops with its usual error: nothing has to look for it, which on a GPU would mean waiting for the device.
+
+Which rows are rounded: those that leave their rank; with `local` all. Rounding a row that stays saves no byte. Without
+it, though, a result depends, within the format's error, on which rank a token and its experts live on. See
+`Recipe.wire_spec` for when it is implied.
 
 Block scales follow the practice of low-bit training (microscaling formats, arXiv 2310.10537; there scales are powers
 of two).
@@ -20,98 +26,255 @@ of two).
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from luffy.comm import Codec
-from luffy.recipes import Recipe, parse_wire
+from luffy.kernels.wire_rows import add_rows, bits_as_bytes, decode_rows, encode_rows, largest_of_blocks, scale_bits
+from luffy.kernels.wire_rows import scales_of as block_scales
+from luffy.wire_format import BLOCK, RANDOM, WIRE_DIRECTIONS, WireSpec, row_num_bytes
 
-BLOCK = 32
-_SMALLEST = 2.0**-120
-_LARGEST = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
+_FLOAT8 = {"fp8": (torch.float8_e4m3fn, 448.0), "fp8_e5m2": (torch.float8_e5m2, 57344.0)}
+
+
+class RowCodec(Codec, Protocol):
+    """A codec that can gather on its way out and add on its way in."""
+
+    def encode(self, rows: Tensor, index: Tensor | None = None) -> Tensor: ...
+
+    def add(self, total: Tensor, index: Tensor, coded: Tensor, dtype: torch.dtype) -> Tensor:
+        """total [T, D] += rows [n, D] (of dtype, where that matters) at index, in place."""
+        ...
+
+
+def _picked(rows: Tensor, index: Tensor | None) -> Tensor:
+    return rows if index is None else rows[index]
+
+
+@dataclass(frozen=True)
+class AsTheyAre:
+    """Rows as they are, for a direction whose partner is coded."""
+
+    def encode(self, rows: Tensor, index: Tensor | None = None) -> Tensor:
+        """[n, D] -> uint8 [n, itemsize D]."""
+        return _picked(rows, index).contiguous().view(torch.uint8)
+
+    def decode(self, coded: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+        """uint8 [n, itemsize size] -> [n, size] of dtype."""
+        return coded.clone(memory_format=torch.contiguous_format).view(dtype)
+
+    def add(self, total: Tensor, index: Tensor, coded: Tensor, dtype: torch.dtype) -> Tensor:
+        return total.index_add_(0, index, self.decode(coded, total.shape[1], dtype).to(total.dtype))
 
 
 @dataclass(frozen=True)
 class BFloat16:
     """Rows as bfloat16."""
 
-    def row_num_bytes(self, size: int) -> int:
-        """Bytes of a row of `size` values."""
-        return 2 * size
-
-    def encode(self, rows: Tensor) -> Tensor:
+    def encode(self, rows: Tensor, index: Tensor | None = None) -> Tensor:
         """[n, D] -> uint8 [n, 2 D]."""
-        return rows.to(torch.bfloat16).contiguous().view(torch.uint8)
+        return _picked(rows, index).to(torch.bfloat16).contiguous().view(torch.uint8)
 
     def decode(self, coded: Tensor, size: int, dtype: torch.dtype) -> Tensor:
         """uint8 [n, 2 D] -> [n, D] of dtype."""
-        return coded.contiguous().view(torch.bfloat16).to(dtype)
+        return coded.clone(memory_format=torch.contiguous_format).view(torch.bfloat16).to(dtype)
+
+    def add(self, total: Tensor, index: Tensor, coded: Tensor, dtype: torch.dtype) -> Tensor:
+        return total.index_add_(0, index, self.decode(coded, total.shape[1], total.dtype))
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """Blocks of 32 values with a bfloat16 scale each; `name` is int8, int4 or fp8.
+class Float8:
+    """Blocks of 32 float8 values with a scale each; `name` is fp8 (e4m3) or fp8_e5m2.
 
-    Error of a value x, with m the largest magnitude of its block: int8 at most m / 250, int4 m / 13, fp8 |x| / 15.
+    Error of a value x: at most |x| / 15, of e5m2 |x| / 7.
     """
 
     name: str
 
-    def row_num_bytes(self, size: int) -> int:
-        """Bytes of a row of `size` values, of which the last block may be short."""
-        blocks = -(-size // BLOCK)
-        return (blocks * BLOCK // 2 if self.name == "int4" else size) + 2 * blocks
-
-    def encode(self, rows: Tensor) -> Tensor:
-        """[n, D] -> uint8 [n, row_num_bytes(D)]."""
-        D = rows.shape[1]
-        blocks = F.pad(rows.to(torch.float32), (0, -D % BLOCK)).unflatten(1, (-1, BLOCK))  # [n, D / 32, 32]
-        scale = (blocks.abs().amax(2) / _LARGEST[self.name]).to(torch.bfloat16)  # [n, D / 32]
-        scale = scale.masked_fill(scale < _SMALLEST, 0)  # whose reciprocal would overflow; false for not-a-number
-        inverse = torch.where(scale == 0, 0, scale.float().reciprocal())[:, :, None]
-        scaled = (blocks * inverse).flatten(1)
-        if self.name == "fp8":
-            payload = scaled.clamp(-448, 448)[:, :D].to(torch.float8_e4m3fn).view(torch.uint8)
-        else:
-            most = _LARGEST[self.name]
-            # Not a number must not reach a conversion to integers; its scale already tells of it.
-            q = torch.nan_to_num(scaled).round_().clamp_(-most, most).to(torch.int8)
-            if self.name == "int8":
-                payload = q[:, :D].contiguous().view(torch.uint8)
-            else:
-                pairs = q.view(torch.uint8).unflatten(1, (-1, 2))
-                payload = (pairs[:, :, 0] & 15) | (pairs[:, :, 1] << 4)
-        return torch.cat([payload, scale.contiguous().view(torch.uint8)], dim=1)
+    def encode(self, rows: Tensor, index: Tensor | None = None) -> Tensor:
+        """[n, D] -> uint8 [n, D + 2 D / 32]."""
+        dtype, largest = _FLOAT8[self.name]
+        blocks, most = largest_of_blocks(_picked(rows, index))
+        bits, inverse = scale_bits(most, largest)
+        scaled = (blocks * inverse[:, :, None]).flatten(1)[:, : rows.shape[1]]
+        payload = scaled.clamp(-largest, largest).to(dtype).view(torch.uint8)
+        return torch.cat([payload, bits_as_bytes(bits)], dim=1)
 
     def decode(self, coded: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-        """uint8 [n, row_num_bytes(size)] -> [n, size] of dtype."""
-        num_scales = -(-size // BLOCK)
-        payload, scale = coded[:, : -2 * num_scales], coded[:, -2 * num_scales :]
-        scales = scale.contiguous().view(torch.bfloat16).float()[:, :, None]  # [n, D / 32, 1]
-        if self.name == "fp8":
-            values = payload.contiguous().view(torch.float8_e4m3fn).float()
-        elif self.name == "int8":
-            values = payload.contiguous().view(torch.int8).float()
-        else:  # the sign of a nibble is its bit 3
-            nibbles = torch.stack([payload & 15, payload >> 4], dim=2).flatten(1).to(torch.int8)
-            values = ((nibbles ^ 8) - 8).float()
-        values = F.pad(values, (0, num_scales * BLOCK - values.shape[1])).unflatten(1, (-1, BLOCK))
+        """uint8 [n, size + 2 size / 32] -> [n, size] of dtype."""
+        num_blocks = -(-size // BLOCK)
+        scales = block_scales(coded, num_blocks)
+        values = coded[:, : -2 * num_blocks].contiguous().view(_FLOAT8[self.name][0]).float()
+        values = F.pad(values, (0, -size % BLOCK)).unflatten(1, (-1, BLOCK))
         return (values * scales).flatten(1)[:, :size].to(dtype)
 
-
-def codec(name: str) -> Codec | None:
-    """The codec of a format; None for "model"."""
-    if name == "model":
-        return None
-    return BFloat16() if name == "bf16" else Blocks(name)
+    def add(self, total: Tensor, index: Tensor, coded: Tensor, dtype: torch.dtype) -> Tensor:
+        return total.index_add_(0, index, self.decode(coded, total.shape[1], total.dtype))
 
 
-@functools.cache
-def codecs_of(recipe: Recipe, direction: str) -> tuple[Codec | None, Codec | None]:
+@dataclass(frozen=True)
+class Integers:
+    """Blocks of 32 integers with a scale each; `name` is int16, int8 or int4. seed: round at random.
+
+    Error of a value, with m the largest magnitude of its block: at most m / 65000, m / 250, m / 13; at random, twice.
+    """
+
+    name: str
+    seed: int | None = None
+
+    def encode(self, rows: Tensor, index: Tensor | None = None) -> Tensor:
+        """[n, D] -> uint8 [n, row_num_bytes]."""
+        return encode_rows(rows, index, self.name, self.seed)
+
+    def decode(self, coded: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+        """uint8 [n, row_num_bytes] -> [n, size] of dtype."""
+        return decode_rows(coded, size, self.name, dtype)
+
+    def add(self, total: Tensor, index: Tensor, coded: Tensor, dtype: torch.dtype) -> Tensor:
+        return add_rows(total, index, coded, self.name)
+
+
+@dataclass(frozen=True)
+class From:
+    """Encodes rows[index], index int64 [n]; decodes as `codec` does."""
+
+    codec: RowCodec
+    index: Tensor
+
+    def encode(self, rows: Tensor) -> Tensor:
+        """[T, D] -> uint8 [n, width]."""
+        return self.codec.encode(rows, self.index)
+
+    def decode(self, coded: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+        """uint8 [n, width] -> [n, size] of dtype."""
+        return self.codec.decode(coded, size, dtype)
+
+
+@dataclass(frozen=True)
+class Into:
+    """Encodes as `codec` does; decodes to sums [num_rows, size], where index, int64 [n], says who gets each row."""
+
+    codec: RowCodec
+    index: Tensor
+    num_rows: int
+
+    def encode(self, rows: Tensor) -> Tensor:
+        """[n, D] -> uint8 [n, width]."""
+        return self.codec.encode(rows)
+
+    def decode(self, coded: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+        """uint8 [n, width] -> [num_rows, size], in float32 at least."""
+        total = torch.zeros(self.num_rows, size, dtype=torch.promote_types(dtype, torch.float32), device=coded.device)
+        return self.codec.add(total, self.index, coded, dtype)
+
+
+def row_codec(name: str, seed: int = 0) -> RowCodec:
+    """The codec of a format; `seed` counts where it rounds at random."""
+    plain = name.removesuffix(RANDOM)
+    if plain == "model":
+        return AsTheyAre()
+    if plain == "bf16":
+        return BFloat16()
+    if plain in _FLOAT8:
+        return Float8(plain)
+    return Integers(plain, seed if name.endswith(RANDOM) else None)
+
+
+@dataclass(frozen=True)
+class WireCodecs:
+    """How rows travel one way, and their gradients back. coded: not both as they are. local: rows that stay, too."""
+
+    forward: RowCodec
+    backward: RowCodec
+    coded: bool = True
+    local: bool = False
+
+    @property
+    def plain(self) -> tuple[Codec | None, Codec | None]:
+        """For all_to_all_rows, of rows that are [n, D] on both sides."""
+        return (self.forward, self.backward) if self.coded else (None, None)
+
+    def gathering(self, index: Tensor, num_rows: int) -> tuple[Codec, Codec]:
+        """For all_to_all_rows, given rows [num_rows, D], of which those at index are sent."""
+        return From(self.forward, index), Into(self.backward, index, num_rows)
+
+    def adding(self, index: Tensor, num_rows: int) -> tuple[Codec, Codec]:
+        """For all_to_all_rows, to get sums [num_rows, D] of what arrives, by index."""
+        return Into(self.forward, index, num_rows), From(self.backward, index)
+
+    def staying(self, rows: Tensor) -> Tensor:
+        """Rows that do not leave: as they are or, with `local`, as if they had."""
+        return _Round.apply(rows, self.forward, self._apart()) if self.coded and self.local else rows
+
+    def _apart(self) -> RowCodec:
+        """The backward codec for rows that stay, whose places in their message are others' as well: another draw."""
+        back = self.backward
+        if isinstance(back, Integers) and back.seed is not None:
+            return replace(back, seed=back.seed ^ 0x55555555)
+        return back
+
+
+AS_THEY_ARE = WireCodecs(AsTheyAre(), AsTheyAre(), coded=False)
+
+
+class _Round(torch.autograd.Function):
+    """What a trip over a link does to rows [n, D], and to their gradients on the way back."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, forward: RowCodec, backward: RowCodec) -> Tensor:
+        ctx.backward_codec = backward
+        return forward.decode(forward.encode(rows), rows.shape[1], rows.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        codec = ctx.backward_codec
+        return codec.decode(codec.encode(grad), grad.shape[1], grad.dtype), None, None
+
+
+@dataclass
+class Draws:
+    """Where random rounding is in a run: counts that are the same when a step is repeated. `rank`: of the world."""
+
+    rank: int
+    step: int = 0
+    _taken: dict[tuple[int, str], int] = field(default_factory=dict)
+
+    def begin(self, step: int) -> None:
+        """Before the first micro-batch of a step."""
+        self.step = step
+        self._taken.clear()
+
+    def seed(self, layer: int, direction: str) -> int:
+        """31 bits, others for each micro-batch of the step."""
+        count = self._taken[layer, direction] = self._taken.get((layer, direction), 0) + 1
+        x = 0
+        for part in (self.rank, self.step, count, layer, WIRE_DIRECTIONS.index(direction)):
+            x = (x ^ part) * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019 & (2**64 - 1)
+            x ^= x >> 29
+        return x >> 33
+
+
+def codecs_of(spec: WireSpec, direction: str, draws: Draws, layer: int) -> WireCodecs:
     """How rows travel in `direction` ("dispatch" or "combine"), and their gradients on the way back."""
-    formats = parse_wire(recipe.wire)
-    return codec(formats[direction]), codec(formats[f"{direction}_backward"])
+    there, back = spec.format(direction), spec.format(f"{direction}_backward")
+    if there == back == "model":
+        return AS_THEY_ARE
+    seed = draws.seed(layer, f"{direction}_backward") if back.endswith(RANDOM) else 0
+    return WireCodecs(row_codec(there), row_codec(back, seed), local=spec.local)
+
+
+def residual_codec(spec: WireSpec) -> tuple[Codec | None, Codec | None]:
+    """How the residual of a token that moves travels, and its gradient."""
+    made = None if spec.residual == "model" else row_codec(spec.residual)
+    return made, made
+
+
+__all__ = [
+    "AS_THEY_ARE", "Draws", "Float8", "From", "Integers", "Into", "RowCodec", "WireCodecs", "codecs_of",
+    "residual_codec", "row_codec", "row_num_bytes",
+]  # fmt: skip

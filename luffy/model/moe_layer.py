@@ -28,6 +28,7 @@ from luffy.data.batch import TokenBatch
 from luffy.exchange import (
     Condensed,
     CondenseState,
+    Draws,
     ExpertMap,
     Migration,
     Planned,
@@ -55,6 +56,7 @@ from luffy.exchange import (
     orphan_tokens,
     own_shared,
     pairs_by_expert,
+    residual_codec,
     rows_at_favourite,
     rows_to_send,
     tally,
@@ -62,6 +64,7 @@ from luffy.exchange import (
 )
 from luffy.exchange.copies import CopyKeys
 from luffy.exchange.guests import Departed
+from luffy.exchange.wire import WireCodecs
 from luffy.model.experts import Experts, GroupedExperts
 from luffy.model.layers import FeedForward
 from luffy.model.residency import LayerResidency, ResidencyState
@@ -88,6 +91,7 @@ class Runtime:
 
     topology: of the EP group, for everything that plans. planner: None for recipes that move no sequence.
     condense: None for recipes that condense no tokens. residency: None for recipes that leave experts where they are.
+    draws: where random rounding is in the run.
     """
 
     comm: Comm
@@ -100,6 +104,7 @@ class Runtime:
     residency: ResidencyState | None = None
     _streams: list[torch.cuda.Stream] = field(default_factory=list)
     recorder: Recorder = field(default_factory=Recorder)
+    draws: Draws = field(default_factory=lambda: Draws(0))
 
     @classmethod
     def create(
@@ -128,7 +133,8 @@ class Runtime:
         residency = None
         if (recipe.residency != "static" or recipe.auto) and mesh.ep_size > 1:
             residency = ResidencyState(topology)
-        return cls(comm, PhaseClock(mesh.device), recipe, recompute, planner, topology, state, residency)
+        draws = Draws(mesh.rank)
+        return cls(comm, PhaseClock(mesh.device), recipe, recompute, planner, topology, state, residency, draws=draws)
 
     def side_stream(self) -> torch.cuda.Stream:
         """A stream of its own for work that the layer does not wait for at once.
@@ -257,7 +263,7 @@ class MoELayer(nn.Module):
         received = yield from dispatch(
             hidden, ids, weights, copies, self.recipe.copies, rows=rows, condensed=condensed,
             global_token=None if self.planner is None else layout.global_token,
-            wire=codecs_of(self.recipe, "dispatch"), meanwhile=None if self.planner is None else plan,
+            wire=self._codecs("dispatch"), meanwhile=None if self.planner is None else plan,
         )  # fmt: skip
         received = replace(received, rows=boundary(received.rows, rt.clock, "exchange", "experts"))
         partial = self._run_experts(received, copies.num_pairs, norm_there, experts, guests)
@@ -273,7 +279,7 @@ class MoELayer(nn.Module):
             hidden = yield from self._rebuild(hidden, partial, received, migration, sent, shared, norm, experts)
             layout = migration.new
         else:
-            partial, wire = boundary(partial, rt.clock, "experts", "exchange"), codecs_of(self.recipe, "combine")
+            partial, wire = boundary(partial, rt.clock, "experts", "exchange"), self._codecs("combine")
             if condensed is None:
                 hidden = yield from combine(hidden, partial, copies, wire)
             else:
@@ -352,16 +358,24 @@ class MoELayer(nn.Module):
         N, layout = self.runtime.comm.mesh.ep_size, batch.layout
         num_rows = int(np.bincount(layout.table.home_rank, minlength=N).max())
         parts = [counts_per_sequence(sent, layout, N, num_rows)]
-        if self._can_be_alone(condensed):
+        if self._can_be_alone(condensed, batch.hidden):
             shared = None if condensed is None else condensed.shared
             parts.append(alone_per_sequence(sent, shared, layout, N, num_rows))
         if forecast is not None:
             parts.append(counts_per_sequence(forecast.keys, layout, N, num_rows))
         return torch.cat(parts, dim=1)
 
-    def _can_be_alone(self, condensed: Condensed | None) -> bool:
-        """Whether a token may have no row that carries its residual."""
-        return condensed is not None or self.router.config.capacity_factor is not None
+    def _sends_residuals(self, hidden: Tensor) -> bool:
+        """Whether every token that moves sends its residual, since rows are rounded and must not carry it."""
+        return self.recipe.wire_spec.rounds(hidden.element_size())
+
+    def _can_be_alone(self, condensed: Condensed | None, hidden: Tensor) -> bool:
+        """Whether a token may have no row that carries its residual, where rows carry any."""
+        may = condensed is not None or self.router.config.capacity_factor is not None
+        return may and not self._sends_residuals(hidden)
+
+    def _codecs(self, direction: str) -> WireCodecs:
+        return codecs_of(self.recipe.wire_spec, direction, self.runtime.draws, self.layer)
 
     def _plan(self, gathered: np.ndarray, batch: TokenBatch, looks_ahead: bool) -> Planned:
         rt = self.runtime
@@ -369,8 +383,8 @@ class MoELayer(nn.Module):
         blocks = np.split(by_table(gathered, batch.layout.table), gathered.shape[2] // rt.comm.mesh.ep_size, axis=1)
         counts, next_counts = blocks[0], blocks.pop() if looks_ahead else None
         alone = blocks[1] if len(blocks) > 1 else None
-        row_num_bytes = batch.hidden.shape[1] * batch.hidden.element_size()
-        return self.planner.plan(self.layer, batch.layout, counts, alone, next_counts, row_num_bytes, batch.padded)
+        row_bytes = self.recipe.wire_spec.row_bytes(batch.hidden.shape[1], batch.hidden.element_size())
+        return self.planner.plan(self.layer, batch.layout, counts, alone, next_counts, row_bytes, batch.padded)
 
     # ---------------------------------------------------------------- where rows arrived
 
@@ -408,6 +422,16 @@ class MoELayer(nn.Module):
     ) -> Stage[Tensor]:
         """The stream at the new homes [T_new, D], each residual added by the one rank that carries it."""
         rt = self.runtime
+
+        def base(rows: Tensor) -> Tensor:
+            return self._base(rows, norm(rows))
+
+        if self._sends_residuals(hidden):
+            partial = boundary(partial, rt.clock, "experts", "exchange")
+            return (yield from combine_at_new_home(
+                hidden, partial, received, migration, rt.comm, base, shared=shared, wire=self._codecs("combine"),
+                residual=residual_codec(self.recipe.wire_spec),
+            ))  # fmt: skip
         own = None if shared is None else shared.own
         carried = carries_residual(received, migration, experts, rt.comm.mesh.ep_rank, own)
         if self.shared_experts is None:
@@ -415,13 +439,12 @@ class MoELayer(nn.Module):
         else:
             index = carried.added.nonzero().squeeze(1)  # a read-back: cheaper than the shared experts on every row
             rows = received.rows[index]
-            partial = partial.index_add(0, index, self._base(rows, norm(rows)))
+            partial = partial.index_add(0, index, base(rows))
         partial = boundary(partial, rt.clock, "experts", "exchange")
         condensed = None if shared is None else shared.condensed
         orphans = None
-        if self._can_be_alone(condensed):
+        if self._can_be_alone(condensed, hidden):
             orphans = orphan_tokens(sent, None if condensed is None else condensed.shared, migration)
         return (yield from combine_at_new_home(
-            hidden, partial, received, migration, rt.comm, lambda h: self._base(h, norm(h)), orphans,
-            carried.apart, shared,
+            hidden, partial, received, migration, rt.comm, base, orphans, carried.apart, shared
         ))  # fmt: skip

@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from luffy.plan.prediction import exchange_seconds
+from luffy.plan.prediction import token_seconds
 from luffy.plan.replay import LayerReplay, Wire, replay_step
 from luffy.plan.trace import TraceStep
+from luffy.wire_format import RowBytes
 
 RESIDENCIES = ("static", "fetch", "shadow")
 
@@ -53,16 +54,12 @@ class LayerRates:
 
 def layer_seconds(layer: LayerReplay, wire: Wire, rates: LayerRates) -> float:
     """The part of one layer, forward and backward, that the choice changes."""
-    counts, size = layer.problem.counts, wire.row_num_bytes
-    there, back = (
-        exchange_seconds(counts, homes, size, wire.topology) for homes in (layer.homes_before, layer.homes_after)
-    )
     first, second = layer.expert_seconds
     if wire.residency == "fetch":  # a third of attention's time is its forward pass
         delivery = 2 * second + max(0.0, first - rates.attention / 3) + first
     else:
         delivery = 2 * (first + second)
-    return 2 * (there + back) + float(layer.pairs.max(initial=0)) * rates.pair + delivery
+    return token_seconds(layer, wire) + float(layer.pairs.max(initial=0)) * rates.pair + delivery
 
 
 def weigh(
@@ -71,17 +68,17 @@ def weigh(
     wire: Wire,
     rates: LayerRates,
     moving: str = "best",
-    formats: Mapping[str, int] | None = None,
+    formats: Mapping[str, RowBytes] | None = None,
 ) -> dict[Mode, float]:
     """Modelled seconds of the recorded micro-batches, summed, by mode: the uniform ones and the best mixtures.
 
     wire: strategy and residency are replaced; `moving` is the strategy where sequences move. formats: wire formats that
-    may be used where sequences stay, with the bytes of a row, the mean over the four directions.
+    may be used where sequences stay, with the bytes of their rows.
     """
     L = steps[0].num_layers
     out: dict[Mode, float] = {}
-    ways = [(False, "model", wire.row_num_bytes), (True, "model", wire.row_num_bytes)]
-    for moves, name, size in ways + [(False, n, b) for n, b in (formats or {}).items()]:
+    ways: list[tuple[bool, str, RowBytes | None]] = [(False, "model", None), (True, "model", None)]
+    for moves, name, sizes in ways + [(False, n, b) for n, b in (formats or {}).items()]:
         table: dict[str, np.ndarray] = {}
         for residency in RESIDENCIES:
             way = replace(
@@ -89,7 +86,7 @@ def weigh(
                 strategy=moving if moves else "stay",
                 look_ahead="router" if moves else "none",
                 residency=residency,
-                row_num_bytes=size,
+                row_bytes=sizes,
             )
             replays = [replay_step(step, owners, way, step.home_rank) for step in steps]
             table[residency] = np.sum([[layer_seconds(x, way, rates) for x in r] for r in replays], axis=0)

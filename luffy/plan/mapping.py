@@ -87,7 +87,7 @@ def plan_mapping(
                 best, best_cost = mapping, cost
             homes = _join(replays)
 
-    per_step = 2 * micro_batches / len(held_out)  # forward and backward
+    per_step = micro_batches / len(held_out)
     present, predicted = (_scale(_total([replay_step(s, m, wire) for s in held_out]), per_step) for m in (owners, best))
     classes = wire.topology.link_class_matrix()[owners, best]
     crossing = np.bincount(classes.ravel(), minlength=3) * expert_num_bytes
@@ -148,10 +148,11 @@ def _join(replays: Sequence[list[LayerReplay]]) -> Homes:
 
 
 def _total(replays: Sequence[list[LayerReplay]]) -> tuple[int, int, int]:
+    """Bytes of rows by link class, forward and backward."""
     sums = [0, 0, 0]
     for layer in (layer for r in replays for layer in r):
         for c in range(3):
-            sums[c] += layer.dispatch[c] + layer.combine[c]
+            sums[c] += layer.dispatch[c] + layer.combine[c] + layer.dispatch_backward[c] + layer.combine_backward[c]
     return sums[0], sums[1], sums[2]
 
 

@@ -45,11 +45,16 @@ class Prediction:
         return intra, inter
 
 
-def exchange_seconds(rows: np.ndarray, homes: np.ndarray, row_num_bytes: int, topology: Topology) -> float:
+def exchange_seconds(rows: np.ndarray, homes: np.ndarray, row_num_bytes: int | float, topology: Topology) -> float:
     """Seconds of one all-to-all between homes [S] and the ranks of rows [S, N]; the way back takes as long."""
     N = topology.world_size
     between = np.zeros((N, N), dtype=np.int64)
     np.add.at(between, homes, rows)
+    return _seconds_between(between, row_num_bytes, topology)
+
+
+def _seconds_between(between: np.ndarray, row_num_bytes: int | float, topology: Topology) -> float:
+    """between [N, N]: rows from each rank (column) to each (row)."""
     classes, slowest, latency = topology.link_class_matrix(), 0.0, 0.0
     rates = (topology.intra_node_bytes_per_second, topology.inter_node_bytes_per_second)
     for link, rate in zip((LinkClass.INTRA_NODE, LinkClass.INTER_NODE), rates, strict=True):
@@ -61,10 +66,21 @@ def exchange_seconds(rows: np.ndarray, homes: np.ndarray, row_num_bytes: int, to
     return slowest + latency
 
 
-def _seconds(layer: LayerReplay, wire: Wire) -> float:
-    counts, size = layer.problem.counts, wire.row_num_bytes
-    homes = (layer.homes_before, layer.homes_after)
-    return sum(layer.expert_seconds) + sum(exchange_seconds(counts, h, size, wire.topology) for h in homes)
+def token_seconds(layer: LayerReplay, wire: Wire) -> float:
+    """Seconds of one layer's exchanges of rows, forward and backward."""
+    sizes, links, N = wire.sizes, wire.topology, wire.topology.world_size
+    there = sum(
+        exchange_seconds(layer.problem.counts, layer.homes_before, n, links)
+        for n in (sizes.dispatch, sizes.dispatch_backward)
+    )
+    apart = np.zeros((N, N), dtype=np.int64)
+    np.add.at(apart, (layer.homes_after, layer.homes_before), layer.problem.lengths)
+    back = 0.0
+    for n in (sizes.combine, sizes.combine_backward):
+        between = np.zeros((N, N), dtype=np.int64)
+        np.add.at(between, layer.homes_after, layer.problem.counts)
+        back += _seconds_between(between * n + apart * sizes.residual, 1, links)
+    return there + back
 
 
 def predict(
@@ -90,20 +106,20 @@ def predict(
     n = len(counted)
 
     def total(parts: list[tuple[int, int, int]]) -> tuple[float, float, float]:
-        local, intra, inter = 2 * np.array(parts, dtype=np.float64).sum(0) / n
+        local, intra, inter = np.array(parts, dtype=np.float64).sum(0) / n
         return float(local), float(intra), float(inter)
 
     sequences = sum(len(layer.homes_before) for layer in layers)
     moved = sum(int((layer.homes_before != layer.homes_after).sum()) for layer in layers)
     return Prediction(
         recipe,
-        total([layer.dispatch for layer in layers]),
-        total([layer.combine for layer in layers]),
-        2 * sum(_seconds(layer, wire) for layer in layers) / n,
+        total([part for layer in layers for part in (layer.dispatch, layer.dispatch_backward)]),
+        total([part for layer in layers for part in (layer.combine, layer.combine_backward)]),
+        sum(token_seconds(layer, wire) + 2 * sum(layer.expert_seconds) for layer in layers) / n,
         moved / max(1, sequences),
         n,
         rehome,
-        total([layer.experts for layer in layers]),
+        total([layer.experts for layer in layers] * 2),
     )
 
 

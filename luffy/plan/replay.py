@@ -16,6 +16,7 @@ from luffy.plan.residency import ExpertCosts, expert_traffic, fetched, serving_r
 from luffy.plan.result import PlacementPlan
 from luffy.plan.topology import Topology
 from luffy.plan.trace import TraceStep, membership
+from luffy.wire_format import RowBytes
 
 LOOK_AHEAD = ("none", "router", "affinity", "actual")
 
@@ -28,6 +29,7 @@ class Wire:
     "affinity", `follows[l][e, f]`, the share of the tokens at e that chose f one layer later (learnt from other steps);
     "actual", what really happened (no planner can know it: the bound). copies: "ranks" or "pairs". residency: of
     luffy.plan.residency, with the size of an expert's weights as they travel and, for shadows, what things cost.
+    row_bytes: of rows in a wire format, by direction; None: row_num_bytes each, as they are.
     """
 
     topology: Topology
@@ -41,6 +43,12 @@ class Wire:
     residency: str = "static"
     expert_num_bytes: int = 0
     expert_costs: ExpertCosts | None = None
+    row_bytes: RowBytes | None = None
+
+    @property
+    def sizes(self) -> RowBytes:
+        """Bytes of rows by direction."""
+        return RowBytes.uniform(self.row_num_bytes) if self.row_bytes is None else self.row_bytes
 
     def __post_init__(self) -> None:
         if self.residency == "shadow" and self.expert_costs is None:
@@ -53,7 +61,8 @@ class Wire:
 
 @dataclass(frozen=True, eq=False)
 class LayerReplay:
-    """One layer of one step. dispatch, combine: bytes by link class (local, intra-node, inter-node), forward.
+    """One layer of one step. dispatch, combine: bytes by link class (local, intra-node, inter-node), forward; and
+    backward, which differ where gradients have formats of their own. Residuals that move are counted in combine.
 
     homes_before, homes_after [S]. problem, plan: what was asked and answered. experts: bytes of weights by link class,
     forward; expert_seconds: of the busiest rank, in each of the two rounds. pairs: int64 [N], (row, expert)
@@ -62,6 +71,8 @@ class LayerReplay:
 
     dispatch: tuple[int, int, int]
     combine: tuple[int, int, int]
+    dispatch_backward: tuple[int, int, int]
+    combine_backward: tuple[int, int, int]
     homes_before: np.ndarray
     homes_after: np.ndarray
     problem: PlacementProblem
@@ -93,6 +104,13 @@ def by_class(counts: np.ndarray, homes: np.ndarray, topology: Topology) -> np.nd
     return np.array([int(counts[classes == c].sum()) for c in range(3)])
 
 
+def residual_rows(lengths: np.ndarray, homes: np.ndarray, num_ranks: int) -> np.ndarray:
+    """int64 [S, N]: the tokens of each sequence, at its home: what it takes along if it moves and no row carries it."""
+    out = np.zeros((len(lengths), num_ranks), dtype=np.int64)
+    out[np.arange(len(lengths)), homes] = lengths
+    return out
+
+
 def replay_step(
     step: TraceStep, owners: np.ndarray, wire: Wire, home_rank: np.ndarray | None = None
 ) -> list[LayerReplay]:
@@ -107,7 +125,8 @@ def replay_step(
     counts = [
         rows_at_ranks(step, step.chosen[layer], owners[layer], N, wire.copies) for layer in range(step.num_layers)
     ]
-    out = []
+    out, sizes = [], wire.sizes
+    combine_price, dispatch_price, residual_price = sizes.priced
     for layer in range(step.num_layers):
         following = _foresee(step, layer, owners, wire, counts) if layer + 1 < step.num_layers else None
         served, experts, expert_seconds = _served(step, layer, owners[layer], homes, wire)
@@ -117,20 +136,31 @@ def replay_step(
             lengths=step.lengths,
             home_rank=homes,
             topology=wire.topology,
-            row_num_bytes=wire.row_num_bytes,
+            row_num_bytes=combine_price,
+            residual_num_bytes=residual_price,
             next_counts=following,
+            next_row_num_bytes=dispatch_price,
             attention=wire.attention,
             layout="padded" if wire.padded else "packed",
             balance=Balance.for_lengths(step.lengths),
         )
         plan = plan_placement(wire.strategy, problem)
-        dispatch, combine = (
-            by_class(rows, where, wire.topology) * wire.row_num_bytes for where in (homes, plan.new_home)
-        )
+        sent, returned = (by_class(rows, where, wire.topology) for where in (homes, plan.new_home))
+        apart = by_class(residual_rows(step.lengths, homes, N), plan.new_home, wire.topology) * sizes.residual
         pairs = np.bincount(served[served >= 0], minlength=N)
         out.append(
             LayerReplay(
-                _three(dispatch), _three(combine), homes, plan.new_home, problem, plan, experts, expert_seconds, pairs
+                _three(sent * sizes.dispatch),
+                _three(returned * sizes.combine + apart),
+                _three(sent * sizes.dispatch_backward),
+                _three(returned * sizes.combine_backward + apart),
+                homes,
+                plan.new_home,
+                problem,
+                plan,
+                experts,
+                expert_seconds,
+                pairs,
             )
         )
         homes = plan.new_home

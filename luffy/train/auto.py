@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 from luffy.comm import Comm
-from luffy.exchange import codecs_of
 from luffy.model import Transformer
 from luffy.plan.choose import LayerRates, Mode, weigh
 from luffy.plan.topology import Topology
 from luffy.plan.trace import TraceStep
 from luffy.train.rehoming import current_owners, wire_of
+from luffy.wire_format import RowBytes
 
 COLD = 2  # first steps of a run, which are like no others
 TRIAL = 3  # steps that each kind of mode is tried
@@ -73,7 +73,7 @@ class AutoControl:
         if not (self._seconds or trying):
             return None
         attention = median(self._attention[-50:]) / self.model.config.num_layers / max(1, len(traced))
-        wire = replace(wire_of(self.model, self.padded), topology=self.topology)
+        wire = replace(wire_of(self.model, self.padded), topology=self.topology, row_bytes=None)
         table = weigh(
             traced, current_owners(self.model), wire, LayerRates(self.pair_seconds, attention), formats=self.formats
         )
@@ -143,10 +143,8 @@ class AutoControl:
         self.set(Mode(data["moves"], tuple(data["residency"]), data["wire"]))
 
 
-def _row_sizes(model: Transformer) -> dict[str, int]:
-    """The wire format that the user allows: bytes of a row, the mean over directions."""
-    recipe, width, dtype = model.runtime.recipe, model.config.hidden_size, model.stream_dtype
-    row = torch.zeros(1, width, dtype=dtype)
-    codecs = [c for stage in ("dispatch", "combine") for c in codecs_of(recipe, stage)]
-    sizes = [row.nbytes if c is None else c.encode(row).nbytes for c in codecs]
-    return {recipe.wire: sum(sizes) // len(sizes)}
+def _row_sizes(model: Transformer) -> dict[str, RowBytes]:
+    """The wire format that the user allows, with the bytes of its rows."""
+    recipe = model.runtime.recipe
+    sizes = recipe.wire_spec.row_bytes(model.config.hidden_size, model.stream_dtype.itemsize)
+    return {recipe.wire: sizes}

@@ -61,6 +61,7 @@ def wire_for(
         residency=recipe.residency,
         expert_num_bytes=num_bytes,
         expert_costs=costs,
+        row_bytes=recipe.wire_spec.row_bytes(trace.hidden_size, itemsize) if recipe.wire != "model" else None,
     )
 
 

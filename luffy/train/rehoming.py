@@ -59,7 +59,8 @@ def wire_of(model: Transformer, padded: bool) -> Wire:
     itemsize, state = model.stream_dtype.itemsize, rt.residency
     return Wire(
         topology=rt.topology,
-        row_num_bytes=width * model.stream_dtype.itemsize,
+        row_num_bytes=width * itemsize,
+        row_bytes=rt.recipe.wire_spec.row_bytes(width, itemsize) if rt.recipe.wire != "model" else None,
         strategy=rt.recipe.placement,
         look_ahead="router" if rt.recipe.look_ahead else "none",
         copies=rt.recipe.copies,

@@ -175,6 +175,7 @@ class Trainer:
         self.clock.start()
         rehomed = self._rehome()
         self.condensing.before(self.step)
+        self.runtime.draws.begin(self.step)
         if self.auto is not None:
             self.auto.before(self.step)
         writes_trace = self.options.trace_every and (self.step + 1) % self.options.trace_every == 0

@@ -131,14 +131,14 @@ def build(case: Case, ranks_per_node: int | None = None) -> tuple[Transformer, C
     return model, comm
 
 
-def watch_block(block: Any, note: Callable[[TokenBatch], None]) -> None:
-    """Have `note` called with every batch that leaves a block."""
+def watch_block(block: Any, note: Callable[[TokenBatch, TokenBatch], None]) -> None:
+    """Have `note` called with every batch that enters a block, as it was and as it leaves."""
     whole = block.stages
 
-    def watched(*args: Any) -> Stage[TokenBatch]:
-        batch = yield from whole(*args)
-        note(batch)
-        return batch
+    def watched(batch: TokenBatch, *args: Any) -> Stage[TokenBatch]:
+        after = yield from whole(batch, *args)
+        note(batch, after)
+        return after
 
     block.stages = watched
 

@@ -49,7 +49,7 @@ def condensed_step(rank: int, case: Case) -> dict[str, Any]:
     model, comm = build(case)
     initial = {name: value.cpu().clone().numpy() for name, value in gather_full(model).items()}
     last: list[Any] = []
-    watch_block(model.blocks[-1], lambda batch: last.append(batch.layout))
+    watch_block(model.blocks[-1], lambda _, after: last.append(after.layout))
     with Watch() as watch:
         loss = run_step(model, comm, case, case.data()[0]).tolist()
     return {

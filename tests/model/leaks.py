@@ -23,7 +23,7 @@ def states_and_outputs(case: Case, changes: list[tuple[int, int] | None]) -> lis
     """
     model, comm = build(case)
     last: list[TokenBatch] = []
-    watch_block(model.blocks[-1], last.append)
+    watch_block(model.blocks[-1], lambda _, after: last.append(after))
     results = []
     for change in changes:
         sequences = random_sequences(case.batch, case.config.vocab_size, seed=11, lengths="equal", longest=LENGTH)

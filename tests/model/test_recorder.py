@@ -41,6 +41,8 @@ def record(rank: int, case: Case) -> dict:
         ("luffy", "moe-llm-tiny", {}),
         ("janus", "moe-gpt2-tiny", {"num_experts": 16}),
         ("fastermoe", "moe-gpt2-tiny", {"num_experts": 16}),
+        (replace(get_recipe("luffy"), wire="aggressive,residual=int16"), "moe-gpt2-tiny", {"num_layers": 3}),
+        (replace(get_recipe("netmoe"), wire="combine_backward=int8"), "moe-gpt2-tiny", {"num_layers": 3}),
         (replace(get_recipe("luffy"), residency="shadow"), "moe-gpt2-tiny", {"num_layers": 3}),
         (replace(get_recipe("luffy"), residency="fetch"), "moe-gpt2-tiny", {"num_layers": 3}),
     ],
@@ -51,10 +53,9 @@ def test_replayed_bytes_are_the_meters(recipe: str | Recipe, preset: str, change
     answers = run_ranks(record, WORLD, case)
     measured = np.sum([a["counts"] for a in answers], axis=0)
     replay = answers[0]["replay"]
-    for name, counted in (("dispatch", [x.dispatch for x in replay]), ("combine", [x.combine for x in replay])):
-        for direction in (name, name + "_backward"):
-            expected = np.sum(counted, axis=0)[1:]
-            np.testing.assert_array_equal(measured[DIRECTIONS.index(direction), 1:], expected)
+    for direction in ("dispatch", "combine", "dispatch_backward", "combine_backward"):
+        expected = np.sum([getattr(x, direction) for x in replay], axis=0)[1:]
+        np.testing.assert_array_equal(measured[DIRECTIONS.index(direction), 1:], expected)
     # There and back; an expert travels in two parts, which may leave an element of padding.
     experts = 2 * np.sum([x.experts for x in replay], axis=0)[1:]
     np.testing.assert_allclose(measured[DIRECTIONS.index("experts"), 1:], experts, rtol=1e-3)

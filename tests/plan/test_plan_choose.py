@@ -12,6 +12,7 @@ from luffy.plan.replay import Wire, replay_step
 from luffy.plan.residency import ExpertCosts
 from luffy.plan.topology import Topology
 from luffy.plan.trace import TraceStep
+from luffy.wire_format import RowBytes
 
 OWNER = np.array([[0, 1]])
 SLOW = Topology.flat(2, 1e6)
@@ -55,7 +56,8 @@ def test_few_tokens_travel_themselves_and_many_have_experts_come() -> None:
 
 
 def test_narrow_rows_where_they_are_allowed_and_sequences_stay() -> None:
-    table = weigh([a_step([0, 1, 1, 1] * 50)], OWNER, wire(), LayerRates(1e-12, 0.0), formats={"int8": 30})
+    formats = {"int8": RowBytes.uniform(30)}
+    table = weigh([a_step([0, 1, 1, 1] * 50)], OWNER, wire(), LayerRates(1e-12, 0.0), formats=formats)
     static, narrow = (table[Mode(False, ("static",), f)] for f in ("model", "int8"))
     assert narrow == pytest.approx(0.3 * static, rel=1e-3)
     assert not any(m.moves for m in table if m.wire == "int8")
