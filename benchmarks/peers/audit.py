@@ -18,17 +18,13 @@ from benchmarks.peers.counting import ByteCounter, resolve_group
 
 # In the second step DistributedDataParallel tells all ranks, once and from C++, the order of its buckets: a few integers
 # that neither the counter nor Luffy's own meter counts. Nothing else here broadcasts during a step.
-_SILENT = ("barrier", "wait_tensor", "monitored_barrier_", "broadcast_")
+_SILENT = ("barrier", "monitored_barrier_", "broadcast_")
+_GROUP = ("process_group", "group_name", "group")
 
 
 def _group(arguments: dict[str, Any]) -> dist.ProcessGroup:
-    for name in ("process_group", "group_name", "group"):
-        value = arguments.get(name)
-        if isinstance(value, torch.ScriptObject):
-            return dist.ProcessGroup.unbox(value)
-        if value is not None:
-            return resolve_group(value)
-    raise RuntimeError(f"the byte audit found no group in {sorted(arguments)}")
+    value = next(arguments[name] for name in _GROUP if name in arguments)
+    return dist.ProcessGroup.unbox(value) if isinstance(value, torch.ScriptObject) else resolve_group(value)
 
 
 def num_bytes_sent(name: str, arguments: dict[str, Any]) -> int:
@@ -75,5 +71,6 @@ class Audit(TorchDispatchMode):
         namespace, name = func.namespace, func._schema.name.split("::")[1]
         if namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd") and name not in _SILENT:
             names = [argument.name for argument in func._schema.arguments]
-            self._seen += num_bytes_sent(name, dict(zip(names, args, strict=False)) | kwargs)
+            if not set(_GROUP).isdisjoint(names):  # others wait or wrap
+                self._seen += num_bytes_sent(name, dict(zip(names, args, strict=False)) | kwargs)
         return func(*args, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from dataclasses import replace
 
 import click
@@ -16,7 +17,7 @@ from luffy.train.options import TrainOptions
 from luffy.train.run import _check_out
 
 # Adapters import their system only when a rank makes one of them, so all of these can be imported anywhere.
-MODULES = {"deepspeed": ("deepspeed_moe", "DeepSpeedMoE")}
+MODULES = {"hf_ep": ("hf_ep", "HuggingFaceEP"), "deepspeed": ("deepspeed_moe", "DeepSpeedMoE")}
 
 
 def get_peer(name: str) -> type[Peer]:
@@ -47,6 +48,8 @@ def start(name: str, options: TrainOptions, audit: bool = False) -> None:
 def run_peer(name: str, options: TrainOptions, audit: bool) -> None:
     """One rank."""
     counter = ByteCounter().install()
+    if options.device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which transformers looks for, says so otherwise
     mesh = join_world(options.device, options.backend, None, options.ranks_per_node, options.timeout_seconds)
     summary = PeerRun(get_peer(name), options, mesh, counter, audit).run()
     if summary is not None:
