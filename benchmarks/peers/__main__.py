@@ -24,7 +24,7 @@ def list_peers() -> None:
     """List the peers, and how to install them."""
     for name in MODULES:
         peer = get_peer(name)
-        click.echo(f"{name:<10}  {peer.summary}\n{'':<12}{peer.install}")
+        click.echo(f"{name:<12}  {peer.summary}\n{'':<14}{peer.install}")
 
 
 @cli.command()

@@ -17,7 +17,11 @@ from luffy.train.options import TrainOptions
 from luffy.train.run import _check_out
 
 # Adapters import their system only when a rank makes one of them, so all of these can be imported anywhere.
-MODULES = {"hf_ep": ("hf_ep", "HuggingFaceEP"), "deepspeed": ("deepspeed_moe", "DeepSpeedMoE")}
+MODULES = {
+    "hf_ep": ("hf_ep", "HuggingFaceEP"),
+    "hf_ep_layer": ("hf_ep_layer", "HuggingFaceLayer"),
+    "deepspeed": ("deepspeed_moe", "DeepSpeedMoE"),
+}
 
 
 def get_peer(name: str) -> type[Peer]:
