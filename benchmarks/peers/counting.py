@@ -1,7 +1,7 @@
 """Bytes that leave a rank, for programs that know nothing of Luffy's meter.
 
 `ByteCounter.install` puts a counting shell around the collectives of `torch.distributed`, in every module that holds
-one of them by name, before the peer is imported. Only the outermost call counts, so a collective that is built upon
+one of them by name. Only the outermost call counts, so a collective that is built upon
 another is not counted twice; calls cost the peer a few microseconds, since nothing else is intercepted.
 
 Volumes are those of the traffic meter (luffy/comm/meter.py), of whatever algorithm the backend picks:
@@ -156,10 +156,7 @@ class ByteCounter:
     # ------------------------------------------------------------ shells around collectives
 
     def install(self) -> ByteCounter:
-        """Count from now on, in this process, for good. Peers must not be imported yet: they may keep names of torch's."""
-        early = sorted({name.partition(".")[0] for name in sys.modules} & {"transformers", "deepspeed"})
-        if early:
-            raise RuntimeError(f"{early} was imported before its collectives could be counted")
+        """Count from now on, in this process, for good. Peers imported later find the shells, earlier ones get them."""
         shells: dict[int, Any] = {}
         for module, volumes in ((dist.distributed_c10d, _PLAIN), (functional, _FUNCTIONAL)):
             for name, volume in volumes.items():

@@ -3,7 +3,7 @@
 Embedding, attention, norms, head, loss and the overlapped synchronisation of replicated gradients are Luffy's own code;
 routing, exchange and the running of experts are DeepSpeed's. All weights are those that Luffy begins with, so without
 dropping and without auxiliary losses both compute the same function, and their losses agree step by step
-(tests/benchmarks/test_peers.py): what is compared is the exchange and nothing else.
+(tests/peers/test_peer_runs.py): what is compared is the exchange and nothing else.
 
 DeepSpeed exchanges [experts, capacity, width] buffers of equal size. With dropping off, the capacity of a layer is the
 largest number of tokens that any rank has for any expert (one integer all-reduce a layer), so padding travels too.
