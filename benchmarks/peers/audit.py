@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.peers.counting import ByteCounter, resolve_group
 
-# In the second step DistributedDataParallel tells all ranks, once and from C++, the order of its buckets: a few integers
-# that neither the counter nor Luffy's own meter counts. Nothing else here broadcasts during a step.
+# In the second step DistributedDataParallel tells all ranks, once and from C++, the order of its buckets: a few
+# integers that neither the counter nor Luffy's own meter counts. Nothing else here broadcasts during a step.
 _SILENT = ("barrier", "monitored_barrier_", "broadcast_")
 _GROUP = ("process_group", "group_name", "group")
 

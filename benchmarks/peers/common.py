@@ -3,7 +3,8 @@
 A `Peer` says how to build a model and what one forward pass, one synchronisation and one clipping are in its world.
 `PeerRun` drives it just as `luffy.train.trainer.Trainer` drives ours: rank r reads the very sequences that Luffy would
 give it at that step, the loss is the sum over its labels divided by the labels of all ranks, the learning rate follows
-the same curve, AdamW has the same betas and decays matrices only, and a step's seconds begin and end at the same places.
+the same curve, AdamW has the same betas and decays matrices only, and a step's seconds begin and end at the same
+places.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ class Peer(ABC):
         self.counter, self.mesh = counter, comm.mesh
 
     @classmethod
+    @abstractmethod
     def check(cls, options: TrainOptions) -> None:
         """Raise UserError for what this peer cannot do, naming option and mend."""
 
@@ -100,7 +102,11 @@ class Peer(ABC):
         """Finish the step's gradients and scale them to a global norm of `max_norm` (0: never); the norm before."""
 
     def evaluation_loss(self, micro: MicroBatch) -> Tensor:
+        """This rank's share of the cross-entropy, [], where no gradient is wanted."""
         return self.loss(micro)[1]
+
+    def end_evaluation(self) -> None:  # noqa: B027  (most have nothing to do)
+        """Leave nothing behind that would spare the next step some of its traffic."""
 
 
 def check_package(peer: type[Peer]) -> None:
@@ -224,6 +230,7 @@ class PeerRun:
             loss = self.comm.all_reduce(self.peer.evaluation_loss(micro).to(torch.float64).clone())
             total += float(loss) * micro.step_labels
             labels += micro.step_labels
+        self.peer.end_evaluation()
         self.counter.take()  # evaluation is not part of a step's traffic
         return total / max(labels, 1)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import os
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -37,15 +37,14 @@ from luffy.train.options import TrainOptions
 
 def _import() -> Any:
     """DeepSpeed, made not to compile anything and not to talk."""
-    if not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
     from deepspeed.moe.layer import MoE
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
-    # A shared-memory all-reduce that would be compiled at the start; no rank of a lab could use it.
-    getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
+    # Which of its operators could be compiled: none. It would run compilers to find out, and then build a shared-memory
+    # all-reduce that goes past the links of a lab.
+    deepspeed.ops.__compatible_ops__ = defaultdict(bool)
     return deepspeed, MoE
 
 

@@ -9,7 +9,8 @@ dropping, and weighs them at home. Everything else is sharded by FSDP2, as its e
 Mixtral has rotary positions, RMSNorm, SwiGLU and no biases. Three things are set so that it is as strong and as equal
 as can be: experts are 2/3 as wide (three matrices instead of two: the same operations), attention runs in Luffy's own
 packed form (no padding, no dense mask), and blocks stay gathered between forward and backward, so that synchronisation
-moves no more than an all-reduce does. (It is not hidden behind computation where gloo carries it: FSDP2 waits for gloo.)
+moves no more than an all-reduce does. (Where gloo carries it, it is not hidden behind computation: FSDP2 waits for
+gloo.)
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ class HuggingFaceEP(Peer):
         self.attention = PackedAttention(config)
         self.model = self._build()
         self._parameters = dict(self.model.named_parameters())
-        # The optimizer works on each rank's own shards: AdamW knows no difference, and DTensor's dispatch costs nothing.
+        # The optimizer works on each rank's own shards: AdamW knows no difference, and DTensor's dispatch is saved.
         self._shards = {n: nn.Parameter(_local(p.data)) for n, p in self._parameters.items()}
         heavy = [s for n, s in self._shards.items() if decays(n, s)]
         light = [s for n, s in self._shards.items() if not decays(n, s)]
@@ -236,8 +237,8 @@ class HuggingFaceEP(Peer):
             "z_loss": "none",
             "gradients": "FSDP2 over all ranks: weights gathered once a step"
             + (" in bfloat16" if self.dtype == torch.bfloat16 else "")
-            + ", gradients reduce-scattered in float32, the optimizer's work divided among the ranks; over gloo nothing "
-            "of it is hidden behind computation",
+            + ", gradients reduce-scattered in float32, the optimizer's work divided among the ranks; over gloo "
+            "nothing of it is hidden behind computation",
         }
 
     # ---------------------------------------------------------------- a step
@@ -258,6 +259,11 @@ class HuggingFaceEP(Peer):
         share = micro.layout.num_tokens / max(micro.step_tokens, 1)
         loss = token_loss + weight * share * output.aux_loss
         return loss * self.mesh.world_size, token_loss.detach()  # FSDP2 averages over ranks
+
+    def end_evaluation(self) -> None:
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def clip(self, max_norm: float) -> Tensor:
         grads = []

@@ -1,9 +1,9 @@
 """Hugging Face transformers' expert-parallel exchange (`AllToAllEP`) and grouped experts in Luffy's transformer.
 
 The same exchange as `hf_ep`, without what surrounds it there: router, auxiliary losses, attention, head and the
-overlapped synchronisation of replicated gradients are Luffy's own code, the weights are those that Luffy begins with, and
-FSDP is left out. Both compute the same function with the same losses, step by step (tests/peers/test_peer_runs.py), so
-that what differs is the exchange alone: token-expert pairs, a collective for their counts, weights applied at home.
+overlapped synchronisation of replicated gradients are Luffy's own code, the weights are those that Luffy begins with,
+and FSDP is left out. Both compute the same function with the same losses, step by step (tests/peers/test_peer_runs.py),
+so that what differs is the exchange alone: token-expert pairs, a collective for their counts, weights applied at home.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 
 import click
+import torch
 
 from benchmarks.peers.common import Peer, PeerRun, check_options, check_package
 from benchmarks.peers.counting import ByteCounter
@@ -52,7 +53,7 @@ def start(name: str, options: TrainOptions, audit: bool = False) -> None:
 def run_peer(name: str, options: TrainOptions, audit: bool) -> None:
     """One rank."""
     counter = ByteCounter().install()
-    if options.device == "cpu":
+    if options.device == "cpu" or not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which transformers looks for, says so otherwise
     mesh = join_world(options.device, options.backend, None, options.ranks_per_node, options.timeout_seconds)
     summary = PeerRun(get_peer(name), options, mesh, counter, audit).run()

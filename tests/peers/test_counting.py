@@ -93,11 +93,11 @@ def test_a_missing_package_is_one_line_with_the_command(monkeypatch: pytest.Monk
     for name in MODULES:
         peer = get_peer(name)
         monkeypatch.setattr(metadata, "version", none_installed)
-        with pytest.raises(UserError, match="not installed; install it with: .*pip install") as error:
+        with pytest.raises(UserError, match=r"not installed; install it with: .*pip install") as error:
             check_package(peer)
         assert "\n" not in str(error.value)
         monkeypatch.setattr(metadata, "version", lambda _: "0.1.2")
-        with pytest.raises(UserError, match="not 0.1.2"):
+        with pytest.raises(UserError, match=r"not 0\.1\.2"):
             check_package(peer)
         monkeypatch.setattr(metadata, "version", lambda _, low=peer.versions[0]: low + ".1")
         check_package(peer)
