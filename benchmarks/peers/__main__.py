@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import click
 
 from benchmarks.peers.registry import MODULES, get_peer, start
+from benchmarks.peers.table import collect, markdown, write
 from luffy.errors import UserError
 from luffy.train.cli import train_options
 from luffy.train.options import TrainOptions
@@ -34,6 +36,18 @@ def list_peers() -> None:
 def run(peer: str, audit_bytes: bool, **values: Any) -> None:
     """Train with --peer on --ranks ranks. Options are those of `luffy train`; --recipe is ignored."""
     start(peer, replace(TrainOptions(**values), recipe="vanilla"), audit_bytes)
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--times", is_flag=True, help="Seconds, tokens and memory too: of an idle machine only.")
+@click.option("--json", "target", type=click.Path(path_type=Path), help="Write the numbers here.")
+def table(runs: tuple[Path, ...], times: bool, target: Path | None) -> None:
+    """Put the runs in folders RUNS, of peers and of Luffy, side by side."""
+    rows = collect(runs, times)
+    if target is not None:
+        write(rows, target)
+    click.echo(markdown(rows))
 
 
 def main() -> None:

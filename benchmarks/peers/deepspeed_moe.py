@@ -7,6 +7,7 @@ dropping and without auxiliary losses both compute the same function, and their 
 
 DeepSpeed exchanges [experts, capacity, width] buffers of equal size. With dropping off, the capacity of a layer is the
 largest number of tokens that any rank has for any expert (one integer all-reduce a layer), so padding travels too.
+DeepSpeed's newer AutoEP, which exchanges pairs as transformers does (`hf_ep_layer`), knows gated experts only.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ class DeepSpeedMoE(Peer):
             "dropping": "none; capacity is the fullest expert of any rank, padded up to"
             if factor is None
             else f"capacity factor {factor} over a rank's tokens, in token order (Luffy's is per sequence)",
-            "experts": "one after another over padded rows (DeepSpeed has no grouped product for experts)",
+            "experts": "one after another over padded rows, as this layer of DeepSpeed does it",
             "balance_loss": f"of each rank's own tokens, {aux}; Luffy's is over all tokens and choices",
             "z_loss": "none",
             "gradients": "Luffy's: DistributedDataParallel, overlapped with backward (DeepSpeed's engine is not used)",
