@@ -54,7 +54,8 @@ def choose(q: Question, table: Tensor, answer: Answer, *, block: int = 64, num_w
     launch: Any = _choose[(len(table),)]
     launch(
         x, table, q.layout.global_token if q.audit else table, answer.leader, answer.sent.view(torch.uint8),
-        answer.shared.view(torch.uint8), answer.audited, x.shape[1], x.stride(0), q.threshold, share, step, layer,
+        answer.shared.view(torch.uint8), answer.audited,
+        x.shape[1], x.stride(0), float(q.threshold), share, step, layer,
         K=q.ids.shape[1], W=W, BLOCK=block, CAUSAL=q.causal, NEAREST=q.nearest, AUDIT=q.audit is not None,
         num_warps=num_warps or (8 if W > 64 else 4), num_stages=stages,
     )  # fmt: skip

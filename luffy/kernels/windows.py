@@ -80,8 +80,8 @@ def find_windows(q: Question) -> tuple[Tensor, Answer]:
     # With all in one segment `starts` is not read, in sequences `in_time` is not: each then stands for the other.
     order = layout.cu_seqlens if q.by_sequence else layout.tokens_in_time
     shape = {
-        "K": K, "BLOCK_T": BLOCK_TOKENS, "BLOCK_E": min(32, triton.next_power_of_2(E)), "BY_SEQUENCE": q.by_sequence,
-        "LOCAL": q.local, "PAIRS": q.pairs, "num_warps": 4,
+        "K": K, "BLOCK_T": BLOCK_TOKENS, "BLOCK_E": min(32, max(4, triton.next_power_of_2(E))),
+        "BY_SEQUENCE": q.by_sequence, "LOCAL": q.local, "PAIRS": q.pairs, "num_warps": 4,
     }  # fmt: skip
     each = -(-table.numel() // programs)
     count: Any = _count[(programs,)]

@@ -337,7 +337,7 @@ class MoELayer(nn.Module):
             rt.clock.switch("other")
             return condensed, history, forecast()
         here, beside = torch.cuda.current_stream(), rt.side_stream()
-        # Launching many small operations keeps the main stream idle, which counts as exposed; the forecast does not.
+        # What the host needs to launch it keeps the main stream idle, which counts as exposed; the forecast does not.
         rt.clock.switch("condense")
         beside.wait_stream(here)
         with torch.cuda.stream(beside):
