@@ -71,6 +71,7 @@ def compare(recipes: str, **values: Any) -> None:
 @click.option("--trace", required=True, type=click.Path(path_type=Path), help="Trace file, folder of them, or a run.")
 @click.option("--topology", "spec", required=True, help="The cluster, such as 4x8:intra=200gbit,inter=25gbit.")
 @click.option("--recipes", default=",".join(RECIPES), show_default=True, help="Recipes, separated by commas.")
+@click.option("--wire", help="Format of rows, as in luffy train (default: each recipe's).")
 @click.option("--layout", type=click.Choice(["packed", "padded"]), default="packed", show_default=True)
 @click.option("--compute-seconds", type=float, help="Seconds a step computes on one rank: adds the step's time.")
 @click.option(
