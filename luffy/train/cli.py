@@ -78,6 +78,7 @@ def compare(
 @click.option(
     "--ep-size", type=int, help="Ranks that share experts; the rest are copies of the group (default: as many as can)."
 )
+@click.option("--wire", help="Format of rows, as in luffy train (default: each recipe's).")
 @click.option("--layout", type=click.Choice(["packed", "padded"]), default="packed", show_default=True)
 @click.option("--compute-seconds", type=float, help="Seconds a step computes on one rank: adds the step's time.")
 @click.option(

@@ -83,8 +83,9 @@ class TrainOptions:
     )
     wire: str | None = option(
         None,
-        "Format of rows on links: model, bf16, fp8, int8, int4, safe, aggressive, or DIRECTION=FORMAT,... with "
-        "dispatch, combine, dispatch_backward, combine_backward (default: the recipe's).",
+        "Format of rows on links: model, bf16, fp8, fp8_e5m2, int16, int8, int4, safe, aggressive, or "
+        "DIRECTION=FORMAT,... with dispatch, combine, dispatch_backward, combine_backward; -sr rounds gradients at "
+        "random; behind it may stand ,local ,residual=int16 (default: the recipe's).",
         "Training",
     )
     residency: str | None = option(

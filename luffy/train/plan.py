@@ -25,6 +25,7 @@ from luffy.recipes import Recipe, get_recipe
 from luffy.report.style import LINK_COLOURS, draw, legend_below, new_figure, save_png, tick_format, titles
 from luffy.report.units import format_bytes, format_seconds
 from luffy.train.metrics import write_json_atomic
+from luffy.wire_format import parse_wire
 
 EXPERT_FLOPS = 1e14
 MOST_STEPS = 12  # the newest of a folder: routers move, and old steps flatter
@@ -179,12 +180,16 @@ def run_plan(
     target: Path | None,
     figure: Path | None,
     ep_size: int | None = None,
+    wire: str | None = None,
 ) -> None:
     """What `luffy plan` does: read, predict, print, and write what was asked for."""
     if compute_seconds is not None and not 0 <= compute_seconds < float("inf"):
         raise UserError(f"--compute-seconds {compute_seconds}: seconds cannot be negative or endless")
     topology = parse_topology(spec, "--topology")
     chosen = [get_recipe(name.strip()) for name in recipes.split(",") if name.strip()]
+    if wire is not None:
+        parse_wire(wire)
+        chosen = [replace(r, wire=wire) for r in chosen]
     if not chosen:
         raise UserError("--recipes names no recipe; leave it out for all of them")
     recorded = load_trace(trace)
@@ -213,6 +218,7 @@ def run_plan(
             "topology": spec,
             "ep_size": group.world_size,
             "compute_seconds": compute_seconds,
+            "wire": wire,
             "predictions": [asdict(p) for p in predictions],
         }
         write_json_atomic(target, json.loads(json.dumps(content)))

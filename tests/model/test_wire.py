@@ -4,10 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
+import luffy.model.moe_layer as moe_layer
 from luffy.comm.meter import by_direction
 from luffy.config import model_preset
 from luffy.errors import UserError
+from luffy.exchange.wire import row_codec
 from luffy.recipes import check_recipe, get_recipe
 from luffy.testing import gather_full, run_ranks
 from luffy.train.options import TrainOptions
@@ -164,3 +167,42 @@ def test_no_future_reaches_a_token_through_what_is_rounded():
             moved = np.abs(states - before).max(-1)
             assert moved[change] > 1e-2
             assert moved[:, : change[1]].max(initial=0) < 1e-12 * np.abs(before).max(), (recipe.name, change)
+
+
+def _corrected(rank, case):
+    """Every shared answer of a step, recomputed choice by choice from what the layer handed to the combine."""
+    seen = []
+
+    def watched(hidden, partial, copies, condensed, weights, wire, correct):
+        out = combine_condensed(hidden, partial, copies, condensed, weights, wire, correct)
+        seen.append((hidden, partial, copies, condensed, weights, correct, out))
+        return out
+
+    combine_condensed, moe_layer.combine_condensed = moe_layer.combine_condensed, watched
+    try:
+        model, comm = build(case)
+        run_step(model, comm, case, case.data()[0])
+    finally:
+        moe_layer.combine_condensed = combine_condensed
+    shared = 0
+    for hidden, partial, copies, condensed, weights, (x, sent), out in seen:
+        answers = row_codec("int8").decode(row_codec("int8").encode(partial), 32, torch.float64)
+        place = {int(c): i for i, c in enumerate(copies.flat)}
+        expected = hidden.clone()
+        for t, k in condensed.copy.nonzero().tolist():
+            leader = int(condensed.leader[t, k])
+            answer = answers[place[leader]]
+            if condensed.takes_shared[t, k]:
+                shared += leader // 2 != t
+                answer = weights[t, k] * (answer + x[t] - x[leader // 2])
+            expected[t] += answer
+        assert torch.equal(sent, x[copies.token])
+        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    return shared
+
+
+def test_the_correction_is_by_the_row_as_it_was_before_it_was_rounded():
+    recipe = replace(
+        get_recipe("luffy_max"), copies="pairs", condense="static:0.3,correct,local", wire="aggressive,local"
+    )
+    assert run_ranks(_corrected, 1, Case(shrunk("moe-gpt2-tiny"), recipe=recipe, batch=8))[0] > 20

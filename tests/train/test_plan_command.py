@@ -47,7 +47,27 @@ def test_all_recipes_in_a_table_a_file_and_a_picture(tmp_path, capsys):
         assert p["exchange_seconds"] > 0 and p["num_steps"] == 2
     total = {r: sum(p["dispatch"][1:]) + sum(p["combine"][1:]) for r, p in found.items()}
     assert total["luffy"] < total["vanilla_dedup"] < total["vanilla"]
+    # Rows of 32 values: 64 bytes as they are, 18 as int4 to the experts, 34 as int8 back; gradients alike.
+    assert total["luffy_max"] == pytest.approx(total["vanilla_dedup"] * (18 + 34) / 128)
     assert found["luffy"]["rehomed"] and not found["netmoe"]["rehomed"]
+
+
+def test_a_wire_format_shrinks_what_is_counted_and_what_moves(tmp_path, capsys):
+    run = save_trace(tmp_path / "run")
+    predictions = []
+    for wire in ("model", "int8,residual=int16", "aggressive"):
+        target = tmp_path / "plan.json"
+        main(["plan", "--trace", str(run), "--topology", "8:intra=1gbit", "--recipes", "vanilla_dedup,netmoe,luffy",
+              "--wire", wire, "--json", str(target)])  # fmt: skip
+        predictions.append({p["recipe"]: p for p in json.loads(target.read_text())["predictions"]})
+    capsys.readouterr()
+    plain, fine, coarse = predictions
+    total = [sum(p["vanilla_dedup"]["dispatch"][1:]) for p in predictions]
+    assert total[1] == total[0] * 34 / 64 and total[2] == total[0] * 18 / 64
+    for p in (fine, coarse):  # moving costs a residual of 66 or 64 bytes a token, against rows of 34
+        assert p["luffy"]["moved_share"] < 0.5 * plain["luffy"]["moved_share"]
+        assert sum(p["luffy"]["combine"]) + sum(p["luffy"]["dispatch"]) > 0
+    assert "--wire int5" in fails(capsys, "--trace", run, "--topology", "8:intra=1gbit", "--wire", "int5")
 
 
 def test_one_file_is_a_trace_too_and_says_that_experts_stay(tmp_path, capsys):
