@@ -1,4 +1,4 @@
-"""Export: the whole model in one `safetensors` file, experts in their own order whatever ranks held them."""
+"""The whole model in one `safetensors` file, experts in their own order whatever ranks held them: out, and in again."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from luffy.errors import UserError
@@ -45,3 +46,41 @@ def export_safetensors(model: Transformer, path: Path) -> None:
             os.replace(temporary, path)
         except OSError as error:
             raise UserError(f"--out: {path} not written: {error.strerror or error}") from error
+
+
+@torch.no_grad()
+def load_safetensors(model: Transformer, path: Path) -> None:
+    """Begin from exported weights, at any number of ranks: each reads only its own experts.
+
+    Raises UserError naming what is missing, left over or of another shape.
+    """
+    mesh, buffers = model.runtime.comm.mesh, dict(model.named_buffers())
+    targets = dict(model.named_parameters()) | {n: b for n, b in buffers.items() if n.endswith("choice_bias")}
+    try:
+        with safe_open(path, framework="pt") as file:
+            known = set(file.keys())
+            wanted = {n for n in targets if not n.endswith("choice_bias") or n in known}
+            if wanted != known:
+                name = min(wanted ^ known)
+                what = "lacks" if name in wanted else "holds, but this model lacks,"
+                raise UserError(f"--start-weights {path}: it {what} {name}; give the model options it was trained with")
+            for name in sorted(wanted):
+                stored, target = file.get_slice(name), targets[name]
+                shape = [*target.shape]
+                if is_expert(name):
+                    shape[0] *= mesh.ep_size
+                if stored.get_shape() != shape:
+                    raise UserError(
+                        f"--start-weights {path}: {name} is {stored.get_shape()}, and {shape} in this model; give the "
+                        "model options it was trained with"
+                    )
+                if not is_expert(name):
+                    target.copy_(stored[:])
+                    continue
+                # Experts are stored by id; a fresh model has expert e in slot e.
+                first = mesh.ep_rank * target.shape[0]
+                target.copy_(stored[first : first + target.shape[0]])
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"--start-weights {path}: cannot be read ({error}); name a model.safetensors of --export"
+        ) from error

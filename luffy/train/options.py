@@ -7,6 +7,7 @@ touching data or devices is checked when the object is made, so a mistake costs 
 from __future__ import annotations
 
 from dataclasses import Field, asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 from luffy.config import DTYPES, ModelConfig, _one_of, _require, model_preset
@@ -72,7 +73,10 @@ class TrainOptions:
     eval_every: int = option(50, "Steps between held-out evaluations; 0: only at the end.", "Training")
     eval_batches: int = option(8, "Batches of an evaluation.", "Training")
     checkpoint_every: int = option(100, "Steps between checkpoints; 0: only at the end.", "Training")
-    keep_checkpoints: int = option(2, "Checkpoints to keep.", "Training")
+    keep_checkpoints: int = option(2, "Checkpoints to keep; 0: write none.", "Training")
+    start_weights: str | None = option(
+        None, "Begin from the model.safetensors of an earlier --export, at any number of ranks.", "Training"
+    )
     export: bool = option(False, "Write model.safetensors at the end.", "Training")
     tensorboard: bool = option(True, "Write TensorBoard curves.", "Training")
     rehome_every: int | None = option(
@@ -141,13 +145,17 @@ class TrainOptions:
         _one_of("--gradient-dtype", self.gradient_dtype, ("model", "bfloat16"))
         _one_of("--layout", self.layout, ("packed", "padded"))
         _one_of("--sequence-mode", self.sequence_mode, ("documents", "fixed", "streams"))
-        for name in ("ranks", "steps", "batch_size", "accumulate", "eval_batches", "keep_checkpoints", "auto_every"):
+        for name in ("ranks", "steps", "batch_size", "accumulate", "eval_batches", "auto_every"):
             value = getattr(self, name)
             _require(value >= 1, f"--{name.replace('_', '-')} {value} must be at least 1")
         for name in ("eval_every", "checkpoint_every", "clip_norm", "weight_decay", "lr", "timeout_seconds",
-                     "rehome_every", "trace_every", "condense_warmup"):  # fmt: skip
+                     "rehome_every", "trace_every", "keep_checkpoints", "condense_warmup"):  # fmt: skip
             value = getattr(self, name)
             _require(value is None or value >= 0, f"--{name.replace('_', '-')} {value} must not be negative")
+        _require(
+            self.start_weights is None or Path(self.start_weights).is_file(),
+            f"--start-weights {self.start_weights}: no such file; name the model.safetensors of an earlier --export",
+        )
         _require(not (self.resume and self.overwrite), "--resume and --overwrite exclude each other")
         _require(0 <= self.condense_until <= 1, f"--condense-until {self.condense_until} must lie between 0 and 1")
         recipe, config = self.get_recipe(), self.model_config()

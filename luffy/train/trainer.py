@@ -42,7 +42,7 @@ from luffy.train.checkpoint import (
     training_state,
 )
 from luffy.train.condensing import CondenseControl
-from luffy.train.export import export_safetensors
+from luffy.train.export import export_safetensors, load_safetensors
 from luffy.train.gradients import GradientSync, make_optimizer
 from luffy.train.metrics import MetricsWriter, RunSummary, describe_machine, read_metrics, write_json_atomic
 from luffy.train.options import TrainOptions
@@ -389,6 +389,7 @@ class Trainer:
         return training_state(self.model, self.optimizer, self.memory)
 
     def save(self) -> None:
+        """Write a checkpoint, unless --keep-checkpoints is 0."""
         meta = {
             "model": self.config.to_dict(),
             "options": self.options.to_dict(),
@@ -401,6 +402,8 @@ class Trainer:
             "auto": None if self.auto is None else self.auto.to_dict(),
         }
         keep = self.options.keep_checkpoints
+        if not keep:
+            return
         save_checkpoint(self.checkpoints, self.step, self._state(), meta, self.mesh, keep)
 
     def _attention_fit(self) -> dict[str, Any] | None:
@@ -434,6 +437,8 @@ class Trainer:
         found = list_checkpoints(self.checkpoints) if o.resume else []
         if found:
             self.restore(found[-1])
+        elif o.start_weights is not None:
+            load_safetensors(self.model, Path(o.start_weights))
         self.prepare()
         writer = None
         if first:

@@ -174,7 +174,7 @@ def _corrected(rank, case):
     seen = []
 
     def watched(hidden, partial, copies, condensed, weights, wire, correct):
-        out = combine_condensed(hidden, partial, copies, condensed, weights, wire, correct)
+        out = yield from combine_condensed(hidden, partial, copies, condensed, weights, wire, correct)
         seen.append((hidden, partial, copies, condensed, weights, correct, out))
         return out
 

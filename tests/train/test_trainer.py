@@ -14,6 +14,7 @@ from luffy.errors import UserError
 from luffy.plan.replay import spread_evenly
 from luffy.plan.trace import RoutingTrace
 from luffy.testing import run_ranks
+from luffy.train.export import load_safetensors
 from luffy.train.metrics import read_metrics
 from luffy.train.options import TrainOptions
 from luffy.train.trainer import Trainer
@@ -128,12 +129,38 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_in_one_line(small):
 
 
 def test_export_holds_every_expert_of_every_rank(small):
-    settings = small(steps=1, export=True)
+    settings = small(steps=1, export=True, keep_checkpoints=0)
     _run(settings, 2)
     path = Path(settings["out"], "model.safetensors")
     with safe_open(str(path), "pt") as f:
         assert f.get_tensor("blocks.0.moe.experts.w_in").shape == (4, 32, 32)
         assert "luffy_config" in f.metadata()
+    assert not Path(settings["out"], "checkpoints").exists()
+
+
+def _first_loss(rank, options):
+    trainer = Trainer(options, build_mesh(torch.device("cpu")))
+    if options.start_weights is None:
+        return None
+    load_safetensors(trainer.model, Path(options.start_weights))
+    return trainer.train_step()["loss"]
+
+
+def test_exported_weights_begin_another_run_at_any_number_of_ranks(small, tmp_path):
+    settings = small(steps=3, export=True, recipe="luffy", rehome_every=2, lr=0.0, experts=8, min_lr=1.0)
+    losses = _run(settings, 2)
+    weights = str(Path(settings["out"], "model.safetensors"))
+    again = small(steps=3, start_weights=weights, out=str(tmp_path / "again"), experts=8, seed=0)
+    for world in (1, 4):
+        for answer in run_ranks(_first_loss, world, TrainOptions(**again)):
+            assert answer == pytest.approx(losses[0], rel=1e-10)
+    with pytest.raises(AssertionError, match=r"--start-weights .*b_in is .* give the model options"):
+        run_ranks(_first_loss, 1, TrainOptions(**again | {"expert_hidden_size": 16}))
+    with pytest.raises(AssertionError, match=r"--start-weights .* lacks blocks.2"):
+        run_ranks(_first_loss, 1, TrainOptions(**again | {"layers": 3}))
+    Path(weights).write_bytes(Path(weights).read_bytes()[:1000])
+    with pytest.raises(AssertionError, match="cannot be read"):
+        run_ranks(_first_loss, 1, TrainOptions(**again))
 
 
 def test_the_summary_and_the_record_agree(small):
