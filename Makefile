@@ -15,7 +15,7 @@ DEMO ?= --recipe vanilla_dedup --model moe-gpt2-tiny --ranks 4 --steps 100 --dev
 PYTEST_OPTIONS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-all test-multigpu check format clean bench-cpu bench-gpu
+.PHONY: help venv demo test test-slow test-all test-multigpu check format clean bench-cpu bench-gpu bench-multigpu
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ test-all: $(STAMP)  ## run every test that needs no GPU
 
 test-multigpu: $(STAMP)  ## run the tests of ranks with a GPU each, over NCCL (two GPUs at least)
 	$(BIN)/python -m pytest -m multigpu tests/gpu/test_multigpu.py -rs $(PYTEST_OPTIONS)
+
+bench-multigpu: $(STAMP)  ## all recipes with a GPU a rank, over NVLink and over sockets
+	$(BIN)/python benchmarks/multigpu.py --ranks "$$(ls /dev/nvidia[0-9]* | wc -l)" --budget-seconds 540 -- $(BENCH_OPTIONS)
 
 check: $(STAMP)  ## lint, check the format, check the types
 	$(BIN)/ruff check .

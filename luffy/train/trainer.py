@@ -322,7 +322,7 @@ class Trainer:
             "seconds_split": split,
         }
         if means[-2] > 0:
-            record["exchange_under_way"], record["exchange_hidden"] = means[-2:]
+            record["exchange_under_way_seconds"], record["exchange_hidden_seconds"] = means[-2:]
         if aux is not None:
             record |= {
                 "balance": float(aux.balance),

@@ -1,0 +1,87 @@
+"""Every recipe, and other systems, behind one and the same links: where a step's time goes, and how fast a loss falls.
+
+    python benchmarks/regimes.py --device cuda --ranks 8 --link 8gbit --out runs/regime-a -- --start-weights W ...
+    python benchmarks/regimes.py --device cuda --ranks 16 --link 4gbit --out runs/regime-b -- ...
+    sudo .venv/bin/python benchmarks/regimes.py --ranks 4 --link 250mbit,1gbit --out runs/regime-c      (two cores)
+
+On a GPU the model is the paper's MoE-GPT2 (12 blocks of 768/3072, 16 experts, top-2, bfloat16, gradients too), and
+`--start-weights` should name weights that were trained for some hundred steps (`luffy train --export`): routers of
+an untrained model flatter whoever follows locality. Recipes run as they are and with `--overlap`, so that none loses by
+a neglected schedule; tables show both. Runs of other systems (docs/peers.md) join with `--also` of `luffy compare`.
+"""
+
+from compare_tools import Cell, Study, bars, main, step_seconds
+
+# In the order in which they are wanted, should time run out.
+ENTRIES = (
+    "vanilla;vanilla_dedup;luffy_max;luffy;paper=luffy_paper;janus;fastermoe;netmoe;lsh_moe_causal;"
+    "vanilla+o=vanilla --overlap;dedup+o=vanilla_dedup --overlap;max+o=luffy_max --overlap;luffy+o=luffy --overlap"
+)
+SMALL = "vanilla;vanilla_dedup;luffy_max;luffy;paper=luffy_paper;janus;fastermoe;vanilla+o=vanilla --overlap"
+
+
+def cells(s):
+    model = ["--gradient-dtype", "bfloat16", "--locality-loss", "0.02", "--rehome-every", "10"]
+    if s.on_gpu:
+        model += ["--model", "moe-gpt2", "--vocab-size", "8192", "--sequence-length", "512", "--keep-checkpoints", "0"]
+        model += ["--batch-size", str(16 * s.ranks), "--eval-every", str(max(1, s.steps // 3)), "--eval-batches", "2"]
+        model += ["--warmup-steps", "5", "--min-lr", "1", "--lr", "3e-4"]
+    else:
+        model += s.model("moe-gpt2")
+        model += ["--batch-size", str(8 * s.ranks)]
+    entries = SMALL if s.small else ENTRIES
+    return [Cell(f"{s.ranks} ranks, {link or 'not shaped'}", entries, model, link=link) for link in s.links]
+
+
+def table(found):
+    head = [
+        "links",
+        "recipe",
+        "step s",
+        "over vanilla",
+        "exposed s",
+        "hidden s",
+        "roofline s",
+        "MB/step",
+        "to loss",
+        "loss",
+    ]
+    rows = []
+    for key, summaries in found.items():
+        for x in summaries:
+            roof = x.get("roofline") or {}
+            cell = [
+                key,
+                x["label"],
+                f"{step_seconds(x):.3f} ({x['step_seconds'][0]:.3f}-{x['step_seconds'][2]:.3f})",
+                f"{x['speedup_over'].get('vanilla', 1.0):.2f}x",
+                f"{x['phase_seconds']['exchange'] + x['phase_seconds'].get('gradients', 0):.3f}",
+                _number(x.get("exchange_hidden_seconds")),
+                _number(roof.get("seconds")),
+                f"{sum(x['step_bytes'].values()) / 1e6:.0f}",
+                _number(x["seconds_to_loss"], "{:.1f}"),
+                _number(x.get("valid_loss")),
+            ]
+            rows.append(cell)
+    return head, rows
+
+
+def _number(value, form="{:.3f}"):
+    return "–" if value is None else form.format(value)
+
+
+STUDY = Study(
+    "regimes",
+    "Every recipe behind the same links: step time, what of it is exchange, and time to vanilla's loss",
+    cells,
+    table,
+    lambda found: bars(
+        found, lambda x: x["speedup_over"].get("vanilla", 1.0), "Speed of a step", "times as fast as vanilla"
+    ),
+    steps=30,
+    cpu_links=("250mbit", "1gbit"),
+    gpu_links=("8gbit",),
+)
+
+if __name__ == "__main__":
+    main(STUDY)
