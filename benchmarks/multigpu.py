@@ -33,7 +33,7 @@ def cells(s):
     options = [
         "--backend", "nccl", "--model", "moe-gpt2", "--layers", "6", "--vocab-size", "8192", "--sequence-length", "512",
         "--batch-size", str(32 * s.ranks), "--gradient-dtype", "bfloat16", "--keep-checkpoints", "0",
-        "--eval-every", "0", "--eval-batches", "1", "--rehome-every", "10",
+        "--eval-every", "0", "--eval-batches", "1", "--rehome-every", "250",
     ]  # fmt: skip
     return [Cell(way, ENTRIES, options) for way in WAYS]
 

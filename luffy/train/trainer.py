@@ -232,9 +232,10 @@ class Trainer:
 
     @torch.no_grad()
     def _rehome(self) -> Rehomed | None:
-        """Re-home experts if it is time: see luffy.train.rehoming."""
+        """Re-home experts if it is time: see luffy.train.rehoming. Routers that were never trained have no home."""
         o, every = self.options, self.options.get_rehome_every()
-        if not every or self.step == 0 or self.step % every or self.mesh.ep_size == 1 or not self.model.moe_layers:
+        untrained = self.step == 0 and o.start_weights is None
+        if not every or untrained or self.step % every or self.mesh.ep_size == 1 or not self.model.moe_layers:
             return None
         recorded = []
         with self.comm.meter.charging("experts"):

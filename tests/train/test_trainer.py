@@ -154,6 +154,11 @@ def test_exported_weights_begin_another_run_at_any_number_of_ranks(small, tmp_pa
     for world in (1, 4):
         for answer in run_ranks(_first_loss, world, TrainOptions(**again)):
             assert answer == pytest.approx(losses[0], rel=1e-10)
+    # Their routers are trained, so experts find their homes before the first step.
+    moved = small(steps=2, start_weights=weights, out=str(tmp_path / "moved"), experts=8, recipe="luffy", lr=0.0)
+    assert _run(moved, 2) == pytest.approx(losses[:2], rel=1e-10)
+    records = read_metrics(tmp_path / "moved" / "metrics.jsonl")
+    assert "rehoming" in records[0] and "rehoming" not in records[1]
     with pytest.raises(AssertionError, match=r"--start-weights .*b_in is .* give the model options"):
         run_ranks(_first_loss, 1, TrainOptions(**again | {"expert_hidden_size": 16}))
     with pytest.raises(AssertionError, match=r"--start-weights .* lacks blocks.2"):
