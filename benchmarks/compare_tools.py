@@ -29,7 +29,7 @@ from luffy.report.compare_table import Table, as_text
 from luffy.train.metrics import describe_machine, write_json_atomic
 
 LUFFY = [sys.executable, "-m", "luffy.train.cli"]
-STOPPING_SECONDS = 8.0  # left for a cell to end its ranks and its links
+STOPPING_SECONDS = 15.0  # left for a cell to end its ranks and its links
 MODELS = ("moe-gpt2", "moe-bert-large", "moe-transformer-xl")
 
 
