@@ -29,7 +29,7 @@ from luffy.report.compare_table import Table, as_text
 from luffy.train.metrics import describe_machine, write_json_atomic
 
 LUFFY = [sys.executable, "-m", "luffy.train.cli"]
-STOPPING_SECONDS = 8.0  # left for a cell to end its ranks and its links
+STOPPING_SECONDS = 15.0  # left for a cell to end its ranks and its links
 MODELS = ("moe-gpt2", "moe-bert-large", "moe-transformer-xl")
 
 
@@ -252,7 +252,7 @@ def by_recipe(cells: Cells, axis: str, value: Callable[[dict[str, Any]], float |
 
 
 def bars(
-    cells: Cells, value: Callable[[dict[str, Any]], float | None], title: str, y_label: str, subtitle: str = ""
+    cells: Cells, value: Callable[[dict[str, Any]], float | None], title: str, y_label: str, form: str = "%.3g"
 ) -> Figure:
     """A group of bars a cell, one a recipe, each with its number."""
     labels = list(dict.fromkeys(s["label"] for summaries in cells.values() for s in summaries))
@@ -268,13 +268,13 @@ def bars(
         ]
         drawn = axes.bar([x for x, _ in points], [y for _, y in points], width * 0.94, color=look(i)["color"],
                          label=short(label))  # fmt: skip
-        axes.bar_label(drawn, fmt="%.3g", fontsize=5.5 if small else 7.5, padding=1, rotation=90 if small else 0)
+        axes.bar_label(drawn, fmt=form, fontsize=5.5 if small else 7.5, padding=1, rotation=90 if small else 0)
     axes.set_xticks(range(len(cells)), [key.replace("moe-", "") for key in cells])
     axes.tick_params(axis="x", length=0)
     axes.margins(y=0.14)
     axes.set_ylabel(y_label)
     axes.grid(axis="y")
-    style.titles(axes, title, subtitle)
+    style.titles(axes, title)
     legend(axes, [short(label) for label in labels])
     return figure
 

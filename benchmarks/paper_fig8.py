@@ -18,7 +18,7 @@ STUDY = Study(
     "Speed of a step over vanilla's, by model and recipe",
     cells,
     lambda found: by_recipe(found, "model", speedup, "{:.2f}"),
-    lambda found: bars(found, speedup, "End-to-end speed-up", "times as fast as vanilla"),
+    lambda found: bars(found, speedup, "End-to-end speed-up", "times as fast as vanilla", "%.2f"),
 )
 
 if __name__ == "__main__":

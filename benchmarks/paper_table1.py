@@ -19,7 +19,7 @@ STUDY = Study(
     "Share of communication in a mean step, in percent, by model and recipe",
     cells,
     lambda found: by_recipe(found, "model", share, "{:.0f}"),
-    lambda found: bars(found, share, "Communication in a step", "% of a mean step"),
+    lambda found: bars(found, share, "Communication in a step", "% of a mean step", "%.0f"),
 )
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def figure(found):
     axes.invert_yaxis()
     axes.set_xlabel("seconds of a mean step")
     axes.grid(axis="x")
-    style.titles(axes, "Computation and communication")
+    style.titles(axes, "The two parts of a step")
     style.legend_below(axes, columns=2)
     return picture
 

@@ -47,7 +47,7 @@ STUDY = Study(
     "Held-out loss by recipe",
     cells,
     table,
-    lambda found: bars(rise(found), lambda s: s["rise"], "Price in quality", "nats above vanilla_dedup"),
+    lambda found: bars(rise(found), lambda s: s["rise"], "Price in quality", "nats above vanilla_dedup", "%+.3f"),
     steps=120,
 )
 

@@ -35,8 +35,9 @@ def total_bytes(summary: dict[str, Any]) -> float:
 def speed_table(summaries: Sequence[dict[str, Any]]) -> Table:
     """Step time with its spread, the ratio to the first recipe, and what bounds it."""
     first = summaries[0]
-    head = ["recipe", "step time", "quartiles", f"vs {first['label']}", "tokens/s", "exchange", "roofline", "reached",
-            "peak memory"]  # fmt: skip
+    over = f"vs {first['label']}"
+    head = ["recipe", "step time", "quartiles", "medians of repeats", over, "tokens/s", "exchange", "roofline",
+            "reached", "peak memory"]  # fmt: skip
     rows = []
     for s in summaries:
         low, middle, high = s["step_seconds"]
@@ -46,6 +47,7 @@ def speed_table(summaries: Sequence[dict[str, Any]]) -> Table:
                 name_of(s),
                 format_seconds(middle),
                 f"{format_seconds(low)} to {format_seconds(high)}",
+                " to ".join(map(format_seconds, s["step_seconds_range"])) if len(s["repeats"]) > 1 else DASH,
                 _times(first["step_seconds"][1] / middle),
                 format_count(s.get("tokens_per_second")),
                 f"{100 * s['phase_seconds']['exchange'] / mean:.0f} %" if phases_known(s["phase_seconds"]) else DASH,

@@ -202,6 +202,12 @@ def test_recipes_are_compared_in_one_lab_and_a_mistake_of_the_command_is_its_own
     assert lab.returncode == 0, err
     summaries = json.loads((tmp_path / "run" / "compare.json").read_text())
     assert [s["world_size"] for s in summaries] == [2, 2] and all(s["lab"]["ranks"] == 2 for s in summaries)
+    for s in summaries:  # behind links of a known rate a step has a least time
+        moved, rate = (
+            s["step_bytes_by_link"]["intra_node"],
+            s["lab"]["links"]["intra_node"]["together_bytes_per_second"],
+        )
+        assert s["roofline"]["wire_seconds"] == pytest.approx(moved / 2 / rate)
     lab = start_lab(*LINKS, "--", "luffy", "train", *tiny, "--ranks", "3")
     _, err = lab.communicate(timeout=60)
     assert lab.returncode == 2

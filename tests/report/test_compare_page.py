@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,9 @@ from luffy.report.html import write_run_report
 from .synthetic import NAMES, Page, make_comparison, make_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+WITHOUT = "no Chromium here: pages are not looked at (apt install chromium)"
+if CHROMIUM is None:
+    warnings.warn(WITHOUT, stacklevel=1)  # in the summary of every run, where a skipped test would be a letter
 
 
 def test_a_page_shows_everything_that_was_recorded(tmp_path: Path) -> None:
@@ -113,7 +117,7 @@ def look_at(page: Path, width: int, folder: Path) -> dict:
     return json.loads(html.unescape(seen[1]))
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: pages are not looked at (apt install chromium)")
+@pytest.mark.skipif(CHROMIUM is None, reason=WITHOUT)
 @pytest.mark.parametrize("width", [390, 1280])
 def test_nothing_overflows_in_a_browser(tmp_path: Path, width: int) -> None:
     compared = write_compare_report(make_comparison(tmp_path / "compare", ranks=8))
@@ -124,7 +128,7 @@ def test_nothing_overflows_in_a_browser(tmp_path: Path, width: int) -> None:
     assert seen["found"] == [] and seen["pictures"] == 7
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: pages are not looked at (apt install chromium)")
+@pytest.mark.skipif(CHROMIUM is None, reason=WITHOUT)
 def test_the_browser_check_sees_what_overflows(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     picture = '<img alt="gone" src="data:image/svg+xml;base64,AAAA">'
