@@ -133,6 +133,9 @@ class DeepSpeedMoE(Peer):
         config = options.model_config()
         if config.router.top_k > 1 and not config.router.normalize_topk:
             raise UserError(f"--model {options.model}: DeepSpeed's chosen weights sum to one; use a moe-gpt2 model")
+        if config.router.capacity_factor is not None and options.sequence_mode != "fixed":
+            # Capacity follows from a rank's own tokens, and its buffers must be as large as everybody's.
+            raise UserError("--capacity-factor: DeepSpeed needs equally many tokens a rank; add --sequence-mode fixed")
 
     def _replace(self, model: Transformer, index: int, layer_class: Any) -> DeepSpeedLayer:
         block: Any = model.blocks[index]

@@ -112,6 +112,7 @@ def test_a_missing_package_is_one_line_with_the_command(monkeypatch: pytest.Monk
         ("hf_ep", {"capacity_factor": 1.5}, "--capacity-factor"),
         ("hf_ep_layer", {"model": "moe-llm-tiny"}, "GELU"),
         ("deepspeed", {"sequence_mode": "streams"}, "--sequence-mode"),
+        ("deepspeed", {"capacity_factor": 1.25}, "--sequence-mode fixed"),
     ],
 )
 def test_options_that_a_peer_cannot_have(peer: str, changes: dict[str, object], words: str) -> None:
