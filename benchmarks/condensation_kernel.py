@@ -13,7 +13,6 @@ it is measured apart (*host*). `run` first holds the kernels to the torch path, 
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import time
 import traceback
@@ -158,25 +157,30 @@ def measure(layer: AlikeLayer, forward: Callable[[], Any], text: str, repeats: i
     return out
 
 
-def tune(size: int, tokens: int, windows: list[int]) -> list[dict]:
-    """Times of the choosing kernel by columns at once, warps and stages: what `choose` should have as defaults."""
+SETTINGS = [
+    {"block": block, "num_warps": warps, "stages": stages, "registers": registers}
+    for block in (64, 128)
+    for warps, registers in ((4, None), (4, 128), (8, None), (8, 128), (16, None))
+    for stages in (2, 3)
+]
+
+
+def try_settings(size: int, tokens: int, window: int) -> list[dict]:
+    """Times of the choosing kernel under other settings, the fastest first."""
     layer, results = layer_of_rows(size, tokens), []
-    for window in windows:
-        asked = question(layer, parse_condense(f"static:{THRESHOLD},local,window={window}"))
-        found = find_windows(asked)
-        for block, warps, stages in itertools.product((32, 64, 128), (4, 8), (2, 3, 4)):
-            setting = {"block": block, "num_warps": warps, "stages": stages}
-            action = functools.partial(choose, asked, *found, **setting)
-            try:
-                action()
-            except Exception as error:  # more shared memory than there is
-                click.echo(f"window {window} {setting}: {type(error).__name__}")
-                continue
-            ms = median(milliseconds(action) for _ in range(7))
-            results.append({"hidden_size": size, "rows": TOP_K * tokens, "window": window, **setting, "ms": ms})
-    for r in sorted(results, key=lambda r: (r["window"], r["ms"])):
-        click.echo(json.dumps(r))
-    return results
+    scheme = parse_condense(f"static:{THRESHOLD},local,window={window}")
+    asked = question(layer, scheme)
+    found = find_windows(asked)
+    for setting in SETTINGS:
+        action = functools.partial(choose, asked, *found, **setting)
+        try:
+            action()
+        except Exception as error:  # more shared memory than there is
+            click.echo(f"window {window} {setting}: {type(error).__name__} {str(error)[:200]}")
+            continue
+        ms = median(milliseconds(action) for _ in range(7))
+        results.append({"hidden_size": size, "rows": TOP_K * tokens, "window": window, **setting, "ms": ms})
+    return sorted(results, key=lambda r: r["ms"])
 
 
 def line(r: dict) -> str:
@@ -199,9 +203,8 @@ def main() -> None:
 @click.option("--rows", default="8192,16384,32768,65536", show_default=True)
 @click.option("--windows", default="64,128", show_default=True)
 @click.option("--repeats", default=11, show_default=True)
-@click.option("--tune", "tuned", is_flag=True, help="Also try other settings of the choosing kernel.")
 @click.option("--out", type=click.Path(path_type=Path))
-def run(sizes: str, rows: str, windows: str, repeats: int, tuned: bool, out: Path | None) -> None:
+def run(sizes: str, rows: str, windows: str, repeats: int, out: Path | None) -> None:
     """Check the kernels, print a table, and write it as JSON; the exit status is 1 if a check failed."""
     began = time.monotonic()
     problems = check(torch.device("cuda"))
@@ -221,14 +224,22 @@ def run(sizes: str, rows: str, windows: str, repeats: int, tuned: bool, out: Pat
                     r = measure(layer, forward, f"{text},local,window={window}", repeats, by_torch=n == 32768)
                     report["results"].append(r)
                     click.echo(line(r))
-    if tuned:
-        report["tuning"] = [*tune(768, 4096, widths), *tune(4096, 32768, widths)]
     click.echo(f"all: {time.monotonic() - began:.0f} s")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(report, indent=1) + "\n")
     if problems:
         raise SystemExit(1)
+
+
+@main.command()
+@click.option("--windows", default="64,128", show_default=True)
+def tune(windows: str) -> None:
+    """Try other settings of the choosing kernel, to choose its defaults by; about a minute of compiling a window."""
+    for window in map(int, windows.split(",")):
+        for size, rows in ((768, 8192), (768, 65536), (4096, 65536)):
+            for r in try_settings(size, rows // TOP_K, window):
+                click.echo(json.dumps(r))
 
 
 @main.command()

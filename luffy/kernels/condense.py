@@ -44,8 +44,11 @@ def decide(q: Question) -> Answer:
     return answer
 
 
-def choose(q: Question, table: Tensor, answer: Answer, *, block: int = 64, num_warps: int = 0, stages: int = 3) -> None:
-    """Fill in the answers of all copies in windows. block: columns of x at once."""
+def choose(
+    q: Question, table: Tensor, answer: Answer, *, block: int = 64, num_warps: int = 0, stages: int = 3,
+    registers: int | None = None,
+) -> None:  # fmt: skip
+    """Fill in the answers of all copies in windows. block: columns of x at once. registers: a limit for a thread."""
     x = q.x if q.x.stride(-1) == 1 else q.x.contiguous()
     if not len(table):
         return
@@ -57,7 +60,7 @@ def choose(q: Question, table: Tensor, answer: Answer, *, block: int = 64, num_w
         answer.shared.view(torch.uint8), answer.audited,
         x.shape[1], x.stride(0), float(q.threshold), share, step, layer,
         K=q.ids.shape[1], W=W, BLOCK=block, CAUSAL=q.causal, NEAREST=q.nearest, AUDIT=q.audit is not None,
-        num_warps=num_warps or (8 if W > 64 else 4), num_stages=stages,
+        num_warps=num_warps or (8 if W > 64 else 4), num_stages=stages, maxnreg=registers,
     )  # fmt: skip
 
 
@@ -85,24 +88,29 @@ if triton is not None:
         if CAUSAL:
             edges = edges & (place[:, None] < place[None, :])
             key = W - place
-            stops = edges.to(tl.int32)
         else:
             edges = edges & (place[:, None] != place[None, :])
             key = tl.sum(edges.to(tl.int32), axis=1) * W + (W - 1 - place)
-            stops = (edges & (key[:, None] > key[None, :])).to(tl.int32)
+        # From here on one tile says both: there is an edge where it is finite. More would not fit into registers.
+        similarity = tl.where(edges, similarity, float("-inf"))
         state = tl.where(real, 1, 0)  # 2 represents, 1 open, 0 represented or empty
         num_open = tl.sum(real.to(tl.int32), axis=0)
         while num_open > 0:
-            above = tl.max(stops * state[:, None], axis=0)  # 2: one stands for it; 1: one may yet
+            stops = similarity > float("-inf")
+            if not CAUSAL:
+                stops = stops & (key[:, None] > key[None, :])
+            above = tl.max(tl.where(stops, state[:, None], 0), axis=0)  # 2: one stands for it; 1: one may yet
             settled = tl.where(above == 2, 0, tl.where(above == 1, 1, 2))
             state = tl.where(state == 1, settled, state)
             num_open = tl.sum((state == 1).to(tl.int32), axis=0)
-        score = similarity
         if not NEAREST:
-            score = key[:, None].to(tl.float32) + tl.zeros((W, W), dtype=tl.float32)
-        score = tl.where(edges & (state == 2)[:, None], score, float("-inf"))
+            similarity = tl.where(similarity > float("-inf"), key[:, None].to(tl.float32), float("-inf"))
+        score = tl.where((state == 2)[:, None], similarity, float("-inf"))
         condensed = real & (state == 0)
-        return condensed, tl.where(condensed, tl.argmax(score, axis=0), place)
+        # The first of the highest, without the tile of places that an argmax carries along.
+        highest = tl.max(score, axis=0)
+        best = tl.min(tl.where(score == highest[None, :], place[:, None], W), axis=0)
+        return condensed, tl.where(condensed, best, place)
 
     @triton.jit
     def _mix(name, step, layer):

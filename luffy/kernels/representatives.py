@@ -26,10 +26,16 @@ def choose_representatives(unit: Tensor, rows: Tensor, threshold: float, *, caus
     Returns int64 [windows, W]: the place in the window of the row that represents each; its own for representatives
     and empty places.
     """
-    if rows.numel() == 0:
-        return torch.zeros_like(rows)
-    step = max(1, _TILE_ELEMENTS // rows.shape[1] ** 2)
-    return torch.cat([_in_tiles(unit, r, threshold, causal, nearest) for r in rows.split(step)])
+    W = rows.shape[1]
+    out = torch.arange(W, device=rows.device).repeat(len(rows), 1)
+    fill = (rows >= 0).sum(1)
+    # Windows of like fill together, no wider than they need be; who is alone in one represents itself.
+    for least, most in ((1, W // 4), (max(1, W // 4), W // 2), (max(1, W // 2), W)):
+        for some in ((fill > least) & (fill <= most)).nonzero().squeeze(1).split(max(1, _TILE_ELEMENTS // W**2)):
+            if len(some):
+                width = int(fill[some].max())
+                out[some, :width] = _in_tiles(unit, rows[some, :width], threshold, causal, nearest)
+    return out
 
 
 def _in_tiles(unit: Tensor, rows: Tensor, threshold: float, causal: bool, nearest: bool) -> Tensor:
