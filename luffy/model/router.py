@@ -105,7 +105,7 @@ class Router(RouterBase):
 def router_stats(
     logits: Tensor, scores: Tensor, topk_expert_ids: Tensor, layout: Layout, score: str, dropped: Tensor | None = None
 ) -> RouterStats:
-    """What choices [T, K], made from logits and scores [T, E], say to the auxiliary losses. `score`: see RouterConfig."""
+    """What choices [T, K], made from logits and scores [T, E], say to the losses. `score`: see RouterConfig."""
     E = scores.shape[1]
     probabilities = scores if score == "softmax" else scores / scores.sum(-1, keepdim=True)
     by_sequence = sequence_sums(probabilities, layout)  # [S, E]

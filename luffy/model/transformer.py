@@ -9,6 +9,7 @@ are spread.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -169,24 +170,28 @@ class Transformer(nn.Module):
         """Summed cross-entropy of [T, D] against [T], a chunk of rows at a time."""
         if self.final_norm is not None:
             hidden = self.final_norm(hidden)
-        if hidden.shape[0] <= LOSS_CHUNK or not torch.is_grad_enabled():
-            chunks = [
-                self._chunk_loss(h, y) for h, y in zip(hidden.split(LOSS_CHUNK), labels.split(LOSS_CHUNK), strict=True)
-            ]
-        else:
-            chunks = [
-                checkpoint(self._chunk_loss, h, y, use_reentrant=False)
-                for h, y in zip(hidden.split(LOSS_CHUNK), labels.split(LOSS_CHUNK), strict=True)
-            ]
-        return torch.stack(chunks).sum()
+        return in_chunks(self._chunk_loss, hidden, labels)
 
     def _chunk_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         if self.head_transform is not None and self.head_norm is not None:
             hidden = self.head_norm(F.gelu(self.head_transform(hidden), approximate="tanh"))
         weight = self.token_embedding.weight if self.head is None else self.head
         logits = hidden @ weight.to(hidden.dtype).t()  # [T, V]
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(wide, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+        return summed_cross_entropy(logits, labels)
+
+
+def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """[T, V] against [T], in float32 at least -> []."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def in_chunks(loss: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, labels: Tensor) -> Tensor:
+    """Sum of `loss` over chunks of rows of [T, D] and [T]; where there are several, logits are computed again later."""
+    pairs = list(zip(hidden.split(LOSS_CHUNK), labels.split(LOSS_CHUNK), strict=True))
+    if len(pairs) <= 1 or not torch.is_grad_enabled():
+        return torch.stack([loss(h, y) for h, y in pairs]).sum()
+    return torch.stack([checkpoint(loss, h, y, use_reentrant=False) for h, y in pairs]).sum()
 
 
 def build_model(
