@@ -1,8 +1,25 @@
-"""Hugging Face models in, trained with Luffy, Hugging Face models out. docs/huggingface.md says what works."""
+"""Hugging Face models in, trained with Luffy, Hugging Face models out. docs/huggingface.md says what works.
 
-from luffy.hf.families import FAMILIES, Family, family_of, register
-from luffy.hf.load import load
-from luffy.hf.model import ParallelModel, parallelize
-from luffy.hf.save import save_pretrained
+Names are imported when they are first used, so that a command line that needs no transformers does not wait for it.
+"""
 
-__all__ = ["FAMILIES", "Family", "ParallelModel", "family_of", "load", "parallelize", "register", "save_pretrained"]
+import importlib
+from typing import Any
+
+_HOMES = {
+    "FAMILIES": "families",
+    "Family": "families",
+    "family_of": "families",
+    "register": "families",
+    "load": "load",
+    "ParallelModel": "model",
+    "parallelize": "model",
+    "save_pretrained": "save",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"luffy.hf.{_HOMES[name]}"), name)

@@ -79,6 +79,7 @@ class Family:
     (a block without attribute `experts` is dense and left alone); shared None: no shared experts.
     score: how the gate's logits become probabilities for the auxiliary losses, "softmax" or "sigmoid".
     bias_buffer: the gate's buffer that is added to the scores for the choice only, None for none.
+    attention: linear maps of attention, for adapters.
     activate: block -> what lies between an expert's two products.
     transposed: expert weights lie [in, out] instead of [out, in]. biases: experts have them, named `*_bias`.
     normalizes: configuration -> whether the weights of a token's experts sum to one.
@@ -94,6 +95,7 @@ class Family:
     shared: str | None = None
     score: str = "softmax"
     bias_buffer: str | None = None
+    attention: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     activate: Callable[[Any], Activation] = gated
     transposed: bool = False
     biases: bool = False
@@ -135,6 +137,7 @@ DEEPSEEK_V3 = Family(
     shared="shared_experts",
     score="sigmoid",
     bias_buffer="e_score_correction_bias",
+    attention=("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
 )
 GPT_OSS = Family(
     "gpt_oss",

@@ -83,6 +83,12 @@ class Checkpoint:
         return torch.equal(self.read(first), self.read(second))
 
 
+def write_index(folder: Path, where: dict[str, str], num_bytes: int) -> None:
+    """The index of a folder: which file holds each tensor."""
+    index = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(where.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
 class ShardWriter:
     """Writes tensors as they come, into files of about `limit` bytes; `where` says which file holds each."""
 

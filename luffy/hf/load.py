@@ -1,8 +1,8 @@
 """Load: a checkpoint folder to a parallel model, each rank reading its own experts and no others.
 
 The model is made without memory first (on torch's meta device), given its experts' share, and only then filled, tensor
-by tensor from the files. Every tensor of the folder must find its place and every parameter its tensors: what is missing,
-unused, or of another shape is an error that names it.
+by tensor from the files. Every tensor of the folder must find its place and every parameter its tensors: what is
+missing, unused, or of another shape is an error that names it.
 """
 
 from __future__ import annotations
@@ -77,9 +77,8 @@ def _materialise(parallel: ParallelModel, device: torch.device) -> None:
     for module in list(parallel.modules()):
         for name, child in list(module.named_children()):
             # Frequencies and the like are computed when a module is made, not read.
-            if any(
-                child._buffers[n] is not None and child._buffers[n].is_meta for n in child._non_persistent_buffers_set
-            ):  # type: ignore[union-attr]
+            computed = [child._buffers[n] for n in child._non_persistent_buffers_set]
+            if any(b is not None and b.is_meta for b in computed):
                 setattr(module, name, type(child)(config=lm.config).to(device))
     made: dict[int, Tensor] = {}
 
@@ -105,7 +104,7 @@ def fill(parallel: ParallelModel, checkpoint: Checkpoint) -> None:
     blocks = sparse_blocks(parallel)
     tied = tied_names(lm)
     used: set[str] = set()
-    own = {name: b for name, b in parallel.named_buffers() if _is_stored(parallel, name)}
+    own = {name: b for name, b in parallel.named_buffers() if is_stored(parallel, name)}
     for name, target in [*parallel.named_parameters(), *own.items()]:
         library = parallel.library_name(name)
         source = source_of(library, family, blocks, where)
@@ -171,7 +170,7 @@ def tied_names(lm: Any) -> dict[str, str]:
     return dict(tied) if lm.config.tie_word_embeddings and isinstance(tied, dict) else {}
 
 
-def _is_stored(parallel: ParallelModel, name: str) -> bool:
+def is_stored(parallel: ParallelModel, name: str) -> bool:
     """Whether a buffer is the library's and in its checkpoints."""
     module, _, leaf = name.rpartition(".")
     owner = parallel.get_submodule(module)

@@ -93,6 +93,18 @@ class ParallelModel(nn.Module):
         """This rank's [B, L] as its part of a micro-batch; every rank calls it. See luffy.hf.batches."""
         return make_batch(self.runtime.comm, input_ids, attention_mask, labels, position_ids, padded)
 
+    def adapt(self, rank: int, alpha: int = 16, seed: int = 0) -> None:
+        """Put LoRA adapters of `rank` on the linear maps of attention, and freeze all else.
+
+        For adapters of another kind make a PEFT model first and give that to `parallelize`.
+        """
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(seed)  # the same adapters on every rank
+        targets = list(self.family.attention)
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
+        self.library = get_peft_model(self.library, config, autocast_adapter_dtype=False)
+
     # ---------------------------------------------------------------- forward
 
     def forward(self, micro: MicroBatch) -> ModelOutput:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from luffy.errors import UserError
-from luffy.hf.files import INDEX, SHARD_NUM_BYTES, Checkpoint, ShardWriter
-from luffy.hf.load import _is_stored, sparse_blocks, tied_names
+from luffy.hf.files import SHARD_NUM_BYTES, Checkpoint, ShardWriter, write_index
+from luffy.hf.load import is_stored, sparse_blocks, tied_names
 from luffy.hf.model import ParallelModel
 from luffy.hf.placing import Source, source_of
 from luffy.model.moe_layer import MoELayer
@@ -86,7 +86,7 @@ def _write(parallel: ParallelModel, writer: ShardWriter, dtype: torch.dtype | No
         elif mesh.rank == 0:
             writer.add(source.keys[0], value)
     for name, b in parallel.named_buffers():
-        if mesh.rank == 0 and _is_stored(parallel, name):
+        if mesh.rank == 0 and is_stored(parallel, name):
             writer.add(source_of(parallel.library_name(name), parallel.family, blocks, None).keys[0], b)
     writer.flush()
 
@@ -119,8 +119,7 @@ def _publish(parallel: ParallelModel, temporary: Path, final: Path, dtype: torch
         where |= names
         num_bytes += size
         part.unlink()
-    index = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(where.items()))}
-    (temporary / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    write_index(temporary, where, num_bytes)
     check_complete(parallel, Checkpoint(temporary))
     for name in COMPANIONS:
         if parallel.folder is not None and (parallel.folder / name).exists():
@@ -130,16 +129,19 @@ def _publish(parallel: ParallelModel, temporary: Path, final: Path, dtype: torch
     lm.config.architectures = [type(lm).__name__]
     lm.config.save_pretrained(temporary)
     lm.config.dtype = before
+    old = final.with_name(final.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
     if final.exists():
-        shutil.rmtree(final)
+        final.rename(old)
     temporary.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_complete(parallel: ParallelModel, checkpoint: Checkpoint) -> None:
-    """RuntimeError if a tensor of the model is not in the folder, or one too many: a defect, found before it is trusted."""
+    """RuntimeError if a tensor of the model is not in the folder, or one too many: a defect, found in time."""
     blocks, expected = sparse_blocks(parallel), set()
     tied = tied_names(parallel.causal_lm)
-    stored = [n for n, _ in parallel.named_buffers() if _is_stored(parallel, n)]
+    stored = [n for n, _ in parallel.named_buffers() if is_stored(parallel, n)]
     for name in [n for n, _ in parallel.named_parameters()] + stored:
         library = parallel.library_name(name)
         if ".lora_" in library:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import click
 
 from luffy.config import PRESETS
 from luffy.errors import UserError
+from luffy.hf.options import SHOWN, FinetuneOptions
 from luffy.lab.cli import lab
 from luffy.recipes import RECIPES
 from luffy.train.options import TrainOptions, option_name
@@ -27,19 +28,28 @@ def _click_type(annotation: Any) -> Any:
     return annotation
 
 
-def train_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a click command one option for each field of TrainOptions, in their order."""
-    hints = typing.get_type_hints(TrainOptions)
-    for f in reversed(fields(TrainOptions)):
-        kind, name = _click_type(hints[f.name]), option_name(f)
-        settings: dict[str, Any] = {"default": f.default, "help": f.metadata["help"]}
-        if f.default is not None:
-            settings["show_default"] = True
-        if kind is bool:
-            command = click.option(f"{name}/--no-{name[2:]}", f.name, **settings)(command)
-        else:
-            command = click.option(name, f.name, type=kind, **settings)(command)
-    return command
+def options_of(cls: type[TrainOptions], names: Container[str] | None = None) -> Callable[[Any], Any]:
+    """Give a click command one option for each field of `cls`, in their order; names: only those."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        hints = typing.get_type_hints(cls)
+        for f in reversed(fields(cls)):
+            if names is not None and f.name not in names:
+                continue
+            kind, name = _click_type(hints[f.name]), option_name(f)
+            settings: dict[str, Any] = {"default": f.default, "help": f.metadata["help"]}
+            if f.default is not None:
+                settings["show_default"] = True
+            if kind is bool:
+                command = click.option(f"{name}/--no-{name[2:]}", f.name, **settings)(command)
+            else:
+                command = click.option(name, f.name, type=kind, **settings)(command)
+        return command
+
+    return decorate
+
+
+train_options = options_of(TrainOptions)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -112,6 +122,30 @@ def report(run: Path) -> None:
     from luffy.report.html import write_run_report
 
     click.echo(write_run_report(run))
+
+
+@cli.command()
+@options_of(FinetuneOptions, SHOWN)
+def finetune(**values: Any) -> None:
+    """Fine-tune a Hugging Face MoE model from a folder, and write one (OUT/model)."""
+    from luffy.hf.finetune import start
+
+    start(FinetuneOptions(**values))
+
+
+@cli.command()
+@click.option("--model", required=True, type=click.Path(path_type=Path), help="Folder of a dense Llama or Qwen3 model.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the MoE model.")
+@click.option("--experts", default=8, show_default=True, help="Copies of each feed-forward.")
+@click.option("--top-k", default=2, show_default=True, help="Experts per token.")
+@click.option("--noise", default=0.02, show_default=True, help="Standard deviation of the new routers' weights.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the routers' weights.")
+@click.option("--overwrite", is_flag=True, help="Replace what is in --out.")
+def upcycle(**values: Any) -> None:
+    """Make a Mixture-of-Experts of a dense model: every expert a copy of its feed-forward, the same loss at first."""
+    from luffy.hf.upcycle import upcycle as run
+
+    run(**values)
 
 
 cli.add_command(lab)

@@ -164,7 +164,7 @@ def refuse_all(rank: int, root: Path, patterns: list[str]) -> None:
     whole = load(root / "whole", mesh)
     checkpoint = files.Checkpoint(root / "whole")
     checkpoint.entries.pop("model.norm.weight")
-    with pytest.raises(UserError, match="model.norm.weight is missing"):
+    with pytest.raises(UserError, match=r"model\.norm\.weight is missing"):
         fill(whole, checkpoint)
 
 
