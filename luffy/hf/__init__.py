@@ -11,10 +11,10 @@ _HOMES = {
     "Family": "families",
     "family_of": "families",
     "register": "families",
-    "load": "load",
+    "load": "loading",
     "ParallelModel": "model",
     "parallelize": "model",
-    "save_pretrained": "save",
+    "save_pretrained": "saving",
 }
 __all__ = sorted(_HOMES)
 

@@ -9,15 +9,17 @@ import click
 import torch
 
 from luffy.errors import UserError
-from luffy.hf.load import load
+from luffy.hf.loading import load
 from luffy.hf.model import ParallelModel
 from luffy.hf.options import FinetuneOptions
-from luffy.hf.save import save_pretrained
+from luffy.hf.saving import save_pretrained
 from luffy.hf.text import ExampleLoader, Examples, held_out, prepare_examples
 from luffy.train import run
 from luffy.train.checkpoint import everyone
 from luffy.train.progress import phase
 from luffy.train.trainer import Trainer
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def start(options: FinetuneOptions) -> None:
@@ -44,6 +46,9 @@ class FineTuner(Trainer):
         folder = self.out / "tokens"
 
         def prepare() -> str:
+            # Asked for a tokenizer that is not there, the library makes an empty one.
+            if not any((Path(o.model) / name).exists() for name in TOKENIZERS):
+                raise UserError(f"--model {o.model} holds no tokenizer ({', '.join(TOKENIZERS)})")
             try:
                 tokenizer = AutoTokenizer.from_pretrained(o.model, local_files_only=True)
             except Exception as error:  # whatever is wrong with it, the mend is the same

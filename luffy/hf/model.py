@@ -42,7 +42,7 @@ _PREFIX = re.compile(r"^library\.(base_model\.model\.)?")
 
 
 class ParallelModel(nn.Module):
-    """MicroBatch -> ModelOutput, as luffy.model.Transformer. Made by `parallelize` or `luffy.hf.load`.
+    """MicroBatch -> ModelOutput, as luffy.model.Transformer. Made by `parallelize` or `load`.
 
     library: the causal LM, perhaps within a PEFT model. library_balance: weight of the library's own balance loss.
     """

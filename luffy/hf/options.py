@@ -49,7 +49,7 @@ class FinetuneOptions(TrainOptions):
         try:
             from luffy.hf.describe import describe
             from luffy.hf.families import family_of
-            from luffy.hf.load import read_config
+            from luffy.hf.loading import read_config
         except ImportError as error:
             raise UserError(
                 f"luffy finetune needs transformers and peft ({error}): pip install 'luffy-moe[hf]'"

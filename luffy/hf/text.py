@@ -99,10 +99,11 @@ def prepare_examples(
 
     Texts longer than `sequence_length` are cut into pieces, chats at their end; what keeps no label is left out.
     """
+    vocabulary = sorted(tokenizer.get_vocab().items()), tokenizer.chat_template
     about = {
         "file": [str(path), path.stat().st_size, path.stat().st_mtime_ns],
         "settings": [sequence_length, loss_on],
-        "tokenizer": hashlib.sha256(repr((tokenizer.get_vocab(), tokenizer.chat_template)).encode()).hexdigest(),
+        "tokenizer": hashlib.sha256(repr(vocabulary).encode()).hexdigest(),
     }
     note = folder / "about.json"
     if note.exists():

@@ -17,8 +17,8 @@ import torch
 from luffy.errors import UserError
 from luffy.hf.families import FAMILIES
 from luffy.hf.files import INDEX, Checkpoint, ShardWriter, write_index
-from luffy.hf.load import read_config
-from luffy.hf.save import COMPANIONS
+from luffy.hf.loading import read_config
+from luffy.hf.saving import COMPANIONS
 
 # Settings that mean the same in both configurations.
 _KEPT = (

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from luffy.comm import build_mesh
+from luffy.comm import Mesh, build_mesh
 from luffy.errors import RankMismatchError, UserError
 from luffy.hf import parallelize
 from luffy.recipes import Recipe, get_recipe
@@ -33,6 +33,7 @@ class Case:
     rows: list[Rows]
     padded: bool = False
     recompute: bool = False
+    ep_size: int | None = None
     changes: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -56,8 +57,12 @@ def reference(case: Case) -> Answer:
 
 def run_cases(rank: int, cases: list[Case], answers: list[Answer]) -> list[tuple[float, float, str, int]]:
     """For each case: relative errors of the loss and of the worst gradient, its name, and how many sequences moved."""
-    mesh, out = build_mesh(torch.device("cpu")), []
+    meshes: dict[int | None, Mesh] = {}
+    out = []
     for case, answer in zip(cases, answers, strict=True):
+        if case.ep_size not in meshes:
+            meshes[case.ep_size] = build_mesh(torch.device("cpu"), case.ep_size)
+        mesh = meshes[case.ep_size]
         with wide():
             model = tiny_model(tiny_config(case.family, **case.changes))
             parallel = parallelize(model, mesh, case.recipe, recompute=case.recompute)
@@ -109,6 +114,7 @@ def test_four_ranks_one_of_them_empty_and_the_library_balance_loss() -> None:
         Case("deepseek_v3", RANDOM, "right", dealt(4, [2, 3, 0, 2]), recompute=True),
         Case("qwen3_moe", get_recipe("fastermoe"), "right", dealt(5, [2, 1, 2, 0]), changes=balance),
         Case("gpt_oss", get_recipe("janus"), "right", dealt(6, [2, 1, 2, 0])),
+        Case("deepseek_v3", RANDOM, "right", dealt(8, [4, 3, 4, 1]), ep_size=2),
     ]
     assert_exact(4, cases)
 

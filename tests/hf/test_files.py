@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from luffy.comm import build_mesh
 from luffy.errors import UserError
 from luffy.hf import files, load, save_pretrained
-from luffy.hf.load import fill
+from luffy.hf.loading import fill
 from luffy.testing import RankFailedError, run_ranks
 from luffy.train.rehoming import move_experts
 

@@ -144,3 +144,28 @@ def plain_loss(model: Any, rows: list[tuple[list[int], list[int]]], side: str) -
     if model.config.model_type == "gpt_oss" and side == "packed":
         side = "right"  # the library's GPT-OSS knows no packed rows: its tokens would see the sequences before
     return model(**collate(rows, side), use_cache=False).loss
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '<eos>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+MARKED_TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<eos>' }}"
+    "{% endgeneration %}{% else %}{{ m.content + '<eos>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> Any:
+    """A token for each printable character, and one for the end of a text: 97 in all."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {chr(code): code - 32 for code in range(32, 127)} | {"<eos>": 95, "<unk>": 96}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
+    fast.chat_template = chat_template
+    return fast

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from luffy.errors import UserError
 from luffy.hf.files import SHARD_NUM_BYTES, Checkpoint, ShardWriter, write_index
-from luffy.hf.load import is_stored, sparse_blocks, tied_names
+from luffy.hf.loading import is_stored, sparse_blocks, tied_names
 from luffy.hf.model import ParallelModel
 from luffy.hf.placing import Source, source_of
 from luffy.model.moe_layer import MoELayer
