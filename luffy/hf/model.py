@@ -260,6 +260,7 @@ def parallelize(
         )
         setattr(layer, family.block, replacement.train(block.training))
         moe += 1
+    lm.register_forward_pre_hook(_refuse)
     weights_dtype = cast(Tensor, lm.get_input_embeddings().weight).dtype
     balance = getattr(config, "router_aux_loss_coef", 0.0) if getattr(config, "output_router_logits", False) else 0.0
     parallel = ParallelModel(model, family, described, runtime, stream_dtype or weights_dtype, float(balance))
@@ -268,6 +269,10 @@ def parallelize(
         if check_alike:
             _check_alike(parallel)
     return parallel
+
+
+def _refuse(module: nn.Module, arguments: Any) -> None:
+    raise UserError("the library's model has given its experts away: call the parallel model, with what .batch() makes")
 
 
 @torch.no_grad()

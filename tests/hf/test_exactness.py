@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -12,7 +12,8 @@ pytest.importorskip("transformers")
 
 from luffy.comm import Mesh, build_mesh
 from luffy.errors import RankMismatchError, UserError
-from luffy.hf import parallelize
+from luffy.hf import FAMILIES, parallelize, register
+from luffy.hf.families import DEEPSEEK_V3, QWEN3_MOE
 from luffy.recipes import Recipe, get_recipe
 from luffy.testing import RankFailedError, gather_full, run_ranks
 
@@ -119,6 +120,15 @@ def test_four_ranks_one_of_them_empty_and_the_library_balance_loss() -> None:
     assert_exact(4, cases)
 
 
+def test_a_family_that_a_user_adds() -> None:
+    """As docs/huggingface.md shows it: GLM-4.5 routes as DeepSeek-V3 does, around another attention."""
+    register(replace(DEEPSEEK_V3, model_type="glm4_moe", attention=QWEN3_MOE.attention))
+    try:
+        assert_exact(2, [Case("glm4_moe", RANDOM, "right", dealt(12, [5, 5]))])
+    finally:
+        del FAMILIES["glm4_moe"]
+
+
 def adapted(config: Any) -> torch.nn.Module:
     from peft import LoraConfig, get_peft_model
 
@@ -161,6 +171,17 @@ def run_adapted_and_half(rank: int, rows: list[Rows], gradients: dict[str, torch
     assert float(errors.median()) < 0.03, "by row: a token that chose otherwise by a hair is no fault"
     parallel(micro).loss.backward()
     assert {p.grad.dtype for p in parallel.parameters()} == {torch.float32}
+
+    # The library's own model no longer knows where its rows are, and says so.
+    with pytest.raises(UserError, match="call the parallel model"):
+        parallel.library(input_ids=micro.tokens[None])
+
+    # Loss-free balancing moves the bias that the library adds for the choice.
+    balanced = parallelize(tiny_model(tiny_config("deepseek_v3")), mesh, bias_update_rate=0.1)
+    router = balanced.moe_layers[0].router
+    before = router.gate.e_score_correction_bias.clone()
+    router.raise_bias(torch.arange(8.0))
+    assert torch.equal(router.gate.e_score_correction_bias, before + torch.arange(8.0))
 
     # Ranks that built other weights are told so, and what cannot be run is refused in one line.
     with pytest.raises(RankMismatchError, match=r"embed_tokens"):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
+    Glm4MoeConfig,
     GptOssConfig,
     MixtralConfig,
     OlmoeConfig,
@@ -52,6 +53,11 @@ def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
             n_shared_experts=2, n_group=4, topk_group=2, first_k_dense_replace=1, routed_scaling_factor=1.7,
             q_lora_rank=12, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=12,
             norm_topk_prob=True,
+        )  # fmt: skip
+    elif family == "glm4_moe":
+        config = Glm4MoeConfig(
+            **SMALL, intermediate_size=40, moe_intermediate_size=24, n_routed_experts=8, n_shared_experts=1,
+            n_group=1, topk_group=1, first_k_dense_replace=1, routed_scaling_factor=0.9, head_dim=16, use_qk_norm=True,
         )  # fmt: skip
     else:
         config = GptOssConfig(
