@@ -1,5 +1,19 @@
-"""Luffy: Mixture-of-Experts training across links slower than they should be."""
+"""Luffy: Mixture-of-Experts training across links slower than they should be.
+
+For a model of your own: `join_world`, `MoEBlock`, `GradientSync` (docs/own_model.md). They are imported when they are
+first used, so that `import luffy` alone stays instant.
+"""
+
+import importlib
+from typing import Any
 
 from luffy.version import __version__
 
-__all__ = ["__version__"]
+_HOMES = {"MoEBlock": "model.block", "GradientSync": "train.gradients", "join_world": "train.launch"}
+__all__ = ["GradientSync", "MoEBlock", "__version__", "join_world"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"luffy.{_HOMES[name]}"), name)

@@ -9,6 +9,7 @@ are spread.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -117,7 +118,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """MicroBatches -> a ModelOutput each. `dtype` is that of the residual stream and of all matrix products."""
+    """MicroBatch -> ModelOutput. `dtype` is that of the residual stream and of all matrix products."""
 
     def __init__(self, config: ModelConfig, runtime: Runtime, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -137,11 +138,12 @@ class Transformer(nn.Module):
     def moe_layers(self) -> list[MoELayer]:
         return [b.moe for b in self.blocks if b.moe is not None]  # type: ignore[misc]
 
-    def forward(self, *micros: MicroBatch) -> tuple[ModelOutput, ...]:
-        """Several micro-batches take turns: one computes while the rows of another travel (luffy.exchange.stage)."""
+    def forward(self, *micros: MicroBatch) -> ModelOutput | tuple[ModelOutput, ...]:
+        """The output of one micro-batch; a tuple for several, which take turns (luffy.exchange.stage)."""
         if self.runtime.residency is not None:
             self.runtime.residency.reset()
-        return tuple(alternate([self._stages(micro) for micro in micros]))
+        outputs = alternate([self._stages(micro) for micro in micros])
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def _stages(self, micro: MicroBatch) -> Stage[ModelOutput]:
         hidden = self.token_embedding(micro.tokens)  # [T, D]
@@ -178,24 +180,28 @@ class Transformer(nn.Module):
         """Summed cross-entropy of [T, D] against [T], a chunk of rows at a time."""
         if self.final_norm is not None:
             hidden = self.final_norm(hidden)
-        if hidden.shape[0] <= LOSS_CHUNK or not torch.is_grad_enabled():
-            chunks = [
-                self._chunk_loss(h, y) for h, y in zip(hidden.split(LOSS_CHUNK), labels.split(LOSS_CHUNK), strict=True)
-            ]
-        else:
-            chunks = [
-                checkpoint(self._chunk_loss, h, y, use_reentrant=False)
-                for h, y in zip(hidden.split(LOSS_CHUNK), labels.split(LOSS_CHUNK), strict=True)
-            ]
-        return torch.stack(chunks).sum()
+        return in_chunks(self._chunk_loss, hidden, labels)
 
     def _chunk_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         if self.head_transform is not None and self.head_norm is not None:
             hidden = self.head_norm(F.gelu(self.head_transform(hidden), approximate="tanh"))
         weight = self.token_embedding.weight if self.head is None else self.head
         logits = hidden @ weight.to(hidden.dtype).t()  # [T, V]
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(wide, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+        return summed_cross_entropy(logits, labels)
+
+
+def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """[T, V] against [T], in float32 at least -> []."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def in_chunks(loss: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, labels: Tensor) -> Tensor:
+    """Sum of `loss` over chunks of rows of [T, D] and [T]; where there are several, logits are computed again later."""
+    pairs = list(zip(hidden.split(LOSS_CHUNK), labels.split(LOSS_CHUNK), strict=True))
+    if len(pairs) <= 1 or not torch.is_grad_enabled():
+        return torch.stack([loss(h, y) for h, y in pairs]).sum()
+    return torch.stack([checkpoint(loss, h, y, use_reentrant=False) for h, y in pairs]).sum()
 
 
 def build_model(

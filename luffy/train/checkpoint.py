@@ -77,7 +77,7 @@ def prepare_optimizer(optimizer: torch.optim.Optimizer) -> None:
                 }
 
 
-def _everyone(mesh: Mesh, action: Callable[[], Any], only_first: bool = False) -> Any:
+def everyone(mesh: Mesh, action: Callable[[], Any], only_first: bool = False) -> Any:
     """Run `action` (on rank 0 alone, or on all) and let every rank raise if one of them failed."""
     outcome: list[Any] = [None, None]
     if mesh.rank == 0 or not only_first:
@@ -150,9 +150,9 @@ def save_checkpoint(
         except OSError as error:
             raise UserError(f"--out: checkpoint of step {step} not written: {error.strerror}") from error
 
-    _everyone(mesh, clear, only_first=True)
-    _everyone(mesh, write)
-    _everyone(mesh, publish, only_first=True)
+    everyone(mesh, clear, only_first=True)
+    everyone(mesh, write)
+    everyone(mesh, publish, only_first=True)
     return final
 
 
@@ -183,7 +183,7 @@ def load_checkpoint(path: Path, state: dict[str, Any], mesh: Mesh) -> dict[str, 
 
     Raises UserError on every rank when it is damaged or does not fit the model.
     """
-    meta = _everyone(mesh, lambda: verify(path), only_first=True)
+    meta = everyone(mesh, lambda: verify(path), only_first=True)
 
     def read() -> None:
         try:
@@ -194,7 +194,7 @@ def load_checkpoint(path: Path, state: dict[str, Any], mesh: Mesh) -> dict[str, 
                 f"--resume: {path} does not fit this model and these options: {_last_line(error)}"
             ) from error
 
-    _everyone(mesh, read)
+    everyone(mesh, read)
     return meta
 
 

@@ -10,9 +10,10 @@ import click
 
 from luffy.config import PRESETS
 from luffy.errors import UserError
+from luffy.hf.options import SHOWN, FinetuneOptions
 from luffy.lab.cli import lab
 from luffy.recipes import RECIPES
-from luffy.train.option_parser import train_options
+from luffy.train.option_parser import options_of, train_options
 from luffy.train.options import TrainOptions
 from luffy.version import __version__
 
@@ -121,6 +122,30 @@ def report(run: Path) -> None:
     from luffy.report.html import write_run_report
 
     click.echo(write_compare_report(run) if (run / COMPARE_FILE).exists() else write_run_report(run))
+
+
+@cli.command()
+@options_of(FinetuneOptions, SHOWN)
+def finetune(**values: Any) -> None:
+    """Fine-tune a Hugging Face MoE model from a folder, and write one (OUT/model)."""
+    from luffy.hf.finetune import start
+
+    start(FinetuneOptions(**values))
+
+
+@cli.command()
+@click.option("--model", required=True, type=click.Path(path_type=Path), help="Folder of a dense Llama or Qwen3 model.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the MoE model.")
+@click.option("--experts", default=8, show_default=True, help="Copies of each feed-forward.")
+@click.option("--top-k", default=2, show_default=True, help="Experts per token.")
+@click.option("--noise", default=0.02, show_default=True, help="Standard deviation of the new routers' weights.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the routers' weights.")
+@click.option("--overwrite", is_flag=True, help="Replace what is in --out.")
+def upcycle(**values: Any) -> None:
+    """Make a Mixture-of-Experts of a dense model: every expert a copy of its feed-forward, the same loss at first."""
+    from luffy.hf.upcycle import upcycle as run
+
+    run(**values)
 
 
 cli.add_command(lab)

@@ -61,7 +61,11 @@ def choose_device(device: str, backend: str, local_ranks: int) -> tuple[str, str
 
 
 def join_world(
-    device: str, backend: str, ep_size: int | None, ranks_per_node: int | None, timeout_seconds: float
+    device: str = "auto",
+    backend: str = "auto",
+    ep_size: int | None = None,
+    ranks_per_node: int | None = None,
+    timeout_seconds: float = 600.0,
 ) -> Mesh:
     """Initialise this rank from torchrun's environment and arrange the mesh."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import types
 import typing
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Container
 from dataclasses import fields
 from typing import Any
 
@@ -23,19 +23,28 @@ def _click_type(annotation: Any) -> Any:
     return annotation
 
 
-def train_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a click command one option for each field of TrainOptions, in their order."""
-    hints = typing.get_type_hints(TrainOptions)
-    for f in reversed(fields(TrainOptions)):
-        kind, name = _click_type(hints[f.name]), option_name(f)
-        settings: dict[str, Any] = {"default": f.default, "help": f.metadata["help"]}
-        if f.default is not None:
-            settings["show_default"] = True
-        if kind is bool:
-            command = click.option(f"{name}/--no-{name[2:]}", f.name, **settings)(command)
-        else:
-            command = click.option(name, f.name, type=kind, **settings)(command)
-    return command
+def options_of(cls: type[TrainOptions], names: Container[str] | None = None) -> Callable[[Any], Any]:
+    """Give a click command one option for each field of `cls`, in their order; names: only those."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        hints = typing.get_type_hints(cls)
+        for f in reversed(fields(cls)):
+            if names is not None and f.name not in names:
+                continue
+            kind, name = _click_type(hints[f.name]), option_name(f)
+            settings: dict[str, Any] = {"default": f.default, "help": f.metadata["help"]}
+            if f.default is not None:
+                settings["show_default"] = True
+            if kind is bool:
+                command = click.option(f"{name}/--no-{name[2:]}", f.name, **settings)(command)
+            else:
+                command = click.option(name, f.name, type=kind, **settings)(command)
+        return command
+
+    return decorate
+
+
+train_options = options_of(TrainOptions)
 
 
 def parse_options(text: str, refused: Collection[str], where: str) -> dict[str, Any]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 
+from luffy.comm import Mesh
 from luffy.data.corpus import list_source_files
 from luffy.errors import UserError
 from luffy.lab.place import check_ranks, current_lab
@@ -17,10 +20,11 @@ from luffy.train.launch import choose_device, join_world, launch, under_torchrun
 from luffy.train.options import TrainOptions
 
 
-def start(options: TrainOptions) -> None:
-    """Run `luffy train`. Raises UserError before any rank starts for whatever can be seen by then."""
+def start(options: TrainOptions, work: Callable[[Any], None] | None = None) -> None:
+    """Run `luffy train`, or another `work` of each rank. UserError before any starts for what can be seen by then."""
+    work = work or _rank
     if under_torchrun():
-        launch(_rank, (options,), 0)
+        launch(work, (options,), 0)
         return
     lab = current_lab()
     if lab is not None:
@@ -29,7 +33,7 @@ def start(options: TrainOptions) -> None:
     options.check_world(options.ranks)
     list_source_files(options.data)
     _check_out(options)
-    launch(_rank, (options,), options.ranks)
+    launch(work, (options,), options.ranks)
 
 
 def _check_out(options: TrainOptions) -> None:
@@ -54,8 +58,13 @@ def _check_out(options: TrainOptions) -> None:
 def _rank(options: TrainOptions) -> None:
     from luffy.train.trainer import Trainer
 
+    train_and_report(Trainer, options)
+
+
+def train_and_report(make: Callable[[Any, Mesh], Any], options: TrainOptions, **more: Path) -> None:
+    """Join the world, train with the trainer that `make` makes, and say where everything is; `more`: what else."""
     mesh = join_world(options.device, options.backend, options.ep_size, options.ranks_per_node, options.timeout_seconds)
-    summary = Trainer(options, mesh).run()
+    summary = make(options, mesh).run()
     if summary is None:
         return
     from luffy.report.html import write_run_report
@@ -69,6 +78,7 @@ def _rank(options: TrainOptions) -> None:
         ("report", page),
         ("tensorboard", Path(options.out) / "tensorboard"),
         ("checkpoints", Path(options.out) / "checkpoints"),
+        *more.items(),
     ):
         if Path(path).exists():
             click.echo(f"{label + ':':<13}{path}")

@@ -66,7 +66,8 @@ class Trainer:
         if options.dtype == "auto":
             self.dtype_name = "bfloat16" if mesh.device.type == "cuda" else "float32"
         self._load_data()
-        self.runtime = Runtime.create(self.comm, options.get_recipe(), self.config, options.recompute, self._links())
+        self.model = self._build_model()
+        self.config, self.runtime = self.model.config, self.model.runtime
         self.expert_flops: float | None = None
         self.auto: AutoControl | None = None
         self._chosen: dict[str, Any] | None = None  # by `auto`, before a resume
@@ -78,7 +79,6 @@ class Trainer:
                 else parse_num_bytes(limit, "--fetch-limit")
             )
         self.clock = self.runtime.clock
-        self.model = self._build_model()
         fused = mesh.device.type == "cuda"
         self.optimizer = make_optimizer(self.model, options.lr, options.weight_decay, fused)
         self.sync = GradientSync(self.model, self.comm, options.gradient_dtype == "bfloat16", self.clock)
@@ -121,9 +121,10 @@ class Trainer:
         self.loader, self.valid_loader = loader(corpus.train), loader(corpus.valid, shuffle=False)
 
     def _build_model(self) -> Any:
-        """The model, initialised, on the mesh's device."""
-        dtype = getattr(torch, self.dtype_name)
-        return build_model(self.config, self.runtime, dtype=dtype, seed=self.options.seed)
+        """The model with its runtime, initialised, on the mesh's device."""
+        options, dtype = self.options, getattr(torch, self.dtype_name)
+        runtime = Runtime.create(self.comm, options.get_recipe(), self.config, options.recompute, self._links())
+        return build_model(self.config, runtime, dtype=dtype, seed=options.seed)
 
     def _links(self) -> Topology | None:
         """The links to plan for: those of --topology, else those of the lab that this run stands in, else unknown."""
@@ -196,7 +197,8 @@ class Trainer:
                 ) for i in range(m, m + turns)
             ]  # fmt: skip
             self.runtime.recorder.active = bool(tracing)
-            outputs: tuple[ModelOutput, ...] = self.sync(*micros, last=m + turns == A)
+            output: ModelOutput | tuple[ModelOutput, ...] = self.sync(*micros, last=m + turns == A)
+            outputs = output if isinstance(output, tuple) else (output,)
             if tracing:
                 traced.append(self.runtime.recorder.finish(self.comm, self.step + 1))
             torch.stack([output.loss for output in outputs]).sum().backward()
@@ -371,7 +373,7 @@ class Trainer:
             announced = gather_step([sequences], self.comm)
             padded = self.options.layout == "padded"
             micro = make_micro_batch(sequences, 0, announced, self.comm, padded=padded, memory=memory)
-            (output,) = self.model(micro)
+            output = self.model(micro)
             memory = output.memory if memory is not None else None
             loss = self.comm.all_reduce(output.token_loss.to(torch.float64).clone())
             total += float(loss) * micro.step_labels

@@ -36,7 +36,7 @@ def _loss_and_gradients(device, dtype, preset, recipe, recompute=False):
     share = len(tokens) // mesh.world_size
     mine = [Sequence(i, t[:-1], t[1:], False) for i, t in enumerate(tokens)][mesh.rank * share :][:share]
     micro = make_micro_batch(mine, 0, gather_step([mine], comm), comm)
-    (output,) = model(micro)
+    output = model(micro)
     output.loss.backward()
     loss = output.loss.detach().double()
     dist.all_reduce(loss)

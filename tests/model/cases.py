@@ -158,7 +158,8 @@ def run_step(model: Transformer, comm: Comm, case: Case, step: list[list[Sequenc
     total = torch.zeros(2, dtype=torch.float64, device=comm.mesh.device)
     micros = [make_micro_batch(s, i, announced, comm, padded=case.padded) for i, s in enumerate(mine)]
     for group in [micros] if case.overlap else [[micro] for micro in micros]:
-        outputs = model(*group)
+        output = model(*group)
+        outputs = output if isinstance(output, tuple) else (output,)
         torch.stack([out.loss for out in outputs]).sum().backward()
         for out in outputs:
             total += torch.stack([out.loss.detach(), out.token_loss]).double()

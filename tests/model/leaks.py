@@ -33,7 +33,7 @@ def states_and_outputs(case: Case, changes: list[tuple[int, int] | None]) -> lis
             tokens[where] = (tokens[where] + 41) % case.config.vocab_size
         home = tuple(i % comm.mesh.world_size for i in range(case.batch))
         last.clear()
-        (out,) = model(place(Trial(sequences, home, padded=case.padded), comm))
+        out = model(place(Trial(sequences, home, padded=case.padded), comm))
         states = torch.zeros(case.batch * LENGTH, case.config.hidden_size, dtype=torch.float64)
         states[last[0].layout.global_token] = last[0].hidden.detach()
         results.append((comm.all_reduce(states).unflatten(0, (-1, LENGTH)).numpy(), out))

@@ -30,7 +30,7 @@ def train_on_segments(rank: int, case: Case, count: int, length: int) -> dict[st
         model.zero_grad()
         mine = share_of(batch, comm)
         step = gather_step([mine], comm)
-        (out,) = model(make_micro_batch(mine, 0, step, comm, padded=case.padded, memory=memory))
+        out = model(make_micro_batch(mine, 0, step, comm, padded=case.padded, memory=memory))
         out.loss.backward()
         memory = out.memory
         assert not any(m.requires_grad for m in memory)

@@ -81,7 +81,7 @@ def try_all(rank: int, config: ModelConfig, trials: Sequence[Trial]) -> list[dic
             for layer in model.moe_layers:
                 layer.slot_of_expert.copy_(torch.tensor(trial.slots))
         load_full(model, params)
-        (out,) = model(place(trial, comm))
+        out = model(place(trial, comm))
         out.loss.backward()
         loss = comm.all_reduce(out.loss.detach().clone())
         gradients = gather_full(model, "grad")

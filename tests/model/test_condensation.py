@@ -109,7 +109,7 @@ def _evaluate(rank: int, case: Case) -> None:
     for recipe in (case.recipe, replace(case.recipe, condense="none")):
         model, comm = build(replace(case, recipe=recipe))
         with torch.no_grad():
-            (out,) = model(place(Trial(sequences, tuple(i % 2 for i in range(8))), comm))
+            out = model(place(Trial(sequences, tuple(i % 2 for i in range(8))), comm))
             assert out.aux.condensed.abs().sum() == 0
         losses.append(float(out.token_loss))
     assert losses[0] == losses[1]

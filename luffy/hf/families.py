@@ -1,0 +1,178 @@
+"""Families: what has to be known of a kind of Hugging Face model to run its experts in parallel. One object each.
+
+A decoder of the library is a stack of layers: norm, attention, norm, feed-forward, each half with its residual. Luffy
+replaces the feed-forward of the layers that have experts, and calls everything else as it is. So a family only says how
+those blocks look: where the gate and the shared experts are, how the gate scores, what an expert computes, and under
+which names the weights stand in a checkpoint.
+
+Since transformers 5 every gate answers alike, (logits [T, E], weights [T, K], ids [T, K]); it is kept and called, so
+group limits, bias corrections and scaling factors are the library's own code.
+
+To add one, describe it and register it:
+
+    register(replace(QWEN3_MOE, model_type="my_moe", gate="router"))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from luffy.errors import UserError
+
+Activation = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class OnDisk:
+    """Names of the experts' weights in a checkpoint, relative to the block of a layer.
+
+    parts: for each parameter of the block's experts, the names that it is made of: with `{e}`, one tensor an expert,
+    several of them end to end along the expert's first axis (gate, then up); without, a stacked tensor as it is.
+    block: name of the block on disk, where it differs from the module's.
+    """
+
+    parts: dict[str, tuple[str, ...]]
+    block: str | None = None
+
+
+GATE_UP_DOWN = OnDisk(
+    {
+        "gate_up_proj": ("experts.{e}.gate_proj.weight", "experts.{e}.up_proj.weight"),
+        "down_proj": ("experts.{e}.down_proj.weight",),
+    }
+)
+
+
+def gated(block: Any) -> Activation:
+    """gate_up [P, 2F] -> act(gate) * up [P, F], with the block's own activation."""
+    act = block.experts.act_fn
+
+    def activate(x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return act(gate) * up
+
+    return activate
+
+
+def gpt_oss_gate(block: Any) -> Activation:
+    """Gate and up interleaved, clamped, and up shifted by one: arXiv 2508.10925, with the block's constants."""
+    alpha, limit = block.experts.alpha, block.experts.limit
+
+    def activate(x: Tensor) -> Tensor:
+        gate, up = x[..., ::2].clamp(max=limit), x[..., 1::2].clamp(min=-limit, max=limit)
+        return (up + 1) * (gate * torch.sigmoid(gate * alpha))
+
+    return activate
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of model, by its `config.model_type`.
+
+    num_experts, top_k, expert_width: names of those settings in the model's configuration.
+    block: attribute of a decoder layer that holds the feed-forward. gate, shared: attributes of a block with experts
+    (a block without attribute `experts` is dense and left alone); shared None: no shared experts.
+    score: how the gate's logits become probabilities for the auxiliary losses, "softmax" or "sigmoid".
+    bias_buffer: the gate's buffer that is added to the scores for the choice only, None for none.
+    attention: linear maps of attention, for adapters.
+    activate: block -> what lies between an expert's two products.
+    transposed: expert weights lie [in, out] instead of [out, in]. biases: experts have them, named `*_bias`.
+    normalizes: configuration -> whether the weights of a token's experts sum to one.
+    on_disk: see OnDisk.
+    """
+
+    model_type: str
+    num_experts: str = "num_experts"
+    top_k: str = "num_experts_per_tok"
+    expert_width: str = "moe_intermediate_size"
+    block: str = "mlp"
+    gate: str = "gate"
+    shared: str | None = None
+    score: str = "softmax"
+    bias_buffer: str | None = None
+    attention: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    activate: Callable[[Any], Activation] = gated
+    transposed: bool = False
+    biases: bool = False
+    normalizes: Callable[[Any], bool] = lambda config: bool(config.norm_topk_prob)
+    on_disk: OnDisk = field(default=GATE_UP_DOWN)
+
+    def is_sparse(self, layer: nn.Module) -> bool:
+        return hasattr(getattr(layer, self.block), "experts")
+
+    def check(self, config: Any) -> None:
+        """UserError for what this family can be configured to do and Luffy cannot."""
+        if getattr(config, "router_jitter_noise", 0.0):
+            raise UserError(
+                f"router_jitter_noise {config.router_jitter_noise}: a random factor on what experts see would depend "
+                "on the rank that draws it; set it to 0 in the model's configuration"
+            )
+        if getattr(config, "quantization_config", None) is not None:
+            raise UserError("quantized weights (quantization_config) cannot be trained here; convert the model first")
+
+
+MIXTRAL = Family(
+    "mixtral",
+    num_experts="num_local_experts",
+    expert_width="intermediate_size",
+    normalizes=lambda config: True,
+    on_disk=OnDisk(
+        {
+            "gate_up_proj": ("experts.{e}.w1.weight", "experts.{e}.w3.weight"),
+            "down_proj": ("experts.{e}.w2.weight",),
+        },
+        block="block_sparse_moe",
+    ),
+)
+QWEN3_MOE = Family("qwen3_moe")
+OLMOE = Family("olmoe", expert_width="intermediate_size")
+DEEPSEEK_V3 = Family(
+    "deepseek_v3",
+    num_experts="n_routed_experts",
+    shared="shared_experts",
+    score="sigmoid",
+    bias_buffer="e_score_correction_bias",
+    attention=("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
+)
+GPT_OSS = Family(
+    "gpt_oss",
+    num_experts="num_local_experts",
+    expert_width="intermediate_size",
+    gate="router",
+    activate=gpt_oss_gate,
+    transposed=True,
+    biases=True,
+    normalizes=lambda config: True,
+    on_disk=OnDisk(
+        {name: (f"experts.{name}",) for name in ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")}
+    ),
+)
+
+FAMILIES: dict[str, Family] = {}
+
+
+def register(family: Family) -> Family:
+    """Make a family known to `parallelize`, `load` and the command line."""
+    FAMILIES[family.model_type] = family
+    return family
+
+
+for _family in (MIXTRAL, QWEN3_MOE, OLMOE, DEEPSEEK_V3, GPT_OSS):
+    register(_family)
+
+
+def family_of(config: Any) -> Family:
+    """The family of a model's configuration; UserError for one that nobody described."""
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise UserError(
+            f"model_type {config.model_type!r} is not one of {', '.join(FAMILIES)}; docs/huggingface.md says how to "
+            "describe a new family"
+        )
+    family.check(config)
+    return family

@@ -1,0 +1,127 @@
+"""Checkpoint folders in the library's format: safetensors files, several of them with an index.
+
+Headers are read and checked first: what each file should hold is known from its first bytes, so a truncated download
+is named with the tensor that it breaks, before a byte of weights is read. Tensors are then read one by one, or as
+slices of their first axis.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from luffy.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+SHARD_NUM_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor is, and its shape."""
+
+    file: Path
+    shape: tuple[int, ...]
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """Names and shapes of a safetensors file. UserError, naming the first tensor affected, where it is cut short."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(length)) if 8 + length <= size else None
+    except (OSError, ValueError):
+        header = None
+    if header is None:
+        raise UserError(f"--model: {path} is not a whole safetensors file (its header is damaged); fetch it again")
+    header.pop("__metadata__", None)
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        if 8 + length + entry["data_offsets"][1] > size:
+            raise UserError(f"--model: {path} is truncated: {name} is not whole; fetch it again")
+    return {name: Entry(path, tuple(entry["shape"])) for name, entry in header.items()}
+
+
+class Checkpoint:
+    """The tensors of a folder: `entries` by name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.entries = folder, dict[str, Entry]()
+        index = folder / INDEX
+        if index.exists():
+            try:
+                weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            except (ValueError, KeyError) as error:
+                raise UserError(f"--model: {index} cannot be read; fetch it again") from error
+            for file in sorted(set(weight_map.values())):
+                expected = [name for name, where in weight_map.items() if where == file]
+                if not (folder / file).exists():
+                    raise UserError(f"--model: {folder / file} is missing; it holds {expected[0]}")
+                header = read_header(folder / file)
+                for name in expected:
+                    if name not in header:
+                        raise UserError(f"--model: {name} should be in {folder / file} (says {INDEX}), and is not")
+                self.entries |= header
+        elif (folder / "model.safetensors").exists():
+            self.entries = read_header(folder / "model.safetensors")
+        else:
+            raise UserError(f"--model: {folder} holds neither model.safetensors nor {INDEX}")
+
+    def read(self, name: str, begin: int | None = None, end: int | None = None) -> Tensor:
+        """A tensor, or rows [begin, end) of it."""
+        with safe_open(self.entries[name].file, framework="pt") as f:
+            return f.get_tensor(name) if begin is None else f.get_slice(name)[begin:end]
+
+    def same(self, first: str, second: str) -> bool:
+        return torch.equal(self.read(first), self.read(second))
+
+
+def write_index(folder: Path, where: dict[str, str], num_bytes: int) -> None:
+    """The index of a folder: which file holds each tensor."""
+    index = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(where.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+class ShardWriter:
+    """Writes tensors as they come, into files of about `limit` bytes; `where` says which file holds each."""
+
+    def __init__(self, folder: Path, prefix: str, limit: int = SHARD_NUM_BYTES) -> None:
+        self.folder, self.prefix, self.limit = folder, prefix, limit
+        self.where: dict[str, str] = {}
+        self.num_bytes = 0
+        self._pending: dict[str, Tensor] = {}
+        self._files = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        pending = sum(t.nbytes for t in self._pending.values())
+        if self._pending and pending + tensor.nbytes > self.limit:
+            self.flush()
+        # A copy: safetensors takes neither views of one storage nor tensors of a device.
+        self._pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        self.num_bytes += tensor.nbytes
+
+    def flush(self) -> None:
+        """Write what is left. UserError where the disk does not take it."""
+        if not self._pending:
+            return
+        self._files += 1
+        file = f"{self.prefix}-{self._files:05d}.safetensors"
+        try:
+            save_file(self._pending, self.folder / file, metadata={"format": "pt"})
+            with open(self.folder / file, "rb") as f:
+                os.fsync(f.fileno())
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"--out: {self.folder / file} not written: {error}") from error
+        except Exception as error:  # safetensors has its own for a full disk
+            if type(error).__name__ != "SafetensorError":
+                raise
+            raise UserError(f"--out: {self.folder / file} not written: {error}") from error
+        self.where |= dict.fromkeys(self._pending, file)
+        self._pending = {}

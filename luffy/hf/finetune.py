@@ -1,0 +1,101 @@
+"""`luffy finetune`: the trainer of `luffy train` with a model from a folder, its tokenizer, and a folder at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from luffy.errors import UserError
+from luffy.hf.loading import load
+from luffy.hf.model import ParallelModel
+from luffy.hf.options import FinetuneOptions
+from luffy.hf.saving import save_pretrained
+from luffy.hf.text import ExampleLoader, Examples, held_out, prepare_examples
+from luffy.train import run
+from luffy.train.checkpoint import everyone
+from luffy.train.progress import phase
+from luffy.train.trainer import Trainer
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def start(options: FinetuneOptions) -> None:
+    """Run `luffy finetune`. Raises UserError before any rank starts for whatever can be seen by then."""
+    run.start(options, _rank)
+
+
+def _rank(options: FinetuneOptions) -> None:
+    adapter = {"adapter": Path(options.out) / "adapter"} if options.lora else {}
+    run.train_and_report(FineTuner, options, model=Path(options.out) / "model", **adapter)
+
+
+class FineTuner(Trainer):
+    """One rank's part in a fine-tuning run. Weights are float32 (or float64), rows in --dtype."""
+
+    options: FinetuneOptions
+    model: ParallelModel
+
+    def _load_data(self) -> None:
+        from transformers import AutoTokenizer
+
+        o, mesh = self.options, self.mesh
+        self.config, self.mask_id = o.model_config(), None
+        folder = self.out / "tokens"
+
+        def prepare() -> str:
+            # Asked for a tokenizer that is not there, the library makes an empty one.
+            if not any((Path(o.model) / name).exists() for name in TOKENIZERS):
+                raise UserError(f"--model {o.model} holds no tokenizer ({', '.join(TOKENIZERS)})")
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(o.model, local_files_only=True)
+            except Exception as error:  # whatever is wrong with it, the mend is the same
+                raise UserError(f"--model {o.model}: its tokenizer cannot be read ({_line(error)})") from error
+            return prepare_examples(
+                Path(o.data), tokenizer, folder,
+                sequence_length=o.longest(), loss_on=o.loss_on, vocab_size=self.config.vocab_size,
+            )  # fmt: skip
+
+        with phase("prepare data", enabled=mesh.rank == 0):
+            summary = everyone(mesh, prepare, only_first=True)
+        if mesh.rank == 0:
+            click.echo(summary, err=True)
+        examples = Examples(folder)
+        train, valid = held_out(len(examples), o.valid_fraction, o.seed)
+        self.loader: Any = ExampleLoader(examples, train, self.micro_size, o.seed)
+        self.valid_loader: Any = ExampleLoader(examples, valid, self.micro_size, o.seed)
+
+    def _build_model(self) -> ParallelModel:
+        o, stream = self.options, getattr(torch, self.dtype_name)
+        weights = torch.promote_types(stream, torch.float32)
+        with phase("load model", enabled=self.mesh.rank == 0):
+            parallel = load(
+                o.model, self.mesh, o.get_recipe(), dtype=weights, stream_dtype=stream, recompute=o.recompute,
+                topology=self._links(), **o.router_losses(),
+            )  # fmt: skip
+        if o.lora:
+            parallel.adapt(o.lora, o.lora_alpha, o.seed)
+        self.comm = parallel.runtime.comm
+        return parallel.train()
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        self.model.eval()
+        try:
+            return super().evaluate()
+        finally:
+            self.model.train()
+
+    def _export(self) -> None:
+        if not self.options.export:
+            return
+        save_pretrained(self.model, self.out / "model")
+        if self.options.lora and self.mesh.rank == 0:
+            self.model.library.save_pretrained(str(self.out / "adapter"), save_embedding_layers=False)  # type: ignore[operator]
+
+
+def _line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

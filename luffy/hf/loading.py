@@ -1,0 +1,177 @@
+"""Load: a checkpoint folder to a parallel model, each rank reading its own experts and no others.
+
+The model is made without memory first (on torch's meta device), given its experts' share, and only then filled, tensor
+by tensor from the files. Every tensor of the folder must find its place and every parameter its tensors: what is
+missing, unused, or of another shape is an error that names it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from luffy.comm import Mesh
+from luffy.errors import UserError
+from luffy.hf.families import family_of
+from luffy.hf.files import Checkpoint
+from luffy.hf.model import ParallelModel, parallelize
+from luffy.hf.placing import source_of
+from luffy.model.moe_layer import MoELayer
+from luffy.model.transformer import is_expert
+from luffy.recipes import Recipe
+from luffy.train.checkpoint import everyone
+
+
+def read_config(folder: Path | str) -> Any:
+    """The library's configuration of a folder; UserError where there is none that it knows."""
+    from transformers import AutoConfig
+
+    path = Path(folder) / "config.json"
+    try:
+        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--model: {path} cannot be read; name a folder that transformers' save_pretrained wrote"
+        ) from error
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except ValueError as error:
+        raise UserError(f"--model: transformers does not know model_type {model_type!r} of {path}") from error
+
+
+def load(
+    folder: Path | str,
+    mesh: Mesh,
+    recipe: str | Recipe = "luffy",
+    *,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> ParallelModel:
+    """The causal LM of `folder`, spread over `mesh`; every rank calls it, and all raise UserError if one cannot read.
+
+    dtype: of the weights, None: as the folder says. options: of `parallelize`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(folder)
+    config = everyone(mesh, lambda: read_config(folder))
+    family = options.get("family") or family_of(config)
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype or stored)
+    parallel = parallelize(model, mesh, recipe, **options | {"family": family})
+    parallel.folder, parallel.stored_dtype = folder, stored
+    _materialise(parallel, mesh.device)
+    everyone(mesh, lambda: fill(parallel, Checkpoint(folder)))
+    return parallel
+
+
+def _materialise(parallel: ParallelModel, device: torch.device) -> None:
+    """Give memory to what is on the meta device; weights tied to each other stay so."""
+    lm = parallel.causal_lm
+    for module in list(parallel.modules()):
+        for name, child in list(module.named_children()):
+            # Frequencies and the like are computed when a module is made, not read.
+            computed = [child._buffers[n] for n in child._non_persistent_buffers_set]
+            if any(b is not None and b.is_meta for b in computed):
+                setattr(module, name, type(child)(config=lm.config).to(device))
+    made: dict[int, Tensor] = {}
+
+    def real(tensor: Tensor) -> Tensor:
+        if not tensor.is_meta:
+            return tensor.to(device)
+        if id(tensor) not in made:
+            empty = torch.empty_like(tensor, device=device)
+            made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+        return made[id(tensor)]
+
+    for module in parallel.modules():
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                if tensor is not None:
+                    store[name] = real(tensor)  # type: ignore[assignment]
+
+
+@torch.no_grad()
+def fill(parallel: ParallelModel, checkpoint: Checkpoint) -> None:
+    """Read every parameter and buffer of this rank. Raises UserError naming the tensor that does not fit."""
+    lm, family, where = parallel.causal_lm, parallel.family, checkpoint.entries
+    blocks = sparse_blocks(parallel)
+    tied = tied_names(lm)
+    used: set[str] = set()
+    own = {name: b for name, b in parallel.named_buffers() if is_stored(parallel, name)}
+    for name, target in [*parallel.named_parameters(), *own.items()]:
+        library = parallel.library_name(name)
+        source = source_of(library, family, blocks, where)
+        experts = range(parallel.config.router.num_experts) if source.per_expert else [0]
+        keys = [key for e in experts for key in source.of(e)]
+        for key in keys:
+            if key not in where:
+                raise UserError(f"--model: {key} is missing in {checkpoint.folder}{_alike(key, where)}")
+        used.update(keys)
+        if not is_expert(name):
+            value = checkpoint.read(keys[0])
+            if value.shape != target.shape:
+                raise UserError(f"--model: {keys[0]} is {list(value.shape)}, and should be {list(target.shape)}")
+            if name in own and value.dtype != target.dtype:
+                target.data = target.data.to(value.dtype)  # a bias of the choice keeps its precision
+            target.copy_(value)
+            continue
+        first = parallel.runtime.comm.mesh.ep_rank * target.shape[0]
+        if not source.per_expert:
+            _check_shape(keys[0], where[keys[0]].shape[1:], target[0].shape)
+            target.copy_(checkpoint.read(keys[0], first, first + target.shape[0]))
+            continue
+        for i in range(target.shape[0]):
+            parts = [checkpoint.read(key) for key in source.of(first + i)]
+            height = target.shape[1] // len(parts)
+            for key, part, rows in zip(source.of(first + i), parts, target[i].split(height), strict=True):
+                _check_shape(key, tuple(part.shape), rows.shape)
+                rows.copy_(part)
+    ignored = [re.compile(p) for p in getattr(lm, "_keys_to_ignore_on_load_unexpected", None) or []]
+    for key in where:
+        if key in used or any(p.search(key) for p in ignored) or key.endswith("rotary_emb.inv_freq"):
+            continue
+        if key in tied and checkpoint.same(key, tied[key]):
+            continue
+        raise UserError(f"--model: {key} in {checkpoint.folder} belongs to nothing in a {lm.config.model_type} model")
+
+
+def _check_shape(key: str, found: tuple[int, ...], wanted: torch.Size) -> None:
+    if tuple(found) != tuple(wanted):
+        raise UserError(f"--model: {key} is {list(found)}, and should be {list(wanted)}")
+
+
+def _alike(key: str, where: dict[str, Any]) -> str:
+    """A tensor that may be meant: of the same place but another last name."""
+    stem = key.rsplit(".", 2)[0]
+    near = next((k for k in where if k.startswith(stem + ".")), None)
+    return "" if near is None else f" (there is {near})"
+
+
+def sparse_blocks(parallel: ParallelModel) -> set[str]:
+    """Library names of the blocks that have experts."""
+    family = parallel.family
+    return {
+        f"model.layers.{i}.{family.block}"
+        for i, layer in enumerate(parallel.layers)
+        if isinstance(parallel.block(layer), MoELayer)
+    }
+
+
+def tied_names(lm: Any) -> dict[str, str]:
+    """Parameters that are others under a second name, where the configuration ties them."""
+    tied = getattr(lm, "_tied_weights_keys", None) or {}
+    return dict(tied) if lm.config.tie_word_embeddings and isinstance(tied, dict) else {}
+
+
+def is_stored(parallel: ParallelModel, name: str) -> bool:
+    """Whether a buffer is the library's and in its checkpoints."""
+    module, _, leaf = name.rpartition(".")
+    owner = parallel.get_submodule(module)
+    return leaf not in owner._non_persistent_buffers_set and not isinstance(owner, MoELayer)

@@ -1,0 +1,296 @@
+"""A Hugging Face causal language model whose experts are spread over ranks, and whose sequences may move.
+
+`parallelize` replaces the feed-forward of every layer that has experts by Luffy's one MoE layer, around the library's
+own gate, shared experts and norm. All else (attention, norms, embedding, head) stays the library's module and is called
+as it is; only the loop over the layers is ours, from TokenBatch to TokenBatch, so that a sequence can continue on
+another rank. The library model itself, `library`, cannot be called any more: it would not know where its rows are.
+
+The loss is a sum over this rank's labels divided by the labels of all ranks: summed over ranks it is the mean that one
+process would compute, and gradients are *summed* over ranks too (luffy.train.gradients does so).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from luffy.comm import Comm, Mesh
+from luffy.comm.clock import boundary
+from luffy.config import ModelConfig
+from luffy.data.batch import TokenBatch
+from luffy.errors import RankMismatchError, UserError
+from luffy.exchange.migrate import transfer
+from luffy.exchange.stage import Stage, alternate, finish
+from luffy.hf.attention import Frames, check_attention
+from luffy.hf.batches import make_batch
+from luffy.hf.describe import describe
+from luffy.hf.families import Family, family_of
+from luffy.hf.parts import LibraryExperts, LibraryRouter, Within, call_in, lent
+from luffy.model.aux_loss import AuxLoss, auxiliary_loss
+from luffy.model.moe_layer import MoELayer, Predictor, Runtime
+from luffy.model.router import RouterStats
+from luffy.model.transformer import MicroBatch, ModelOutput, in_chunks, is_expert, summed_cross_entropy
+from luffy.plan.topology import Topology
+from luffy.recipes import Recipe, get_recipe
+
+_PREFIX = re.compile(r"^library\.(base_model\.model\.)?")
+
+
+class ParallelModel(nn.Module):
+    """MicroBatch -> ModelOutput, as luffy.model.Transformer. Made by `parallelize` or `load`.
+
+    library: the causal LM, perhaps within a PEFT model. library_balance: weight of the library's own balance loss.
+    """
+
+    def __init__(
+        self,
+        library: nn.Module,
+        family: Family,
+        config: ModelConfig,
+        runtime: Runtime,
+        stream_dtype: torch.dtype,
+        library_balance: float,
+    ) -> None:
+        super().__init__()
+        self.library, self.family, self.config, self.runtime = library, family, config, runtime
+        self.stream_dtype, self.library_balance = stream_dtype, library_balance
+        # Of the folder that it was loaded from, if any: where it is, and what its weights are stored as.
+        self.folder: Path | None = None
+        self.stored_dtype: torch.dtype | None = None
+
+    @property
+    def causal_lm(self) -> Any:
+        """The library's model, out of its PEFT wrapping if it has one."""
+        return causal_lm_of(self.library)
+
+    @property
+    def layers(self) -> list[Any]:
+        return list(self.causal_lm.model.layers)
+
+    def block(self, layer: Any) -> Any:
+        return getattr(layer, self.family.block)
+
+    @property
+    def moe_layers(self) -> list[MoELayer]:
+        return [self.block(layer) for layer in self.layers if isinstance(self.block(layer), MoELayer)]
+
+    def library_name(self, name: str) -> str:
+        """A parameter's name as the library has it: without what `parallelize` and PEFT put around modules."""
+        name = (
+            _PREFIX.sub("", name)
+            .replace(".base_layer.", ".")
+            .replace(".shared_experts.module.", f".{self.family.shared}.")
+        )
+        return name.replace(".router.gate.", f".{self.family.gate}.")
+
+    def batch(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None,
+              position_ids: Tensor | None = None, padded: bool = False) -> MicroBatch:  # fmt: skip
+        """This rank's [B, L] as its part of a micro-batch; every rank calls it. See luffy.hf.batches."""
+        return make_batch(self.runtime.comm, input_ids, attention_mask, labels, position_ids, padded)
+
+    def adapt(self, rank: int, alpha: int = 16, seed: int = 0) -> None:
+        """Put LoRA adapters of `rank` on the linear maps of attention, and freeze all else.
+
+        For adapters of another kind make a PEFT model first and give that to `parallelize`.
+        """
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(seed)  # the same adapters on every rank
+        targets = list(self.family.attention)
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
+        self.library = get_peft_model(self.library, config, autocast_adapter_dtype=False)
+
+    # ---------------------------------------------------------------- forward
+
+    def forward(self, *micros: MicroBatch) -> ModelOutput | tuple[ModelOutput, ...]:
+        """The output of one micro-batch; a tuple for several, which take turns (luffy.exchange.stage)."""
+        if self.runtime.residency is not None:
+            self.runtime.residency.reset()
+        outputs = alternate([self._stages(micro) for micro in micros])
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def _stages(self, micro: MicroBatch) -> Stage[ModelOutput]:
+        batch = yield from self._decode(micro)
+        labels = micro.labels
+        if batch.layout is not micro.layout:
+            (labels,) = transfer([labels], micro.layout, batch.layout, self.runtime.comm, "control")
+        token_loss = in_chunks(self._chunk_loss, batch.hidden, labels) / max(micro.step_labels, 1)
+        loss, stats = token_loss, batch.router_stats
+        aux = auxiliary_loss(stats, self.config.router, self.runtime.comm, micro.num_tokens)
+        if aux is not None:
+            local = aux.local
+            if self.library_balance:
+                local = local + self.library_balance * self._library_balance(stats, aux, micro.num_tokens)
+            loss = loss + local * (micro.num_tokens / max(micro.step_tokens, 1))
+        return ModelOutput(loss, token_loss.detach(), aux, ())
+
+    @torch.no_grad()
+    def logits(self, micro: MicroBatch) -> Tensor:
+        """Logits [T, V] of this rank's own tokens, wherever their sequences ended; every rank calls it."""
+        if self.runtime.residency is not None:
+            self.runtime.residency.reset()
+        batch = finish(self._decode(micro))
+        (hidden,) = transfer([batch.hidden], batch.layout, micro.layout, self.runtime.comm, "control")
+        return self._head(hidden)
+
+    def _decode(self, micro: MicroBatch) -> Stage[TokenBatch]:
+        lm = self.causal_lm
+        hidden = lm.get_input_embeddings()(micro.tokens).to(self.stream_dtype)  # [T, D]
+        batch = TokenBatch(hidden, micro.layout, micro.padded)
+        longest = int(micro.layout.table.lengths.max(initial=0))
+        frames = Frames(lm.config, lm.model.rotary_emb, longest, hidden, micro.padded)
+        layers = self.layers
+        for i, layer in enumerate(layers):
+            batch = yield from self._layer(layer, i, batch, frames, self._next_predictor(layers, i))
+        return batch
+
+    def _layer(
+        self, layer: Any, index: int, batch: TokenBatch, frames: Frames, predict_next: Predictor | None
+    ) -> Stage[TokenBatch]:
+        """One decoder layer: attention and feed-forward, each with its norm before and its residual."""
+        rt, block, norm = self.runtime, self.block(layer), layer.post_attention_layernorm
+        sparse = isinstance(block, MoELayer)
+        departed = block.prefetch(batch.hidden.dtype) if sparse else None
+        hidden = boundary(batch.hidden, rt.clock, "other", "attention")
+
+        def attend(x: Tensor) -> Tensor:
+            normed = call_in(x.dtype, layer.input_layernorm, x)
+            return x + frames.attend(layer.self_attn, index, normed, batch.layout)
+
+        if rt.recompute and torch.is_grad_enabled():
+            hidden = checkpoint(attend, hidden, use_reentrant=False)
+        else:
+            hidden = attend(hidden)
+        batch = batch.with_hidden(boundary(hidden, rt.clock, "attention", "other"))
+        if sparse:
+            return (yield from block.stages(batch, lent(norm), predict_next, departed))
+        x = batch.hidden
+        return batch.with_hidden(x + call_in(x.dtype, block, lent(norm)(x)))
+
+    def _next_predictor(self, layers: list[Any], index: int) -> Predictor | None:
+        """The forecast of the next MoE layer, if the recipe or the recorder asks for it and there is one."""
+        here = self.block(layers[index])
+        if not isinstance(here, MoELayer) or not (here.recipe.look_ahead or self.runtime.recorder.active):
+            return None
+        for layer in layers[index + 1 :]:
+            block = self.block(layer)
+            if isinstance(block, MoELayer):
+                return _predictor(block, lent(layer.post_attention_layernorm))
+        return None
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        lm = self.causal_lm
+        hidden = call_in(hidden.dtype, lm.model.norm, hidden)
+        return call_in(hidden.dtype, lm.get_output_embeddings(), hidden)
+
+    def _chunk_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        return summed_cross_entropy(self._head(hidden), labels)
+
+    def _library_balance(self, stats: tuple[RouterStats, ...], aux: AuxLoss, num_tokens: int) -> Tensor:
+        """This rank's part of the library's `load_balancing_loss_func`, over the tokens of all ranks.
+
+        It is E * sum_e f_e P_e with f and P averaged over all layers before they are multiplied, and f summing to
+        top_k: not the sum over layers that `balance_loss` is.
+        """
+        E, K, L = self.config.router.num_experts, self.config.router.top_k, len(stats)
+        load = aux.load.mean(0) * K  # [E]
+        probability = torch.stack([s.probability_sum for s in stats]).sum(0) / (L * max(num_tokens, 1))  # [E], local
+        return E * (load * probability).sum()
+
+
+def _predictor(block: MoELayer, norm: Callable[[Tensor], Tensor]) -> Predictor:
+    return lambda hidden: block.foresee(hidden, norm)
+
+
+def causal_lm_of(model: nn.Module) -> Any:
+    """The library's causal LM within a PEFT model, or the model itself."""
+    inner = getattr(model, "get_base_model", None)
+    return model if inner is None else inner()
+
+
+def parallelize(
+    model: nn.Module,
+    mesh: Mesh,
+    recipe: str | Recipe = "luffy",
+    *,
+    family: Family | None = None,
+    stream_dtype: torch.dtype | None = None,
+    recompute: bool | None = None,
+    topology: Topology | None = None,
+    check_alike: bool = True,
+    **router: Any,
+) -> ParallelModel:
+    """Spread the experts of a transformers causal LM (or of a PEFT model around one) over the ranks of `mesh`.
+
+    Every rank calls it with the same model; each keeps its experts of each layer and drops the others. The model is
+    changed in place and lives on as `.library`. Raises UserError for models that cannot be run so.
+
+    family: how the model is built, None: by its `model_type`. stream_dtype: of the rows and products, None: the
+    weights'. recompute: compute attention and experts again in the backward pass, None: as gradient checkpointing is
+    set in the model. topology: links, for planning. router: weights of Luffy's losses, `balance_loss`, `z_loss`,
+    `locality_loss`, and `bias_update_rate` (see RouterConfig); all are 0 unless given. The library's own balance loss
+    is added where the model's configuration asks for it, `output_router_logits` with its `router_aux_loss_coef`.
+    """
+    lm = causal_lm_of(model)
+    config = lm.config
+    family = family_of(config) if family is None else family
+    check_attention(config)
+    layers = list(lm.model.layers)
+    dense = tuple(i for i, layer in enumerate(layers) if not family.is_sparse(layer))
+    described = describe(config, family, dense, **router)
+    described.check_ranks(mesh.ep_size)
+    if described.router.bias_update_rate > 0 and family.bias_buffer is None:
+        raise UserError(f"--bias-update-rate: the gate of {family.model_type} has no bias for the choice")
+    recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
+    if recompute is None:
+        recompute = any(getattr(m, "gradient_checkpointing", False) for m in lm.modules())
+    runtime = Runtime.create(Comm.create(mesh), recipe, described, recompute, topology)
+    num_local, moe = described.router.num_experts // mesh.ep_size, 0
+    for i, layer in enumerate(layers):
+        if i in dense:
+            continue
+        block = getattr(layer, family.block)
+        shared = None if family.shared is None else Within(getattr(block, family.shared))
+        activate = family.activate(block)
+        replacement = MoELayer(
+            runtime,
+            i,
+            router=LibraryRouter(getattr(block, family.gate), described.router, family.bias_buffer),
+            experts=LibraryExperts(block.experts, family, activate, num_local, mesh.ep_rank * num_local),
+            shared_experts=shared,
+            layer_of_moe=moe,
+        )
+        setattr(layer, family.block, replacement.train(block.training))
+        moe += 1
+    lm.register_forward_pre_hook(_refuse)
+    weights_dtype = cast(Tensor, lm.get_input_embeddings().weight).dtype
+    balance = getattr(config, "router_aux_loss_coef", 0.0) if getattr(config, "output_router_logits", False) else 0.0
+    parallel = ParallelModel(model, family, described, runtime, stream_dtype or weights_dtype, float(balance))
+    if not any(p.is_meta for p in parallel.parameters()):
+        parallel.to(mesh.device)
+        if check_alike:
+            _check_alike(parallel)
+    return parallel
+
+
+def _refuse(module: nn.Module, arguments: Any) -> None:
+    raise UserError("the library's model has given its experts away: call the parallel model, with what .batch() makes")
+
+
+@torch.no_grad()
+def _check_alike(parallel: ParallelModel) -> None:
+    """RankMismatchError if ranks hold other replicated weights, as they would with random ones of another seed."""
+    named = [(n, p) for n, p in parallel.named_parameters() if not is_expert(n)]
+    sums = torch.stack([p.detach().double().sum() for _, p in named])
+    everyone = parallel.runtime.comm.all_gather_world(sums)
+    odd = (everyone != everyone[0]).any(0).nonzero().flatten().tolist()
+    if odd:
+        name = named[odd[0]][0]
+        raise RankMismatchError(f"ranks hold different weights, first {name}: build the model from one seed or folder")
+    parallel.runtime.comm.meter.take()

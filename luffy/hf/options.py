@@ -1,0 +1,71 @@
+"""The options of `luffy finetune`: those of `luffy train` that make sense for a given model, and a few of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from luffy.config import ModelConfig, _one_of, _require
+from luffy.errors import UserError
+from luffy.train.options import TrainOptions, option
+
+LONGEST_DEFAULT = 2048
+
+
+@dataclass(frozen=True)
+class FinetuneOptions(TrainOptions):
+    """What `luffy finetune` was asked to do."""
+
+    model: str = option("", "Folder of the model: config.json, safetensors, tokenizer.", "Run")
+    recipe: str = option("luffy", "How rows are exchanged; `luffy recipes` lists them.", "Run")
+    out: str = option("runs/finetune", "Folder for metrics, checkpoints, the report, and the model (OUT/model).", "Run")
+    data: str = option("", 'A .jsonl file: {"text": ..} or {"messages": [{"role": .., "content": ..}]} a line.', "Data")
+    sequence_length: int | None = option(
+        None, f"Longest sequence; texts are cut there (default: the model's, {LONGEST_DEFAULT} at most).", "Data"
+    )
+    loss_on: str = option("auto", "Chats: assistant (its tokens alone), all, or auto: assistant if it can be.", "Data")
+    batch_size: int = option(8, "Sequences per optimizer step over all ranks.", "Training")
+    lr: float = option(1e-5, "Peak learning rate.", "Training")
+    weight_decay: float = option(0.0, "On matrices only.", "Training")
+    lora: int = option(0, "Rank of adapters on attention, all else frozen; 0: train every weight.", "Training")
+    lora_alpha: int = option(16, "Scale of the adapters is this over their rank.", "Training")
+    export: bool = option(True, "Write OUT/model at the end.", "Training")
+
+    def __post_init__(self) -> None:
+        _require(bool(self.model), "--model is missing: name the folder of a model")
+        _require(Path(self.model).is_dir(), f"--model {self.model} is not a folder")
+        _require(bool(self.data), "--data is missing: name a .jsonl file")
+        _require(
+            self.data.endswith((".jsonl", ".jsonl.gz")) and Path(self.data).is_file(),
+            f"--data {self.data} is not a .jsonl file",
+        )
+        _one_of("--loss-on", self.loss_on, ("auto", "assistant", "all"))
+        _require(self.lora >= 0, f"--lora {self.lora} must not be negative")
+        _require(0 < self.valid_fraction < 1, f"--valid-fraction {self.valid_fraction} must lie between 0 and 1")
+        super().__post_init__()
+
+    def model_config(self) -> ModelConfig:
+        """The model in the folder, as planner and checkpoints know it; UserError for one that cannot be trained."""
+        try:
+            from luffy.hf.describe import describe
+            from luffy.hf.families import family_of
+            from luffy.hf.loading import read_config
+        except ImportError as error:
+            raise UserError(
+                f"luffy finetune needs transformers and peft ({error}): pip install 'luffy-moe[hf]'"
+            ) from error
+        config = read_config(self.model)
+        return describe(config, family_of(config), (), **self.router_losses())
+
+    def router_losses(self) -> dict[str, float]:
+        return {n: getattr(self, n) for n in _LOSSES if getattr(self, n) is not None}
+
+    def longest(self) -> int:
+        return self.sequence_length or min(LONGEST_DEFAULT, self.model_config().max_sequence_length)
+
+
+# What the command line shows: a given model has its sizes, and its tokenizer is in its folder.
+_LOSSES = ("balance_loss", "z_loss", "locality_loss", "bias_update_rate")
+_HIDDEN = ("text_field", "tokenizer", "vocab_size", "cache_dir", "sequence_mode",
+           "condense", "condense_warmup", "condense_until")  # fmt: skip
+SHOWN = {f.name for f in fields(FinetuneOptions) if f.metadata["group"] != "Model"}.difference(_HIDDEN).union(_LOSSES)

@@ -1,0 +1,214 @@
+"""Loss and every gradient equal the plain library's in one process, wherever sequences are computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from luffy.comm import Mesh, build_mesh
+from luffy.errors import RankMismatchError, UserError
+from luffy.hf import FAMILIES, parallelize, register
+from luffy.hf.families import DEEPSEEK_V3, QWEN3_MOE
+from luffy.recipes import Recipe, get_recipe
+from luffy.testing import RankFailedError, gather_full, run_ranks
+
+from .tiny import collate, plain_loss, random_rows, tiny_config, tiny_model, wide
+
+TOLERANCE = 1e-9
+RANDOM = Recipe("random", "sequences anywhere", placement="random")
+Rows = list[tuple[list[int], list[int]]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model on one batch; `rows[r]` are those of rank r."""
+
+    family: str
+    recipe: Recipe
+    side: str
+    rows: list[Rows]
+    padded: bool = False
+    recompute: bool = False
+    ep_size: int | None = None
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.family}, {self.recipe.name}, {self.side}, padded={self.padded}, recompute={self.recompute}"
+
+
+@dataclass(frozen=True)
+class Answer:
+    loss: float
+    gradients: dict[str, torch.Tensor]
+
+
+def reference(case: Case) -> Answer:
+    with wide():
+        model = tiny_model(tiny_config(case.family, **case.changes))
+        loss = plain_loss(model, [row for rows in case.rows for row in rows], case.side)
+        loss.backward()
+    grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+    return Answer(float(loss.detach()), grads)
+
+
+def run_cases(rank: int, cases: list[Case], answers: list[Answer]) -> list[tuple[float, float, str, int]]:
+    """For each case: relative errors of the loss and of the worst gradient, its name, and how many sequences moved."""
+    meshes: dict[int | None, Mesh] = {}
+    out = []
+    for case, answer in zip(cases, answers, strict=True):
+        if case.ep_size not in meshes:
+            meshes[case.ep_size] = build_mesh(torch.device("cpu"), case.ep_size)
+        mesh = meshes[case.ep_size]
+        with wide():
+            model = tiny_model(tiny_config(case.family, **case.changes))
+            parallel = parallelize(model, mesh, case.recipe, recompute=case.recompute)
+            micro = parallel.batch(**collate(case.rows[rank], case.side), padded=case.padded)
+            output = parallel(micro)
+            output.loss.backward()
+        loss = parallel.runtime.comm.all_reduce(output.loss.detach().clone())
+        found = {parallel.library_name(n): g for n, g in gather_full(parallel, "grad").items()}
+        assert found.keys() == answer.gradients.keys()
+        worst = max((float((g - answer.gradients[n]).norm() / answer.gradients[n].norm().clamp_min(1e-9)), n)
+                    for n, g in found.items())  # fmt: skip
+        planner = parallel.runtime.planner
+        moved = 0 if planner is None else planner.tally.take().moved
+        out.append((abs(float(loss) / answer.loss - 1), *worst, moved))
+    return out
+
+
+def assert_exact(world: int, cases: list[Case]) -> None:
+    results = run_ranks(run_cases, world, cases, [reference(c) for c in cases])[0]
+    for case, (loss_error, grad_error, name, moved) in zip(cases, results, strict=True):
+        assert loss_error < TOLERANCE, f"loss: {loss_error:.1e} ({case})"
+        assert grad_error < TOLERANCE, f"gradient of {name}: {grad_error:.1e} ({case})"
+        assert moved > 0 or case.recipe.placement == "stay", f"nothing moved: this shows little ({case})"
+
+
+def dealt(seed: int, counts: list[int], longest: int = 12) -> list[Rows]:
+    rows = random_rows(seed, sum(counts), longest)
+    return [rows[sum(counts[:r]) : sum(counts[: r + 1])] for r in range(len(counts))]
+
+
+def test_every_family_on_two_ranks() -> None:
+    cases = []
+    for i, family in enumerate(("mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")):
+        rows = dealt(i, [3, 4])
+        cases += [
+            Case(family, get_recipe("vanilla_dedup"), "right", rows, padded=True),
+            Case(family, get_recipe("luffy"), "left", rows, recompute=True),
+            Case(family, RANDOM, "packed", dealt(10 + i, [5, 5])),
+        ]
+    assert_exact(2, cases)
+
+
+def test_four_ranks_one_of_them_empty_and_the_library_balance_loss() -> None:
+    balance = {"output_router_logits": True, "router_aux_loss_coef": 0.3}
+    cases = [
+        Case("mixtral", get_recipe("vanilla"), "left", dealt(1, [2, 0, 3, 1]), changes=balance),
+        Case("mixtral", get_recipe("luffy"), "right", dealt(2, [2, 0, 3, 1]), changes=balance),
+        Case("olmoe", RANDOM, "right", dealt(3, [1, 2, 0, 3]), padded=True, changes=balance),
+        Case("deepseek_v3", RANDOM, "right", dealt(4, [2, 3, 0, 2]), recompute=True),
+        Case("qwen3_moe", get_recipe("fastermoe"), "right", dealt(5, [2, 1, 2, 0]), changes=balance),
+        Case("gpt_oss", get_recipe("janus"), "right", dealt(6, [2, 1, 2, 0])),
+        Case("deepseek_v3", RANDOM, "right", dealt(8, [4, 3, 4, 1]), ep_size=2),
+    ]
+    assert_exact(4, cases)
+
+
+def test_a_family_that_a_user_adds() -> None:
+    """As docs/huggingface.md shows it: GLM-4.5 routes as DeepSeek-V3 does, around another attention."""
+    register(replace(DEEPSEEK_V3, model_type="glm4_moe", attention=QWEN3_MOE.attention))
+    try:
+        assert_exact(2, [Case("glm4_moe", RANDOM, "right", dealt(12, [5, 5]))])
+    finally:
+        del FAMILIES["glm4_moe"]
+
+
+def adapted(config: Any) -> torch.nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_model(config), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.copy_(0.2 * torch.randn(p.shape, generator=generator))
+    return model.double()
+
+
+def run_adapted_and_half(rank: int, rows: list[Rows], gradients: dict[str, torch.Tensor], logits: torch.Tensor) -> Any:
+    mesh = build_mesh(torch.device("cpu"))
+    with wide():
+        model = adapted(tiny_config("mixtral"))
+        model.gradient_checkpointing_enable()
+        parallel = parallelize(model, mesh, "luffy")
+        assert parallel.runtime.recompute, "gradient checkpointing of the model is taken over"
+        parallel(parallel.batch(**collate(rows[rank], "right"))).loss.backward()
+    with_gradient = {n: p.grad for n, p in parallel.named_parameters() if p.grad is not None}
+    assert with_gradient.keys() == {n for n, p in parallel.named_parameters() if p.requires_grad}
+    worst = 0.0
+    for name, grad in with_gradient.items():
+        expected = gradients[name.removeprefix("library.")]
+        parallel.runtime.comm.all_reduce(grad)
+        worst = max(worst, float((grad - expected).norm() / expected.norm()))
+    assert len(with_gradient) == len(gradients) == 12
+    assert worst < TOLERANCE
+
+    # Rows in half the bits, weights in float32: near the library's own answers, gradients in the weights' dtype.
+    model = tiny_model(tiny_config("qwen3_moe"), torch.float32)
+    parallel = parallelize(model, mesh, "luffy", stream_dtype=torch.bfloat16)
+    micro = parallel.batch(**collate(rows[rank], "right"))
+    found = parallel.logits(micro)
+    assert found.dtype == torch.bfloat16
+    first = sum(len(tokens) for r in rows[:rank] for tokens, _ in r)
+    expected = logits[first : first + len(found)]
+    errors = (found - expected).norm(dim=1) / expected.norm(dim=1)
+    assert float(errors.median()) < 0.03, "by row: a token that chose otherwise by a hair is no fault"
+    parallel(micro).loss.backward()
+    assert {p.grad.dtype for p in parallel.parameters()} == {torch.float32}
+
+    # The library's own model no longer knows where its rows are, and says so.
+    with pytest.raises(UserError, match="call the parallel model"):
+        parallel.library(input_ids=micro.tokens[None])
+
+    # Loss-free balancing moves the bias that the library adds for the choice.
+    balanced = parallelize(tiny_model(tiny_config("deepseek_v3")), mesh, bias_update_rate=0.1)
+    router = balanced.moe_layers[0].router
+    before = router.gate.e_score_correction_bias.clone()
+    router.raise_bias(torch.arange(8.0))
+    assert torch.equal(router.gate.e_score_correction_bias, before + torch.arange(8.0))
+
+    # Ranks that built other weights are told so, and what cannot be run is refused in one line.
+    with pytest.raises(RankMismatchError, match=r"embed_tokens"):
+        parallelize(tiny_model(tiny_config("olmoe"), seed=rank), mesh)
+    with pytest.raises(UserError, match="router_jitter_noise"):
+        parallelize(tiny_model(tiny_config("mixtral", router_jitter_noise=0.1)), mesh)
+    with pytest.raises(UserError, match="bias-update-rate"):
+        parallelize(tiny_model(tiny_config("olmoe")), mesh, bias_update_rate=0.1)
+
+
+def test_adapters_checkpointing_half_precision_and_refusals() -> None:
+    rows = dealt(7, [3, 3])
+    everything = [row for part in rows for row in part]
+    with wide():
+        model = adapted(tiny_config("mixtral"))
+        plain_loss(model, everything, "right").backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    plain = tiny_model(tiny_config("qwen3_moe"), torch.float32)
+    with torch.no_grad():
+        logits = torch.cat([plain(torch.tensor([tokens])).logits[0] for tokens, _ in everything])
+    run_ranks(run_adapted_and_half, 2, rows, gradients, logits)
+
+
+def ask_too_much(rank: int) -> None:
+    parallelize(tiny_model(tiny_config("mixtral")), build_mesh(torch.device("cpu")))
+
+
+def test_experts_must_divide() -> None:
+    with pytest.raises(RankFailedError, match="--experts 8 cannot be divided over 3"):
+        run_ranks(ask_too_much, 3)

@@ -1,0 +1,186 @@
+"""Folders in and out: plain transformers reads what was written, and what does not fit is refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from luffy.comm import build_mesh
+from luffy.errors import UserError
+from luffy.hf import files, load, save_pretrained
+from luffy.hf.loading import fill
+from luffy.testing import RankFailedError, run_ranks
+from luffy.train.rehoming import move_experts
+
+from .tiny import collate, random_rows, tiny_config, tiny_model
+
+FAMILIES = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models as transformers writes them; `stacked` in its other format, `tied` with one weight for two."""
+    root = tmp_path_factory.mktemp("models")
+    for family in FAMILIES:
+        tiny_model(tiny_config(family), torch.float32).save_pretrained(root / family)
+    tied = tiny_model(tiny_config("olmoe", tie_word_embeddings=True), torch.float32)
+    tied.tie_weights()
+    tied.save_pretrained(root / "tied")
+    tiny_model(tiny_config("mixtral"), torch.float32).save_pretrained(root / "stacked", save_original_format=False)
+    return root
+
+
+def plain(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", experts_implementation="eager")
+
+
+def through(rank: int, root: Path, out: Path, names: list[str]) -> dict[str, list[str]]:
+    """Load, let experts change places, save; the tensors that this rank read."""
+    mesh, read = build_mesh(torch.device("cpu")), {}
+    original = files.Checkpoint.read
+    for name in names:
+        seen: list[str] = []
+
+        def noting(self: Any, key: str, *bounds: Any, seen: list[str] = seen) -> torch.Tensor:
+            seen.append(key + (f"[{bounds[0]}:{bounds[1]}]" if bounds else ""))
+            return original(self, key, *bounds)
+
+        files.Checkpoint.read = noting  # type: ignore[method-assign]
+        parallel = load(root / name, mesh)
+        read[name] = seen
+        optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1)
+        for i, moe in enumerate(parallel.moe_layers):
+            owner = torch.randperm(8, generator=torch.Generator().manual_seed(i)).numpy() // 4
+            move_experts(moe, optimizer, owner, parallel.runtime.comm)
+        rows = random_rows(1, 4, 9)[2 * rank : 2 * rank + 2]
+        found = parallel.logits(parallel.batch(**collate(rows, "right")))
+        model = plain(root / name)
+        expected = torch.cat([model(torch.tensor([tokens])).logits[0] for tokens, _ in rows])
+        assert torch.allclose(found, expected, atol=2e-5), name
+        save_pretrained(parallel, out / name, shard_num_bytes=60_000)
+    return read
+
+
+def test_what_goes_in_comes_out(folders: Path, tmp_path: Path) -> None:
+    names = [*FAMILIES, "tied", "stacked"]
+    read = run_ranks(through, 2, folders, tmp_path, names)
+    for name in names:
+        before, after = plain(folders / name), plain(tmp_path / name)
+        old, new = before.state_dict(), after.state_dict()
+        assert old.keys() == new.keys()
+        assert [k for k in old if not torch.equal(old[k], new[k])] == [], name
+        ids = torch.arange(20)[None]
+        assert torch.equal(before(ids).logits, after(ids).logits), name
+        assert not (tmp_path / f"{name}.tmp").exists()
+        # The same tensors under the same names, if not in the same files (the stacked format becomes the usual one).
+        if name != "stacked":
+            written = files.Checkpoint(tmp_path / name).entries
+            original = files.Checkpoint(folders / name).entries
+            assert {k: e.shape for k, e in written.items()} == {k: e.shape for k, e in original.items()}
+    # Each rank read half of the experts, and nobody the other half.
+    for rank, half in enumerate((range(4), range(4, 8))):
+        mixtral = [key for key in read[rank]["mixtral"] if ".experts." in key]
+        assert {int(key.split(".experts.")[1].split(".")[0]) for key in mixtral} == set(half)
+        assert len(mixtral) == 3 * 4 * 3
+        stacked = [key for key in read[rank]["gpt_oss"] if ".experts." in key]
+        assert {key[key.index("[") :] for key in stacked} == {f"[{half[0]}:{half[-1] + 1}]"}
+
+
+def renamed(folder: Path) -> str:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.2.mlp.experts.5.gate_projection.weight"] = tensors.pop(
+        "model.layers.2.mlp.experts.5.gate_proj.weight"
+    )
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return r"model\.layers\.2\.mlp\.experts\.5\.gate_proj\.weight is missing"
+
+
+def truncated(folder: Path) -> str:
+    path = folder / "model.safetensors"
+    header = json.loads(path.read_bytes()[8:].split(b"}}", 1)[0] + b"}}")
+    header.pop("__metadata__", None)
+    last = max(header, key=lambda name: header[name]["data_offsets"][1])
+    path.write_bytes(path.read_bytes()[:-4])
+    return rf"is truncated: {last} is not whole".replace(".", r"\.")
+
+
+def beheaded(folder: Path) -> str:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    return "not a whole safetensors file"
+
+
+def with_one_too_many(folder: Path) -> str:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.experts.8.up_proj.weight"] = torch.zeros(24, 32)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return r"experts\.8\.up_proj\.weight in .* belongs to nothing"
+
+
+def of_another_shape(folder: Path) -> str:
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.experts.0.down_proj.weight"
+    tensors[name] = tensors[name][:, :-1].contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return r"experts\.0\.down_proj\.weight is \[32, 23\], and should be \[32, 24\]"
+
+
+def missing_shard(folder: Path) -> str:
+    tensors = load_file(folder / "model.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}
+    (folder / files.INDEX).write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()
+    return r"model-00001-of-00001\.safetensors is missing; it holds lm_head\.weight"
+
+
+def of_no_known_kind(folder: Path) -> str:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    return "model_type 'llama' is not one of mixtral, qwen3_moe"
+
+
+DAMAGES: list[Callable[[Path], str]] = [
+    renamed, truncated, beheaded, with_one_too_many, of_another_shape, missing_shard, of_no_known_kind,
+]  # fmt: skip
+
+
+def refuse_all(rank: int, root: Path, patterns: list[str]) -> None:
+    mesh = build_mesh(torch.device("cpu"))
+    for damage, pattern in zip(DAMAGES, patterns, strict=True):
+        with pytest.raises(UserError, match=pattern):
+            load(root / damage.__name__, mesh)
+    # A tensor of this rank's alone: the other rank is told as well.
+    whole = load(root / "whole", mesh)
+    checkpoint = files.Checkpoint(root / "whole")
+    checkpoint.entries.pop("model.norm.weight")
+    with pytest.raises(UserError, match=r"model\.norm\.weight is missing"):
+        fill(whole, checkpoint)
+
+
+def test_what_does_not_fit_is_refused_by_name(folders: Path, tmp_path: Path) -> None:
+    patterns = []
+    for damage in DAMAGES:
+        shutil.copytree(folders / "olmoe", tmp_path / damage.__name__)
+        patterns.append(damage(tmp_path / damage.__name__))
+    shutil.copytree(folders / "olmoe", tmp_path / "whole")
+    run_ranks(refuse_all, 2, tmp_path, patterns)
+
+
+def save_to_nowhere(rank: int, root: Path) -> None:
+    save_pretrained(load(root / "olmoe", build_mesh(torch.device("cpu"))), "/proc/model")
+
+
+def test_a_folder_that_cannot_be_written(folders: Path) -> None:
+    with pytest.raises(RankFailedError, match=r"--out: /proc/model.tmp cannot be made"):
+        run_ranks(save_to_nowhere, 2, folders)

@@ -1,0 +1,266 @@
+"""`luffy finetune`: data, a whole run, its resumption, and the folder at its end, which plain transformers judges."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from transformers import AutoModelForCausalLM
+
+from luffy.comm import build_mesh
+from luffy.errors import UserError
+from luffy.hf.finetune import FineTuner
+from luffy.hf.options import FinetuneOptions
+from luffy.hf.text import Examples, encode_chat, encode_text, held_out, prepare_examples
+from luffy.testing import RankFailedError, run_ranks
+from luffy.train.cli import main
+
+from .tiny import MARKED_TEMPLATE, tiny_config, tiny_model, tiny_tokenizer
+
+CHAT = [
+    {"role": "user", "content": "1+1?"},
+    {"role": "assistant", "content": "2"},
+    {"role": "user", "content": "sure?"},
+    {"role": "assistant", "content": "yes"},
+]
+# Answers of earlier turns lose their last letter, as thoughts do in some templates.
+REWRITING = "{% for m in messages %}<{{ m.role }}>{{ m.content if loop.last else m.content[:-1] }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("finetune")
+    tiny_model(tiny_config("mixtral", vocab_size=97), torch.float32).save_pretrained(root / "model")
+    tiny_tokenizer().save_pretrained(root / "model")
+    lines: list[dict[str, Any]] = []
+    for i in range(24):
+        lines.append(
+            {"messages": [{"role": "user", "content": f"{i}+1?"}, {"role": "assistant", "content": f"{i + 1}"}]}
+        )
+        lines.append({"text": f"after {i} comes {i + 1}" + "." * (i % 5)})
+    (root / "data.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    return root
+
+
+def options(folder: Path, **changes: Any) -> FinetuneOptions:
+    base = FinetuneOptions(
+        model=str(folder / "model"), data=str(folder / "data.jsonl"), ranks=2, steps=6, batch_size=8, lr=3e-3,
+        device="cpu", eval_every=3, checkpoint_every=3, tensorboard=False, profile_attention=False,
+        valid_fraction=0.2, sequence_length=24, rehome_every=2, out=str(folder / "out"),
+    )  # fmt: skip
+    return replace(base, **changes)
+
+
+# ---------------------------------------------------------------- data
+
+
+@pytest.mark.parametrize("template", ["by prefix", "by marks"])
+def test_the_loss_of_a_chat_is_on_what_the_assistant_says(template: str) -> None:
+    tokenizer = tiny_tokenizer() if template == "by prefix" else tiny_tokenizer(MARKED_TEMPLATE)
+    ids, spoken = encode_chat(tokenizer, CHAT)
+    assert tokenizer.decode(ids) == "<user>1+1?<eos><assistant>2<eos><user>sure?<eos><assistant>yes<eos>"
+    assert spoken is not None
+    assert tokenizer.decode([i for i, yes in zip(ids, spoken, strict=True) if yes]) == "2<eos>yes<eos>"
+
+
+def test_a_template_that_rewrites_the_past_leaves_it_open() -> None:
+    assert encode_chat(tiny_tokenizer(REWRITING), CHAT)[1] is None
+
+
+def test_texts_are_cut_and_chats_end(tmp_path: Path) -> None:
+    tokenizer, data = tiny_tokenizer(), tmp_path / "data.jsonl"
+    text = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMN"
+    long_question = [{"role": "user", "content": "x" * 40}, {"role": "assistant", "content": "y"}]
+    data.write_text("\n".join(json.dumps(v) for v in ({"text": text}, {"messages": CHAT}, {"messages": long_question})))
+    settings: dict[str, Any] = {"sequence_length": 30, "vocab_size": 97}
+    summary = prepare_examples(data, tokenizer, tmp_path / "t", loss_on="auto", **settings)
+    assert "1 lines left out" in summary, "its answer lies beyond the end"
+    assert "2 of 2 chats" in summary
+    examples = Examples(tmp_path / "t")
+    found = [examples.sequence(i, i) for i in range(len(examples))]
+    # 41 tokens with the end of the text: inputs 0..29 and 30..39, each label the token after.
+    ids = encode_text(tokenizer, text)[0]
+    assert [s.tokens.tolist() for s in found[:2]] == [ids[:30], ids[30:40]]
+    assert [s.labels.tolist() for s in found[:2]] == [ids[1:31], ids[31:41]]
+    chat = found[2]
+    assert tokenizer.decode(chat.tokens.tolist()) == "<user>1+1?<eos><assistant>2<eos><user>"
+    assert tokenizer.decode(chat.labels[chat.labels >= 0].tolist()) == "2<eos>"
+    assert chat.labels[21] == chat.tokens[22] == ord("2") - 32
+    # Prepared once: the same settings are taken as they are, others are made anew.
+    stamp = (tmp_path / "t" / "tokens.npy").stat().st_mtime_ns
+    prepare_examples(data, tokenizer, tmp_path / "t", loss_on="auto", **settings)
+    assert (tmp_path / "t" / "tokens.npy").stat().st_mtime_ns == stamp
+    prepare_examples(data, tokenizer, tmp_path / "t", loss_on="all", **settings)
+    assert len(Examples(tmp_path / "t")) == 4
+
+
+@pytest.mark.parametrize(
+    ("line", "template", "loss_on", "message"),
+    [
+        ("[1]", "", "auto", 'line 2: has neither "text" nor "messages"'),
+        ("{", "", "auto", "line 2: not a JSON object"),
+        ('{"text": 5}', "", "auto", 'line 2: "text" is not a string'),
+        (json.dumps({"messages": CHAT}), None, "auto", "no chat template"),
+        (json.dumps({"messages": CHAT}), "{{ raise_exception('no') }}", "auto", "line 2: the chat template refuses it"),
+        (json.dumps({"messages": CHAT}), REWRITING, "assistant", "--loss-on assistant"),
+    ],
+)  # fmt: skip
+def test_a_line_that_is_wrong_is_named(
+    tmp_path: Path, line: str, template: str | None, loss_on: str, message: str
+) -> None:
+    (tmp_path / "data.jsonl").write_text('{"text": "good"}\n' + line)
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        prepare_examples(
+            tmp_path / "data.jsonl", tiny_tokenizer(template), tmp_path / "t",
+            sequence_length=8, loss_on=loss_on, vocab_size=97,
+        )  # fmt: skip
+
+
+def test_a_vocabulary_that_is_too_small(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text('{"text": "good"}')
+    with pytest.raises(UserError, match=r"token 95, but its vocabulary has 90"):
+        prepare_examples(
+            tmp_path / "data.jsonl", tiny_tokenizer(), tmp_path / "t", sequence_length=8, loss_on="all", vocab_size=90
+        )
+
+
+# ---------------------------------------------------------------- runs
+
+
+def train(rank: int, runs: list[FinetuneOptions]) -> None:
+    mesh = build_mesh(torch.device("cpu"))
+    for run in runs:
+        Path(run.out).mkdir(parents=True, exist_ok=True)
+        FineTuner(run, mesh).run()
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def plain_loss(model: Any, examples: Examples, indices: Any) -> float:
+    """Mean over the labels of some examples, one after the other."""
+    total, labels = 0.0, 0
+    for i in indices:
+        s = examples.sequence(int(i), 0)
+        with torch.no_grad():
+            logits = model(torch.from_numpy(s.tokens)[None]).logits[0]
+        total += float(torch.nn.functional.cross_entropy(logits, torch.from_numpy(s.labels), reduction="sum"))
+        labels += int((s.labels >= 0).sum())
+    return total / labels
+
+
+def plain_norm(folder: Path, examples: Examples, indices: Any) -> float:
+    """Norm of the gradient of the mean over the labels of some examples."""
+    model, labels = opened(folder), 0
+    for i in indices:
+        s = examples.sequence(int(i), 0)
+        logits = model(torch.from_numpy(s.tokens)[None]).logits[0]
+        torch.nn.functional.cross_entropy(logits, torch.from_numpy(s.labels), reduction="sum").backward()
+        labels += int((s.labels >= 0).sum())
+    norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+    return float(torch.stack(norms).norm()) / labels
+
+
+def opened(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def test_a_run_its_resumption_and_what_it_leaves(folder: Path) -> None:
+    whole, halves, lora = folder / "whole", folder / "halves", folder / "lora"
+    runs = [
+        options(folder, out=str(whole)),
+        options(folder, out=str(halves)),  # stopped after 3 steps by removing what came later, below
+        options(folder, out=str(lora), lora=3, steps=4, lr=3e-2),
+    ]
+    run_ranks(train, 2, runs)
+
+    history = records(whole)
+    assert [r["step"] for r in history] == [1, 2, 3, 4, 5, 6]
+    summary = json.loads((whole / "summary.json").read_text())
+    examples = Examples(whole / "tokens")
+    training, validation = held_out(len(examples), 0.2, 0)
+    # The first step's loss and the last evaluation are what plain transformers says of the folders before and after.
+    order = np.random.default_rng((0, 0)).permutation(len(training))[:8]
+    first = plain_loss(opened(folder / "model"), examples, training[order])
+    assert history[0]["loss"] == pytest.approx(first, rel=1e-5)
+    assert history[0]["grad_norm"] == pytest.approx(plain_norm(folder / "model", examples, training[order]), rel=1e-4)
+    after = opened(whole / "model")
+    assert summary["valid_loss"] == pytest.approx(plain_loss(after, examples, validation), rel=1e-5)
+    assert summary["valid_loss"] < plain_loss(opened(folder / "model"), examples, validation) - 0.1
+    assert any(r["bytes"]["experts"] > 0 or r.get("rehoming") for r in history), "re-homing was asked for"
+    tokenizer_files = {p.name for p in (whole / "model").iterdir()}
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json"} <= tokenizer_files
+
+    # Adapters: the frozen weights are as they were, and the merged folder is the old model with the adapter.
+    from peft import PeftModel
+
+    old, merged = opened(folder / "model"), opened(lora / "model")
+    frozen = {n for n in old.state_dict() if torch.equal(old.state_dict()[n], merged.state_dict()[n])}
+    assert set(old.state_dict()) - frozen == {
+        f"model.layers.{i}.self_attn.{p}_proj.weight" for i in range(3) for p in "qkvo"
+    }
+    ids = torch.arange(30)[None]
+    adapted = PeftModel.from_pretrained(old, str(lora / "adapter"))
+    assert torch.allclose(adapted(ids).logits, merged(ids).logits, atol=1e-4)
+    assert records(lora)[-1]["loss"] < records(lora)[0]["loss"]
+
+    # Killed between step 3 and step 6, and resumed: bit for bit what the uninterrupted run wrote.
+    latest = halves / "checkpoints" / "step-00000006"
+    for path in [*latest.iterdir()]:
+        path.unlink()
+    latest.rmdir()
+    run_ranks(train, 2, [options(folder, out=str(halves), resume=True)])
+    assert [(r["step"], r["loss"]) for r in records(halves)] == [(r["step"], r["loss"]) for r in history]
+    one, other = opened(halves / "model").state_dict(), after.state_dict()
+    assert all(torch.equal(one[n], other[n]) for n in other)
+
+
+def use_wrong_tokenizer(rank: int, run: FinetuneOptions) -> None:
+    Path(run.out).mkdir(parents=True, exist_ok=True)
+    FineTuner(run, build_mesh(torch.device("cpu")))
+
+
+def test_a_model_without_tokenizer_stops_all_ranks(folder: Path, tmp_path: Path) -> None:
+    tiny_model(tiny_config("olmoe", vocab_size=97), torch.float32).save_pretrained(tmp_path / "bare")
+    with pytest.raises(RankFailedError, match="holds no tokenizer"):
+        run_ranks(use_wrong_tokenizer, 2, options(folder, model=str(tmp_path / "bare"), out=str(tmp_path / "out")))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "d.jsonl"], "--model is missing"),
+        (["--model", "nowhere", "--data", "d.jsonl"], "--model nowhere is not a folder"),
+        (["--model", "{model}", "--data", "d.txt"], "--data d.txt is not a .jsonl file"),
+        (["--model", "{model}", "--data", "{data}", "--ranks", "3"], "cannot be divided over 3"),
+        (["--model", "{model}", "--data", "{data}", "--sequence-length", "65"], "--sequence-length 65 is more than"),
+        (["--model", "{empty}", "--data", "{data}"], "config.json cannot be read"),
+    ],
+)
+def test_the_command_line_says_what_is_wrong(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    paths = {"model": folder / "model", "data": folder / "data.jsonl", "empty": tmp_path}
+    with pytest.raises(SystemExit) as left:
+        main(["finetune", "--out", str(tmp_path / "out"), *(a.format(**paths) for a in arguments)])
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_command_line_runs(folder: Path, tmp_path: Path) -> None:
+    main(
+        ["finetune", "--model", str(folder / "model"), "--data", str(folder / "data.jsonl"), "--ranks", "2", "--steps",
+         "2", "--device", "cpu", "--out", str(tmp_path / "out"), "--dtype", "bfloat16"]
+    )  # fmt: skip
+    assert (tmp_path / "out" / "report.html").exists()
+    assert opened(tmp_path / "out" / "model").config.model_type == "mixtral"
