@@ -118,7 +118,7 @@ def train(
         command += ["--wire", wire, "--condense", condense, "--data", data, "--device", device, "--ranks", "1"]
         command += ["--steps", str(steps), "--batch-size", str(batch_size), "--sequence-length", str(length)]
         command += ["--seed", str(seed), "--lr", "1e-3", "--eval-every", str(max(1, steps // 10)), "--eval-batches"]
-        command += ["8", "--checkpoint-every", "0", "--no-tensorboard", "--out", str(target), "--overwrite"]
+        command += ["8", "--keep-checkpoints", "0", "--no-tensorboard", "--out", str(target), "--overwrite"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             return f"{name}: {done.stderr.strip()[-300:]}"
