@@ -1,18 +1,23 @@
 """The library's attention over the rows of a TokenBatch.
 
-The library wants a grid [sequences, length, D]. Sequences of equal length make one without padding, so packed rows are
-attended to group by group; `padded` makes one grid of all, padded on the right, where no token can see the padding: it
-lies in its future. Positions, rotary embeddings and masks are functions of the lengths, so they follow a sequence that
-moves without being sent. Masks are the library's own, made for its configured attention and window.
+Packed: the library's module sees all rows as one long sequence, so that its projections and norms run once; in the
+place of its attention function stands `packed_attention`, which calls that function for sequences of equal length
+together and needs no padding. `padded`: one grid of all sequences, padded on the right, where no token can see the
+padding: it lies in its future. Positions, rotary embeddings and masks are functions of the lengths, so they follow a
+sequence that moves without being sent. Masks are the library's own, made for its configured attention and window.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from luffy.data.batch import Layout
 from luffy.errors import UserError
@@ -31,6 +36,9 @@ def check_attention(config: Any) -> None:
         )
 
 
+PACKED = "luffy_packed"
+
+
 class Frames:
     """What attention needs besides rows, for one forward pass: rotary embeddings and masks by length."""
 
@@ -44,20 +52,33 @@ class Frames:
         """x: [T, D], normed -> what attention of layer `index` answers, [T, D]."""
         if layout.num_tokens == 0:
             # A rank without tokens still touches every parameter, so that gradients are summed over all ranks.
-            ghost = self._run(attention, index, x.new_zeros(1, 1, x.shape[1]))
+            ghost = self._on_grid(attention, index, x.new_zeros(1, 1, x.shape[1]))
             return x + ghost.sum() * 0
-        if self.padded and not layout.equal_lengths:
-            grid = x.new_zeros(layout.num_sequences * layout.max_length, x.shape[1])
-            grid = grid.index_copy(0, layout.padded_index, x).unflatten(0, (layout.num_sequences, layout.max_length))
-            return self._run(attention, index, grid).flatten(0, 1)[layout.padded_index]
-        groups = layout.groups_of_equal_length
-        parts = [self._run(attention, index, x[rows].unflatten(0, (-1, n))).flatten(0, 1) for n, rows in groups]
-        if len(parts) == 1:
-            rows = groups[0][1]
-            return torch.empty_like(x).index_copy(0, rows, parts[0])
-        return torch.empty_like(x).index_copy(0, torch.cat([rows for _, rows in groups]), torch.cat(parts))
+        if self.padded or layout.equal_lengths:
+            shape = layout.num_sequences, layout.max_length
+            if layout.equal_lengths:
+                return self._on_grid(attention, index, x.unflatten(0, shape)).flatten(0, 1)
+            grid = x.new_zeros(shape[0] * shape[1], x.shape[1]).index_copy(0, layout.padded_index, x)
+            return self._on_grid(attention, index, grid.unflatten(0, shape)).flatten(0, 1)[layout.padded_index]
+        positions, name = layout.positions, self.config._attn_implementation
+        masks = {n: self.mask(index, n, x) for n in set(layout.lengths)}
+        packed = Packed(layout, masks, ALL_ATTENTION_FUNCTIONS.get_interface(name, _own_function(attention)))
+        self.config._attn_implementation = PACKED
+        try:
+            answer = call_in(
+                x.dtype,
+                attention,
+                hidden_states=x[None],
+                position_embeddings=(self.cos[:, positions], self.sin[:, positions]),
+                attention_mask=None,
+                past_key_values=None,
+                packed=packed,
+            )
+        finally:
+            self.config._attn_implementation = name
+        return answer[0][0]
 
-    def _run(self, attention: nn.Module, index: int, grid: Tensor) -> Tensor:
+    def _on_grid(self, attention: nn.Module, index: int, grid: Tensor) -> Tensor:
         """[S, L, D] -> [S, L, D]."""
         length = grid.shape[1]
         answer = call_in(
@@ -65,22 +86,62 @@ class Frames:
             attention,
             hidden_states=grid,
             position_embeddings=(self.cos[:, :length], self.sin[:, :length]),
-            attention_mask=self._mask(index, grid),
-            position_ids=torch.arange(length, device=grid.device)[None],
+            attention_mask=self.mask(index, length, grid),
             past_key_values=None,
         )
         return answer[0]
 
-    def _mask(self, index: int, grid: Tensor) -> Any:
+    def mask(self, index: int, length: int, like: Tensor) -> Any:
+        """The library's causal mask of layer `index` for sequences of `length`; None where it needs none."""
         types = getattr(self.config, "layer_types", None)
         kind = "sliding_attention" if getattr(self.config, "sliding_window", None) is not None else "full_attention"
         kind = kind if types is None else types[index]
-        key = (grid.shape[1], kind)
-        if key not in self._masks:
+        if (length, kind) not in self._masks:
             if kind not in ("full_attention", "sliding_attention"):
                 raise UserError(f"layer_types {kind!r}: only full_attention and sliding_attention are known here")
             make = create_causal_mask if kind == "full_attention" else create_sliding_window_causal_mask
-            self._masks[key] = make(
-                config=self.config, inputs_embeds=grid[:1], attention_mask=None, past_key_values=None
+            shaped = like.new_empty(1, length, 1)  # only its shape, dtype and device are looked at
+            self._masks[length, kind] = make(
+                config=self.config, inputs_embeds=shaped, attention_mask=None, past_key_values=None
             )
-        return self._masks[key]
+        return self._masks[length, kind]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """How packed rows are attended to. masks: by length. function: the library's, as configured."""
+
+    layout: Layout
+    masks: dict[int, Any]
+    function: Callable[..., tuple[Tensor, Any]]
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    packed: Packed,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """[1, H, T, hd] each -> [1, T, H, hd]: every sequence attends to itself alone."""
+    out = None
+    for length, rows in packed.layout.groups_of_equal_length:
+        q, k, v = (t[0][:, rows].unflatten(1, (-1, length)).transpose(0, 1) for t in (query, key, value))
+        answer = packed.function(module, q, k, v, packed.masks[length], **options)[0].flatten(
+            0, 1
+        )  # [n * length, H, hd]
+        out = answer.new_empty(query.shape[2], *answer.shape[1:]) if out is None else out
+        out = out.index_copy(0, rows, answer)
+    assert out is not None, "a rank without tokens does not come here"
+    return out[None], None
+
+
+def _own_function(attention: nn.Module) -> Callable[..., Any]:
+    """What the module's file calls eager attention, which the library's table of functions does not hold."""
+    there = vars(sys.modules[type(attention).__module__])
+    return there.get("eager_attention_forward", ALL_ATTENTION_FUNCTIONS["sdpa"])
+
+
+ALL_ATTENTION_FUNCTIONS.register(PACKED, packed_attention)

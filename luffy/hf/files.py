@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -98,6 +98,7 @@ class ShardWriter:
         self.num_bytes = 0
         self._pending: dict[str, Tensor] = {}
         self._files = 0
+        self._failure: str | None = None
 
     def add(self, name: str, tensor: Tensor) -> None:
         pending = sum(t.nbytes for t in self._pending.values())
@@ -108,20 +109,22 @@ class ShardWriter:
         self.num_bytes += tensor.nbytes
 
     def flush(self) -> None:
-        """Write what is left. UserError where the disk does not take it."""
-        if not self._pending:
+        """Write what has come. A disk that does not take it is remembered: other ranks may be waiting for this one."""
+        pending, self._pending = self._pending, {}
+        if not pending or self._failure is not None:
             return
         self._files += 1
         file = f"{self.prefix}-{self._files:05d}.safetensors"
         try:
-            save_file(self._pending, self.folder / file, metadata={"format": "pt"})
+            save_file(pending, self.folder / file, metadata={"format": "pt"})
             with open(self.folder / file, "rb") as f:
                 os.fsync(f.fileno())
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"--out: {self.folder / file} not written: {error}") from error
-        except Exception as error:  # safetensors has its own for a full disk
-            if type(error).__name__ != "SafetensorError":
-                raise
-            raise UserError(f"--out: {self.folder / file} not written: {error}") from error
-        self.where |= dict.fromkeys(self._pending, file)
-        self._pending = {}
+        except (OSError, SafetensorError) as error:
+            self._failure = f"--out: {self.folder / file} not written: {error}"
+        self.where |= dict.fromkeys(pending, file)
+
+    def close(self) -> None:
+        """Write the rest. UserError where the disk did not take everything."""
+        self.flush()
+        if self._failure is not None:
+            raise UserError(self._failure)

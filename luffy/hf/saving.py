@@ -57,9 +57,15 @@ def save_pretrained(
     merge = getattr(parallel.library, "merge_adapter", None)
     if merge is not None:
         merge()
-    everyone(mesh, lambda: _write(parallel, writer, dtype or parallel.stored_dtype))
-    if merge is not None:
-        parallel.library.unmerge_adapter()  # type: ignore[operator]
+    try:
+        everyone(mesh, lambda: _write(parallel, writer, dtype or parallel.stored_dtype))
+    except UserError:
+        if mesh.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    finally:
+        if merge is not None:
+            parallel.library.unmerge_adapter()  # type: ignore[operator]
 
     def announce() -> None:
         if mesh.dp_rank == 0:
@@ -88,7 +94,7 @@ def _write(parallel: ParallelModel, writer: ShardWriter, dtype: torch.dtype | No
     for name, b in parallel.named_buffers():
         if mesh.rank == 0 and is_stored(parallel, name):
             writer.add(source_of(parallel.library_name(name), parallel.family, blocks, None).keys[0], b)
-    writer.flush()
+    writer.close()
 
 
 def _write_experts(parallel: ParallelModel, name: str, value: Tensor, source: Source, writer: ShardWriter) -> None:

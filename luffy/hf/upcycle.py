@@ -93,7 +93,7 @@ def upcycle(
     for i in range(config.num_hidden_layers):
         gate = torch.randn(experts, config.hidden_size, generator=generator) * noise
         writer.add(f"model.layers.{i}.{disk.block or family.block}.{family.gate}.weight", gate.to(tensor.dtype))
-    writer.flush()
+    writer.close()
     write_index(temporary, writer.where, writer.num_bytes)
     config.architectures = ["MixtralForCausalLM" if config.model_type == "mixtral" else "Qwen3MoeForCausalLM"]
     config.save_pretrained(temporary)

@@ -20,7 +20,7 @@ from luffy.comm import build_mesh
 from luffy.errors import UserError
 from luffy.hf import files, load, save_pretrained
 from luffy.hf.loading import fill
-from luffy.testing import RankFailedError, run_ranks
+from luffy.testing import run_ranks
 from luffy.train.rehoming import move_experts
 
 from .tiny import collate, random_rows, tiny_config, tiny_model
@@ -177,10 +177,25 @@ def test_what_does_not_fit_is_refused_by_name(folders: Path, tmp_path: Path) -> 
     run_ranks(refuse_all, 2, tmp_path, patterns)
 
 
-def save_to_nowhere(rank: int, root: Path) -> None:
-    save_pretrained(load(root / "olmoe", build_mesh(torch.device("cpu"))), "/proc/model")
+def save_in_vain(rank: int, root: Path, out: Path) -> None:
+    """A folder that cannot be made; then a disk that one rank finds full while the others wait for its experts."""
+    mesh = build_mesh(torch.device("cpu"))
+    parallel = load(root / "gpt_oss", mesh)
+    with pytest.raises(UserError, match=r"--out: /proc/model.tmp cannot be made"):
+        save_pretrained(parallel, "/proc/model")
+    if rank == 0:
+
+        def full(*_: Any, **__: Any) -> None:
+            raise OSError("No space left on device")
+
+        files.save_file = full
+    with pytest.raises(UserError, match=r"model-rank000-00001.safetensors not written: No space left"):
+        save_pretrained(parallel, out / "model", shard_num_bytes=20_000)
 
 
-def test_a_folder_that_cannot_be_written(folders: Path) -> None:
-    with pytest.raises(RankFailedError, match=r"--out: /proc/model.tmp cannot be made"):
-        run_ranks(save_to_nowhere, 2, folders)
+def test_a_disk_that_takes_nothing_stops_all_ranks(folders: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old").write_text("what was there before")
+    run_ranks(save_in_vain, 2, folders, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"], "nothing half-written, and the old folder as it was"
+    assert (tmp_path / "model" / "old").exists()
