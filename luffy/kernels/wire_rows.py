@@ -7,10 +7,9 @@ endian for int16) and behind it the scales of its blocks. Two operations, each t
     encode_rows   out[i] = code(x[index[i]])             rows into the send buffer, by token
     add_rows      total[index[i]] += value(coded[i])     received rows into the stream, by token
 
-The torch reference works through a few hundred rows at a time, which stay in the processor's cache, several times as
-fast as whole-array passes. The Triton kernels round alike, to the bit (products are not contracted, the reciprocal is
-correctly rounded); only `add_rows` may differ from the reference, where more than two rows meet in a token, in the
-order of their addition.
+The torch reference works through 128k values at a time, which stay in the processor's cache, in few passes. The Triton
+kernels round alike, to the bit (products are not contracted, the reciprocal is correctly rounded); only `add_rows` may
+differ from the reference, where more than two rows meet in a token, in the order of their addition.
 
 Random rounding adds to x / s a number in [0, 1) that is a hash of the seed and of the value's place, and rounds down:
 the mean over seeds is x, and a repeated step repeats itself.
