@@ -86,7 +86,7 @@ def main(sizes: str, rows: str, formats: str, repeats: int, out: Path | None) ->
         raise click.ClickException("needs a GPU; tests/kernels hold the kernels to their references without one")
     from tests.kernels.wired import check  # after the path is set: the tests stand beside the benchmarks
 
-    seen = check("cuda", (torch.float32, torch.bfloat16), (32, 50, 768, 1100))
+    seen = check("cuda", (torch.float32, torch.bfloat16), (50, 768))
     click.echo(f"{seen} cases agree with their references to the bit\n")
     results = []
     click.echo("| format | d | rows | copy GB/s | encode GB/s | at random | decode GB/s | encode ms | decode ms |")

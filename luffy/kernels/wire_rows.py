@@ -231,31 +231,24 @@ if triton is not None:
         block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
         num_blocks = (D + 31) // 32
         first, to = x + source * stride, out + row * width
-        if BITS == 4:  # even and odd values apart, so that a pair can meet in a byte
+        column = block[:, None] * 32 + tl.arange(0, 32)[None, :]
+        value = tl.load(first + column, mask=column < D, other=0.0).to(tl.float32)
+        most = tl.max(tl.abs(value), axis=1)
+        bad = tl.max((value != value).to(tl.int32), axis=1)
+        bits, inverse = _scale(most, bad, LARGEST, SMALLEST)
+        q = _round(value * inverse[:, None], row * D + column, seed, LARGEST, RANDOM, MAGIC)
+        if BITS == 4:
+            low, high = tl.split(tl.reshape(q, (BLOCKS, 16, 2)))
             pair = block[:, None] * 16 + tl.arange(0, 16)[None, :]
-            even = tl.load(first + 2 * pair, mask=2 * pair < D, other=0.0).to(tl.float32)
-            odd = tl.load(first + 2 * pair + 1, mask=2 * pair + 1 < D, other=0.0).to(tl.float32)
-            most = tl.max(tl.maximum(tl.abs(even), tl.abs(odd)), axis=1)
-            bad = tl.max(((even != even) | (odd != odd)).to(tl.int32), axis=1)
-            bits, inverse = _scale(most, bad, LARGEST, SMALLEST)
-            low = _round(even * inverse[:, None], row * D + 2 * pair, seed, LARGEST, RANDOM, MAGIC)
-            high = _round(odd * inverse[:, None], row * D + 2 * pair + 1, seed, LARGEST, RANDOM, MAGIC)
             tl.store(to + pair, ((low & 15) | ((high & 15) << 4)).to(tl.uint8), mask=pair < num_blocks * 16)
             payload = num_blocks * 16
+        elif BITS == 8:
+            tl.store(to + column, (q & 255).to(tl.uint8), mask=column < D)
+            payload = D
         else:
-            column = block[:, None] * 32 + tl.arange(0, 32)[None, :]
-            value = tl.load(first + column, mask=column < D, other=0.0).to(tl.float32)
-            most = tl.max(tl.abs(value), axis=1)
-            bad = tl.max((value != value).to(tl.int32), axis=1)
-            bits, inverse = _scale(most, bad, LARGEST, SMALLEST)
-            q = _round(value * inverse[:, None], row * D + column, seed, LARGEST, RANDOM, MAGIC)
-            if BITS == 8:
-                tl.store(to + column, (q & 255).to(tl.uint8), mask=column < D)
-                payload = D
-            else:
-                tl.store(to + 2 * column, (q & 255).to(tl.uint8), mask=column < D)
-                tl.store(to + 2 * column + 1, ((q >> 8) & 255).to(tl.uint8), mask=column < D)
-                payload = 2 * D
+            tl.store(to + 2 * column, (q & 255).to(tl.uint8), mask=column < D)
+            tl.store(to + 2 * column + 1, ((q >> 8) & 255).to(tl.uint8), mask=column < D)
+            payload = 2 * D
         tl.store(to + payload + 2 * block, (bits & 255).to(tl.uint8), mask=block < num_blocks)
         tl.store(to + payload + 2 * block + 1, (bits >> 8).to(tl.uint8), mask=block < num_blocks)
 
@@ -318,7 +311,7 @@ def _encode_by_kernel(x: Tensor, index: Tensor | None, name: str, seed: int | No
     launch(
         x, out if index is None else index, out, x.shape[1], x.stride(0), out.stride(0), seed or 0,
         BLOCKS=blocks, BITS=_BITS[name], LARGEST=float(LARGEST[name]), GATHER=index is not None,
-        RANDOM=seed is not None, SMALLEST=_SMALLEST, MAGIC=_MAGIC, num_warps=4, enable_fp_fusion=False,
+        RANDOM=seed is not None, SMALLEST=_SMALLEST, MAGIC=_MAGIC, num_warps=2, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -328,5 +321,5 @@ def _decode_by_kernel(coded: Tensor, index: Tensor | None, name: str, out: Tenso
     launch: Any = _decode_kernel[(rows, parts)]
     launch(
         coded, coded if index is None else index, out, out.shape[1], coded.stride(0),
-        BLOCKS=blocks, BITS=_BITS[name], ADD=index is not None, num_warps=4, enable_fp_fusion=False,
+        BLOCKS=blocks, BITS=_BITS[name], ADD=index is not None, num_warps=2, enable_fp_fusion=False,
     )  # fmt: skip
