@@ -3,10 +3,10 @@
     python benchmarks/wire_kernels.py --out docs/results/wire_kernels.json      (needs a GPU; under a minute)
 
 `encode`: rows of a bfloat16 stream gathered by index into coded rows. `decode`: coded rows added into a float32 stream
-by index, two rows a token as at top-2; `in a message`: from rows that other columns stand beside, as they arrive. `copy`:
-torch's own copy of as many bfloat16 rows. GB/s count every byte that must be read or written, indices included: for an
-addition, the sum is read and written. `torch`: the same by the reference, an operation at a time. Before anything is
-timed, the kernels are held to their references to the bit.
+by index, two rows a token as at top-2; `in a message`: from rows that other columns stand beside, as they arrive.
+`copy`: torch's own copy of as many bfloat16 rows. GB/s count every byte that must be read or written, indices
+included: for an addition, the sum is read and written. `torch`: the same by the reference, an operation at a time.
+Before anything is timed, the kernels are held to their references to the bit.
 """
 
 from __future__ import annotations
