@@ -7,10 +7,9 @@ endian for int16) and behind it the scales of its blocks. Two operations, each t
     encode_rows   out[i] = code(x[index[i]])             rows into the send buffer, by token
     add_rows      total[index[i]] += value(coded[i])     received rows into the stream, by token
 
-The torch reference works through a few hundred rows at a time, which stay in the processor's cache, several times as
-fast as whole-array passes. The Triton kernels round alike, to the bit (products are not contracted, the reciprocal is
-correctly rounded); only `add_rows` may differ from the reference, where more than two rows meet in a token, in the
-order of their addition.
+The torch reference works through 128k values at a time, which stay in the processor's cache, in few passes. The Triton
+kernels round alike, to the bit (products are not contracted, the reciprocal is correctly rounded); only `add_rows` may
+differ from the reference, where more than two rows meet in a token, in the order of their addition.
 
 Random rounding adds to x / s a number in [0, 1) that is a hash of the seed and of the value's place, and rounds down:
 the mean over seeds is x, and a repeated step repeats itself.
@@ -232,31 +231,24 @@ if triton is not None:
         block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
         num_blocks = (D + 31) // 32
         first, to = x + source * stride, out + row * width
-        if BITS == 4:  # even and odd values apart, so that a pair can meet in a byte
+        column = block[:, None] * 32 + tl.arange(0, 32)[None, :]
+        value = tl.load(first + column, mask=column < D, other=0.0).to(tl.float32)
+        most = tl.max(tl.abs(value), axis=1)
+        bad = tl.max((value != value).to(tl.int32), axis=1)
+        bits, inverse = _scale(most, bad, LARGEST, SMALLEST)
+        q = _round(value * inverse[:, None], row * D + column, seed, LARGEST, RANDOM, MAGIC)
+        if BITS == 4:
+            low, high = tl.split(tl.reshape(q, (BLOCKS, 16, 2)))
             pair = block[:, None] * 16 + tl.arange(0, 16)[None, :]
-            even = tl.load(first + 2 * pair, mask=2 * pair < D, other=0.0).to(tl.float32)
-            odd = tl.load(first + 2 * pair + 1, mask=2 * pair + 1 < D, other=0.0).to(tl.float32)
-            most = tl.max(tl.maximum(tl.abs(even), tl.abs(odd)), axis=1)
-            bad = tl.max(((even != even) | (odd != odd)).to(tl.int32), axis=1)
-            bits, inverse = _scale(most, bad, LARGEST, SMALLEST)
-            low = _round(even * inverse[:, None], row * D + 2 * pair, seed, LARGEST, RANDOM, MAGIC)
-            high = _round(odd * inverse[:, None], row * D + 2 * pair + 1, seed, LARGEST, RANDOM, MAGIC)
             tl.store(to + pair, ((low & 15) | ((high & 15) << 4)).to(tl.uint8), mask=pair < num_blocks * 16)
             payload = num_blocks * 16
+        elif BITS == 8:
+            tl.store(to + column, (q & 255).to(tl.uint8), mask=column < D)
+            payload = D
         else:
-            column = block[:, None] * 32 + tl.arange(0, 32)[None, :]
-            value = tl.load(first + column, mask=column < D, other=0.0).to(tl.float32)
-            most = tl.max(tl.abs(value), axis=1)
-            bad = tl.max((value != value).to(tl.int32), axis=1)
-            bits, inverse = _scale(most, bad, LARGEST, SMALLEST)
-            q = _round(value * inverse[:, None], row * D + column, seed, LARGEST, RANDOM, MAGIC)
-            if BITS == 8:
-                tl.store(to + column, (q & 255).to(tl.uint8), mask=column < D)
-                payload = D
-            else:
-                tl.store(to + 2 * column, (q & 255).to(tl.uint8), mask=column < D)
-                tl.store(to + 2 * column + 1, ((q >> 8) & 255).to(tl.uint8), mask=column < D)
-                payload = 2 * D
+            tl.store(to + 2 * column, (q & 255).to(tl.uint8), mask=column < D)
+            tl.store(to + 2 * column + 1, ((q >> 8) & 255).to(tl.uint8), mask=column < D)
+            payload = 2 * D
         tl.store(to + payload + 2 * block, (bits & 255).to(tl.uint8), mask=block < num_blocks)
         tl.store(to + payload + 2 * block + 1, (bits >> 8).to(tl.uint8), mask=block < num_blocks)
 
@@ -319,7 +311,7 @@ def _encode_by_kernel(x: Tensor, index: Tensor | None, name: str, seed: int | No
     launch(
         x, out if index is None else index, out, x.shape[1], x.stride(0), out.stride(0), seed or 0,
         BLOCKS=blocks, BITS=_BITS[name], LARGEST=float(LARGEST[name]), GATHER=index is not None,
-        RANDOM=seed is not None, SMALLEST=_SMALLEST, MAGIC=_MAGIC, num_warps=4, enable_fp_fusion=False,
+        RANDOM=seed is not None, SMALLEST=_SMALLEST, MAGIC=_MAGIC, num_warps=2, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -329,5 +321,5 @@ def _decode_by_kernel(coded: Tensor, index: Tensor | None, name: str, out: Tenso
     launch: Any = _decode_kernel[(rows, parts)]
     launch(
         coded, coded if index is None else index, out, out.shape[1], coded.stride(0),
-        BLOCKS=blocks, BITS=_BITS[name], ADD=index is not None, num_warps=4, enable_fp_fusion=False,
+        BLOCKS=blocks, BITS=_BITS[name], ADD=index is not None, num_warps=2, enable_fp_fusion=False,
     )  # fmt: skip
