@@ -38,10 +38,10 @@ from luffy.train.trainer import Trainer
 # Options of `luffy train` that say how Luffy works inside, or that no peer has; with any other value than their
 # default they are refused. (`--recipe` is replaced by `--peer`.)
 _NOT_FOR_PEERS = (
-    "resume", "ep_size", "topology", "accumulate", "recompute", "gradient_dtype", "export", "rehome_every", "wire",
+    "resume", "ep_size", "topology", "accumulate", "recompute", "export", "rehome_every", "wire",
     "residency", "fetch_limit", "condense", "condense_warmup", "condense_until", "trace_every", "layout",
     "shared_experts", "moe_every", "memory_length", "router_score", "normalize_topk", "locality_loss",
-    "bias_update_rate",
+    "bias_update_rate", "overlap", "start_weights",
 )  # fmt: skip
 
 COUNTED = (

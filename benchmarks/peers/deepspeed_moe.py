@@ -27,6 +27,7 @@ from luffy.comm import Comm
 from luffy.config import ModelConfig
 from luffy.data.batch import TokenBatch
 from luffy.errors import UserError
+from luffy.exchange import Stage
 from luffy.model import Runtime, build_model
 from luffy.model.layers import activate
 from luffy.model.moe_layer import MoELayer
@@ -102,7 +103,9 @@ class DeepSpeedLayer(nn.Module):
     def prefetch(self, dtype: torch.dtype) -> None:
         """Nothing is fetched ahead."""
 
-    def forward(self, batch: TokenBatch, norm: nn.Module, *_: Any) -> TokenBatch:
+    def stages(self, batch: TokenBatch, norm: nn.Module, *_: Any) -> Stage[TokenBatch]:
+        """As MoELayer's; it waits where it is, so it has no place to yield."""
+        yield from ()
         output, self.aux, _counts = self.moe(norm(batch.hidden))
         return batch.with_hidden(batch.hidden + output)
 
@@ -126,7 +129,7 @@ class DeepSpeedMoE(Peer):
             self.layers = [self._replace(model, i, layer_class) for i, b in enumerate(model.blocks) if b.moe]
         self.model = model
         self.optimizer = make_optimizer(model, options.lr, options.weight_decay, self.mesh.device.type == "cuda")
-        self.sync = GradientSync(model, comm)
+        self.sync = GradientSync(model, comm, options.gradient_dtype == "bfloat16")
 
     @classmethod
     def check(cls, options: TrainOptions) -> None:

@@ -140,6 +140,8 @@ class HuggingFaceEP(Peer):
             raise UserError("--capacity-factor: transformers drops no tokens; leave it out for --peer hf_ep")
         if not config.router.normalize_topk or config.qk_norm or config.position == "relative":
             raise UserError(f"--model {options.model} has no Mixtral of its shape; use moe-gpt2 or moe-gpt2-tiny")
+        if options.gradient_dtype != "model":
+            raise UserError("--gradient-dtype: FSDP2 reduces this model's gradients in float32; leave it out")
         if options.dtype == "float64":
             raise UserError("--dtype float64: Mixtral's router works in float32; use float32 or bfloat16")
 

@@ -22,6 +22,7 @@ from luffy.comm import Comm
 from luffy.config import ModelConfig
 from luffy.data.batch import TokenBatch
 from luffy.errors import UserError
+from luffy.exchange import Stage
 from luffy.model import Runtime, build_model
 from luffy.model.experts import GroupedExperts
 from luffy.model.layers import activate
@@ -84,7 +85,9 @@ class TransformersLayer(nn.Module):
     def prefetch(self, dtype: torch.dtype) -> None:
         """Nothing is fetched ahead."""
 
-    def forward(self, batch: TokenBatch, norm: nn.Module, *_: Any) -> TokenBatch:
+    def stages(self, batch: TokenBatch, norm: nn.Module, *_: Any) -> Stage[TokenBatch]:
+        """As MoELayer's; it waits where it is, so it has no place to yield."""
+        yield from ()
         normed = norm(batch.hidden)
         routing, stats = self.router(normed, batch.layout)
         self.experts.dtype = normed.dtype
@@ -112,7 +115,7 @@ class HuggingFaceLayer(Peer):
             if block.moe is not None:
                 block.moe = TransformersLayer(block.moe, mesh.device_mesh["ep"], alone)
         self.optimizer = make_optimizer(self.model, options.lr, options.weight_decay, mesh.device.type == "cuda")
-        self.sync = GradientSync(self.model, comm)
+        self.sync = GradientSync(self.model, comm, options.gradient_dtype == "bfloat16")
 
     @classmethod
     def check(cls, options: TrainOptions) -> None:
