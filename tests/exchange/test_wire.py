@@ -61,6 +61,9 @@ def test_a_value_comes_back_within_its_formats_error(name, size, seed, dtype, ma
     assert row_num_bytes(name, size, dtype.itemsize) == coded.shape[1]
     back = made.decode(coded, size, dtype)
     assert back.dtype == dtype and back.shape == rows.shape
+    # A single row that begins at an odd byte of a message.
+    wide = torch.cat([coded.new_zeros(1, 3), coded[1:2], coded.new_zeros(1, 2)], dim=1)[:, 3:-2]
+    assert torch.equal(made.decode(wide, size, dtype), back[1:2])
     rounding = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-23
     for x, y in zip(rows.double().numpy(), back.double().numpy(), strict=True):
         assert (np.abs(x - y) <= largest_error(name, x) + rounding * np.abs(x)).all()
