@@ -121,9 +121,9 @@ def bits_as_bytes(bits: Tensor) -> Tensor:
 def aligned(columns: Tensor) -> Tensor:
     """Some columns of a message as bytes that can be viewed as another dtype: copied, unless they are all of it.
 
-    (Columns of a single row count as contiguous wherever they begin.)
+    (Columns of a single row count as contiguous wherever they begin and end.)
     """
-    whole = columns.is_contiguous() and columns.storage_offset() == 0
+    whole = columns.stride() == (columns.shape[1], 1) and columns.storage_offset() == 0
     return columns if whole else columns.clone(memory_format=torch.contiguous_format)
 
 
