@@ -34,7 +34,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from luffy.comm import Codec
-from luffy.kernels.wire_rows import add_rows, bits_as_bytes, decode_rows, encode_rows, largest_of_blocks, scale_bits
+from luffy.kernels.wire_rows import (
+    add_rows,
+    aligned,
+    bits_as_bytes,
+    decode_rows,
+    encode_rows,
+    largest_of_blocks,
+    rows_at_once,
+    scale_bits,
+)
 from luffy.kernels.wire_rows import scales_of as block_scales
 from luffy.wire_format import BLOCK, RANDOM, WIRE_DIRECTIONS, WireSpec, row_num_bytes
 
@@ -65,7 +74,7 @@ class AsTheyAre:
 
     def decode(self, coded: Tensor, size: int, dtype: torch.dtype) -> Tensor:
         """uint8 [n, itemsize size] -> [n, size] of dtype."""
-        return coded.clone(memory_format=torch.contiguous_format).view(dtype)
+        return aligned(coded).view(dtype)
 
     def add(self, total: Tensor, index: Tensor, coded: Tensor, dtype: torch.dtype) -> Tensor:
         return total.index_add_(0, index, self.decode(coded, total.shape[1], dtype).to(total.dtype))
@@ -81,7 +90,7 @@ class BFloat16:
 
     def decode(self, coded: Tensor, size: int, dtype: torch.dtype) -> Tensor:
         """uint8 [n, 2 D] -> [n, D] of dtype."""
-        return coded.clone(memory_format=torch.contiguous_format).view(torch.bfloat16).to(dtype)
+        return aligned(coded).view(torch.bfloat16).to(dtype)
 
     def add(self, total: Tensor, index: Tensor, coded: Tensor, dtype: torch.dtype) -> Tensor:
         return total.index_add_(0, index, self.decode(coded, total.shape[1], total.dtype))
@@ -99,19 +108,27 @@ class Float8:
     def encode(self, rows: Tensor, index: Tensor | None = None) -> Tensor:
         """[n, D] -> uint8 [n, D + 2 D / 32]."""
         dtype, largest = _FLOAT8[self.name]
-        blocks, most = largest_of_blocks(_picked(rows, index))
-        bits, inverse = scale_bits(most, largest)
-        scaled = (blocks * inverse[:, :, None]).flatten(1)[:, : rows.shape[1]]
-        payload = scaled.clamp(-largest, largest).to(dtype).view(torch.uint8)
-        return torch.cat([payload, bits_as_bytes(bits)], dim=1)
+        rows, D = _picked(rows, index), rows.shape[1]
+        out = torch.empty(rows.shape[0], row_num_bytes(self.name, D, 0), dtype=torch.uint8, device=rows.device)
+        step = max(1, rows_at_once(rows, rows.shape[0]))
+        for part, coded in zip(rows.split(step), out.split(step), strict=True):
+            blocks, most = largest_of_blocks(part)
+            bits, inverse = scale_bits(most, largest)
+            scaled = (blocks * inverse[:, :, None]).flatten(1)[:, :D].clamp_(-largest, largest)
+            coded[:, :D], coded[:, D:] = scaled.to(dtype).view(torch.uint8), bits_as_bytes(bits)
+        return out
 
     def decode(self, coded: Tensor, size: int, dtype: torch.dtype) -> Tensor:
         """uint8 [n, size + 2 size / 32] -> [n, size] of dtype."""
         num_blocks = -(-size // BLOCK)
-        scales = block_scales(coded, num_blocks)
-        values = coded[:, : -2 * num_blocks].contiguous().view(_FLOAT8[self.name][0]).float()
-        values = F.pad(values, (0, -size % BLOCK)).unflatten(1, (-1, BLOCK))
-        return (values * scales).flatten(1)[:, :size].to(dtype)
+        out = torch.empty(coded.shape[0], size, dtype=dtype, device=coded.device)
+        step = max(1, rows_at_once(out, coded.shape[0]))
+        for part, rows in zip(coded.split(step), out.split(step), strict=True):
+            values = part[:, : -2 * num_blocks].view(_FLOAT8[self.name][0]).float()
+            values = F.pad(values, (0, -size % BLOCK)) if size % BLOCK else values
+            blocks = values.unflatten(1, (-1, BLOCK)).mul_(block_scales(part, num_blocks))
+            rows.copy_(blocks.flatten(1)[:, :size])
+        return out
 
     def add(self, total: Tensor, index: Tensor, coded: Tensor, dtype: torch.dtype) -> Tensor:
         return total.index_add_(0, index, self.decode(coded, total.shape[1], total.dtype))

@@ -53,7 +53,7 @@ def encode_rows(
     if _use_kernel(x, kernel):
         _encode_by_kernel(x, index, name, seed, out)
         return out
-    step = _rows_at_once(x, n)
+    step = rows_at_once(x, n)
     for start in range(0, n, step):
         rows = x[start : start + step] if index is None else x.index_select(0, index[start : start + step])
         _encode_chunk(rows, name, None if seed is None else (seed, start), out[start : start + step])
@@ -68,7 +68,7 @@ def decode_rows(coded: Tensor, size: int, name: str, dtype: torch.dtype, kernel:
     if _use_kernel(out, kernel):
         _decode_by_kernel(coded, None, name, out)
         return out
-    step = _rows_at_once(out, out.shape[0])
+    step = rows_at_once(out, out.shape[0])
     for part, rows in zip(coded.split(step), out.split(step), strict=True):
         _decode_chunk(part, size, name, rows)
     return out
@@ -81,13 +81,14 @@ def add_rows(total: Tensor, index: Tensor, coded: Tensor, name: str, kernel: boo
     if _use_kernel(total, kernel):
         _decode_by_kernel(coded, index, name, total)
         return total
-    step = _rows_at_once(total, coded.shape[0])
+    step = rows_at_once(total, coded.shape[0])
     for part, at in zip(coded.split(step), index.split(step), strict=True):
         total.index_add_(0, at, decode_rows(part, total.shape[1], name, total.dtype, kernel=False))
     return total
 
 
-def _rows_at_once(x: Tensor, num_rows: int) -> int:
+def rows_at_once(x: Tensor, num_rows: int) -> int:
+    """How many of num_rows rows as wide as those of x to look at together."""
     return num_rows if x.is_cuda else max(1, _CHUNK // x.shape[1])
 
 
@@ -117,9 +118,18 @@ def bits_as_bytes(bits: Tensor) -> Tensor:
     return bits.to(torch.int16).view(torch.uint8)
 
 
+def aligned(columns: Tensor) -> Tensor:
+    """Some columns of a message as bytes that can be viewed as another dtype: copied, unless they are all of it.
+
+    (Columns of a single row count as contiguous wherever they begin and end.)
+    """
+    whole = columns.stride() == (columns.shape[1], 1) and columns.storage_offset() == 0
+    return columns if whole else columns.clone(memory_format=torch.contiguous_format)
+
+
 def scales_of(coded: Tensor, num_blocks: int) -> Tensor:
     """The scales behind a coded row, float32 [n, num_blocks, 1]."""
-    raw = coded[:, -2 * num_blocks :].contiguous().view(torch.bfloat16)
+    raw = aligned(coded[:, -2 * num_blocks :]).view(torch.bfloat16)
     return raw.to(torch.float32)[:, :, None]
 
 
@@ -155,7 +165,7 @@ def _decode_chunk(coded: Tensor, size: int, name: str, out: Tensor) -> None:
     scales = scales_of(coded, num_blocks)
     payload = coded[:, : coded.shape[1] - 2 * num_blocks]
     if name == "int16":
-        values = payload.contiguous().view(torch.int16)
+        values = aligned(payload).view(torch.int16)
     elif name == "int8":
         values = payload.view(torch.int8)
     else:

@@ -61,6 +61,13 @@ def test_a_value_comes_back_within_its_formats_error(name, size, seed, dtype, ma
     assert row_num_bytes(name, size, dtype.itemsize) == coded.shape[1]
     back = made.decode(coded, size, dtype)
     assert back.dtype == dtype and back.shape == rows.shape
+    # A single row, beside other columns of a message and behind an odd number of bytes.
+    one = coded[1:2]
+    for wide in (
+        torch.cat([one.new_zeros(1, 3), one, one.new_zeros(1, 2)], dim=1)[:, 3:],
+        torch.cat([one, one], dim=1),
+    ):
+        assert torch.equal(made.decode(wide[:, : one.shape[1]], size, dtype), back[1:2])
     rounding = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-23
     for x, y in zip(rows.double().numpy(), back.double().numpy(), strict=True):
         assert (np.abs(x - y) <= largest_error(name, x) + rounding * np.abs(x)).all()
@@ -115,6 +122,18 @@ def test_extreme_values_come_back_finite_and_in_place():
         torch.testing.assert_close(back[0, :2], rows[0, :2], rtol=0.13, atol=0)
         torch.testing.assert_close(back[1, :2], rows[1, :2], rtol=0.13, atol=0)
         assert not back[2].any()
+
+
+@given(st.integers(1, 40), st.sampled_from([torch.float64, torch.float32, torch.bfloat16]), st.integers(0, 9))
+@settings(deadline=None)
+def test_rows_as_they_are_beside_coded_ones_come_back_as_they_were(size, dtype, other):
+    for num_rows in (0, 1, 3):
+        rows = torch.randn(num_rows, size).to(dtype)
+        coded = row_codec("model").encode(rows)
+        beside = torch.zeros(num_rows, other, dtype=torch.uint8)
+        for message, start in ((torch.cat([coded, beside], dim=1), 0), (torch.cat([beside, coded], dim=1), other)):
+            part = message[:, start : start + coded.shape[1]]
+            assert torch.equal(row_codec("model").decode(part, size, dtype), rows)
 
 
 def exchange_job(rank: int) -> None:
