@@ -30,7 +30,7 @@ from luffy.hf.attention import Frames, check_attention
 from luffy.hf.batches import make_batch
 from luffy.hf.describe import describe
 from luffy.hf.families import Family, family_of
-from luffy.hf.parts import LibraryExperts, LibraryRouter, Within, call_in, lent
+from luffy.hf.parts import LibraryExperts, LibraryRouter, SharedExperts, call_in, lent
 from luffy.model.aux_loss import AuxLoss, auxiliary_loss
 from luffy.model.moe_layer import MoELayer, Predictor, Runtime
 from luffy.model.router import RouterStats
@@ -81,12 +81,10 @@ class ParallelModel(nn.Module):
 
     def library_name(self, name: str) -> str:
         """A parameter's name as the library has it: without what `parallelize` and PEFT put around modules."""
-        name = (
-            _PREFIX.sub("", name)
-            .replace(".base_layer.", ".")
-            .replace(".shared_experts.module.", f".{self.family.shared}.")
-        )
-        return name.replace(".router.gate.", f".{self.family.gate}.")
+        family, name = self.family, _PREFIX.sub("", name).replace(".base_layer.", ".")
+        name = name.replace(".router.gate.", f".{family.gate}.")
+        name = name.replace(".shared_experts.module.", f".{family.shared}.")
+        return name.replace(".shared_experts.gate.", f".{family.shared_gate}.")
 
     def batch(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None,
               position_ids: Tensor | None = None, padded: bool = False) -> MicroBatch:  # fmt: skip
@@ -248,7 +246,10 @@ def parallelize(
         if i in dense:
             continue
         block = getattr(layer, family.block)
-        shared = None if family.shared is None else Within(getattr(block, family.shared))
+        shared = None
+        if family.shared is not None:
+            gate = None if family.shared_gate is None else getattr(block, family.shared_gate)
+            shared = SharedExperts(getattr(block, family.shared), gate)
         activate = family.activate(block)
         replacement = MoELayer(
             runtime,

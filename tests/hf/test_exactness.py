@@ -96,7 +96,7 @@ def dealt(seed: int, counts: list[int], longest: int = 12) -> list[Rows]:
 
 def test_every_family_on_two_ranks() -> None:
     cases = []
-    for i, family in enumerate(("mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")):
+    for i, family in enumerate(FAMILIES):
         rows = dealt(i, [3, 4])
         cases += [
             Case(family, get_recipe("vanilla_dedup"), "right", rows, padded=True),
@@ -121,12 +121,14 @@ def test_four_ranks_one_of_them_empty_and_the_library_balance_loss() -> None:
 
 
 def test_a_family_that_a_user_adds() -> None:
-    """As docs/huggingface.md shows it: GLM-4.5 routes as DeepSeek-V3 does, around another attention."""
-    register(replace(DEEPSEEK_V3, model_type="glm4_moe", attention=QWEN3_MOE.attention))
+    """As docs/huggingface.md shows it: dots.llm1 routes as DeepSeek-V3 does, around another attention."""
+    with pytest.raises(RankFailedError, match="model_type 'dots1' is not one of mixtral"):
+        assert_exact(1, [Case("dots1", RANDOM, "right", dealt(12, [5]))])
+    register(replace(DEEPSEEK_V3, model_type="dots1", attention=QWEN3_MOE.attention))
     try:
-        assert_exact(2, [Case("glm4_moe", RANDOM, "right", dealt(12, [5, 5]))])
+        assert_exact(2, [Case("dots1", RANDOM, "right", dealt(12, [5, 5]))])
     finally:
-        del FAMILIES["glm4_moe"]
+        del FAMILIES["dots1"]
 
 
 def adapted(config: Any) -> torch.nn.Module:
