@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -254,6 +256,11 @@ def test_the_command_line_says_what_is_wrong(
         main(["finetune", "--out", str(tmp_path / "out"), *(a.format(**paths) for a in arguments)])
     assert left.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_other_commands_do_not_wait_for_transformers() -> None:
+    check = "import sys, luffy.train.cli; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
 
 
 @pytest.mark.slow
