@@ -92,7 +92,7 @@ class ParallelModel(nn.Module):
         return make_batch(self.runtime.comm, input_ids, attention_mask, labels, position_ids, padded)
 
     def adapt(self, rank: int, alpha: int = 16, seed: int = 0) -> None:
-        """Put LoRA adapters of `rank` on the linear maps of attention, and freeze all else.
+        """Put LoRA adapters of `rank` on the linear maps of attention, float32 at least, and freeze all else.
 
         For adapters of another kind make a PEFT model first and give that to `parallelize`.
         """
@@ -102,6 +102,9 @@ class ParallelModel(nn.Module):
         targets = list(self.family.attention)
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
         self.library = get_peft_model(self.library, config, autocast_adapter_dtype=False)
+        for p in self.library.parameters():
+            if p.requires_grad:
+                p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
 
     # ---------------------------------------------------------------- forward
 

@@ -20,6 +20,7 @@ class FinetuneOptions(TrainOptions):
     recipe: str = option("luffy", "How rows are exchanged; `luffy recipes` lists them.", "Run")
     out: str = option("runs/finetune", "Folder for metrics, checkpoints, the report, and the model (OUT/model).", "Run")
     data: str = option("", 'A .jsonl file: {"text": ..} or {"messages": [{"role": .., "content": ..}]} a line.', "Data")
+    valid_fraction: float = option(0.02, "Share of the sequences held out, at least one.", "Data")
     sequence_length: int | None = option(
         None, f"Longest sequence; texts are cut there (default: the model's, {LONGEST_DEFAULT} at most).", "Data"
     )

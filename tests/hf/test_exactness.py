@@ -174,6 +174,16 @@ def run_adapted_and_half(rank: int, rows: list[Rows], gradients: dict[str, torch
     parallel(micro).loss.backward()
     assert {p.grad.dtype for p in parallel.parameters()} == {torch.float32}
 
+    # Adapters over frozen weights in half the bits are float32 themselves, and learn.
+    half = parallelize(tiny_model(tiny_config("qwen3_moe"), torch.bfloat16), mesh, "luffy")
+    half.adapt(2)
+    half(half.batch(**collate(rows[rank], "right"))).loss.backward()
+    learning = {n: p for n, p in half.named_parameters() if p.requires_grad}
+    assert len(learning) == 2 * 4 * 3 and all(".lora_" in n for n in learning)
+    assert {p.dtype for p in learning.values()} == {torch.float32}
+    assert {p.dtype for p in half.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert all(bool(p.grad.any()) for n, p in learning.items() if ".lora_B." in n)
+
     # The library's own model no longer knows where its rows are, and says so.
     with pytest.raises(UserError, match="call the parallel model"):
         parallel.library(input_ids=micro.tokens[None])

@@ -267,7 +267,7 @@ def test_other_commands_do_not_wait_for_transformers() -> None:
 def test_the_command_line_runs(folder: Path, tmp_path: Path) -> None:
     main(
         ["finetune", "--model", str(folder / "model"), "--data", str(folder / "data.jsonl"), "--ranks", "2", "--steps",
-         "2", "--device", "cpu", "--out", str(tmp_path / "out"), "--dtype", "bfloat16"]
+         "2", "--device", "cpu", "--out", str(tmp_path / "out"), "--dtype", "bfloat16", "--lora", "2", "--lr", "1e-2"]
     )  # fmt: skip
     assert (tmp_path / "out" / "report.html").exists()
     assert opened(tmp_path / "out" / "model").config.model_type == "mixtral"
