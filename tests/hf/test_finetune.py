@@ -243,6 +243,7 @@ def test_a_model_without_tokenizer_stops_all_ranks(folder: Path, tmp_path: Path)
         (["--data", "d.jsonl"], "--model is missing"),
         (["--model", "nowhere", "--data", "d.jsonl"], "--model nowhere is not a folder"),
         (["--model", "{model}", "--data", "d.txt"], "--data d.txt is not a .jsonl file"),
+        (["--model", "{model}", "--data", "d.jsonl"], "--data d.jsonl is not there"),
         (["--model", "{model}", "--data", "{data}", "--ranks", "3"], "cannot be divided over 3"),
         (["--model", "{model}", "--data", "{data}", "--sequence-length", "65"], "--sequence-length 65 is more than"),
         (["--model", "{empty}", "--data", "{data}"], "config.json cannot be read"),
