@@ -16,7 +16,7 @@ To add one, describe it and register it:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -76,7 +76,8 @@ class Family:
 
     num_experts, top_k, expert_width: names of those settings in the model's configuration.
     block: attribute of a decoder layer that holds the feed-forward. gate, shared: attributes of a block with experts
-    (a block without attribute `experts` is dense and left alone); shared None: no shared experts.
+    (a block without attribute `experts` is dense and left alone); shared None: no shared experts. shared_gate: a
+    linear map whose sigmoid the shared experts' answer is multiplied by, None for none.
     score: how the gate's logits become probabilities for the auxiliary losses, "softmax" or "sigmoid".
     bias_buffer: the gate's buffer that is added to the scores for the choice only, None for none.
     attention: linear maps of attention, for adapters.
@@ -93,6 +94,7 @@ class Family:
     block: str = "mlp"
     gate: str = "gate"
     shared: str | None = None
+    shared_gate: str | None = None
     score: str = "softmax"
     bias_buffer: str | None = None
     attention: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -139,6 +141,8 @@ DEEPSEEK_V3 = Family(
     bias_buffer="e_score_correction_bias",
     attention=("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
 )
+GLM4_MOE = replace(DEEPSEEK_V3, model_type="glm4_moe", attention=QWEN3_MOE.attention)
+QWEN2_MOE = Family("qwen2_moe", shared="shared_expert", shared_gate="shared_expert_gate")
 GPT_OSS = Family(
     "gpt_oss",
     num_experts="num_local_experts",
@@ -162,7 +166,7 @@ def register(family: Family) -> Family:
     return family
 
 
-for _family in (MIXTRAL, QWEN3_MOE, OLMOE, DEEPSEEK_V3, GPT_OSS):
+for _family in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, DEEPSEEK_V3, GLM4_MOE, GPT_OSS):
     register(_family)
 
 

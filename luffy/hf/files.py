@@ -11,6 +11,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -54,6 +55,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.entries = folder, dict[str, Entry]()
+        self._handles: dict[Path, Any] = {}
         index = folder / INDEX
         if index.exists():
             try:
@@ -76,8 +78,11 @@ class Checkpoint:
 
     def read(self, name: str, begin: int | None = None, end: int | None = None) -> Tensor:
         """A tensor, or rows [begin, end) of it."""
-        with safe_open(self.entries[name].file, framework="pt") as f:
-            return f.get_tensor(name) if begin is None else f.get_slice(name)[begin:end]
+        file = self.entries[name].file
+        if file not in self._handles:  # kept: a large folder holds tens of thousands of tensors
+            self._handles[file] = safe_open(file, framework="pt")
+        handle = self._handles[file]
+        return handle.get_tensor(name) if begin is None else handle.get_slice(name)[begin:end]
 
     def same(self, first: str, second: str) -> bool:
         return torch.equal(self.read(first), self.read(second))
@@ -97,20 +102,21 @@ class ShardWriter:
         self.where: dict[str, str] = {}
         self.num_bytes = 0
         self._pending: dict[str, Tensor] = {}
+        self._pending_num_bytes = 0
         self._files = 0
         self._failure: str | None = None
 
     def add(self, name: str, tensor: Tensor) -> None:
-        pending = sum(t.nbytes for t in self._pending.values())
-        if self._pending and pending + tensor.nbytes > self.limit:
+        if self._pending and self._pending_num_bytes + tensor.nbytes > self.limit:
             self.flush()
         # A copy: safetensors takes neither views of one storage nor tensors of a device.
         self._pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
         self.num_bytes += tensor.nbytes
+        self._pending_num_bytes += tensor.nbytes
 
     def flush(self) -> None:
         """Write what has come. A disk that does not take it is remembered: other ranks may be waiting for this one."""
-        pending, self._pending = self._pending, {}
+        pending, self._pending, self._pending_num_bytes = self._pending, {}, 0
         if not pending or self._failure is not None:
             return
         self._files += 1

@@ -33,7 +33,8 @@ def _rank(options: FinetuneOptions) -> None:
 
 
 class FineTuner(Trainer):
-    """One rank's part in a fine-tuning run. Weights are float32 (or float64), rows in --dtype."""
+    """One rank's part in a fine-tuning run. What is trained is in float32 (or float64); rows, and frozen weights, in
+    --dtype."""
 
     options: FinetuneOptions
     model: ParallelModel
@@ -69,7 +70,7 @@ class FineTuner(Trainer):
 
     def _build_model(self) -> ParallelModel:
         o, stream = self.options, getattr(torch, self.dtype_name)
-        weights = torch.promote_types(stream, torch.float32)
+        weights = stream if o.lora else torch.promote_types(stream, torch.float32)
         with phase("load model", enabled=self.mesh.rank == 0):
             parallel = load(
                 o.model, self.mesh, o.get_recipe(), dtype=weights, stream_dtype=stream, recompute=o.recompute,

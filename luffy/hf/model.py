@@ -31,7 +31,7 @@ from luffy.hf.attention import Frames, check_attention
 from luffy.hf.batches import make_batch
 from luffy.hf.describe import describe
 from luffy.hf.families import Family, family_of
-from luffy.hf.parts import LibraryExperts, LibraryRouter, Within, call_in, lent
+from luffy.hf.parts import LibraryExperts, LibraryRouter, SharedExperts, call_in, lent
 from luffy.model.aux_loss import AuxLoss, auxiliary_loss
 from luffy.model.moe_layer import MoELayer, Predictor, Runtime
 from luffy.model.router import RouterStats
@@ -82,12 +82,10 @@ class ParallelModel(nn.Module):
 
     def library_name(self, name: str) -> str:
         """A parameter's name as the library has it: without what `parallelize` and PEFT put around modules."""
-        name = (
-            _PREFIX.sub("", name)
-            .replace(".base_layer.", ".")
-            .replace(".shared_experts.module.", f".{self.family.shared}.")
-        )
-        return name.replace(".router.gate.", f".{self.family.gate}.")
+        family, name = self.family, _PREFIX.sub("", name).replace(".base_layer.", ".")
+        name = name.replace(".router.gate.", f".{family.gate}.")
+        name = name.replace(".shared_experts.module.", f".{family.shared}.")
+        return name.replace(".shared_experts.gate.", f".{family.shared_gate}.")
 
     def batch(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None,
               position_ids: Tensor | None = None, padded: bool = False) -> MicroBatch:  # fmt: skip
@@ -95,7 +93,7 @@ class ParallelModel(nn.Module):
         return make_batch(self.runtime.comm, input_ids, attention_mask, labels, position_ids, padded)
 
     def adapt(self, rank: int, alpha: int = 16, seed: int = 0) -> None:
-        """Put LoRA adapters of `rank` on the linear maps of attention, and freeze all else.
+        """Put LoRA adapters of `rank` on the linear maps of attention, float32 at least, and freeze all else.
 
         For adapters of another kind make a PEFT model first and give that to `parallelize`.
         """
@@ -105,6 +103,9 @@ class ParallelModel(nn.Module):
         targets = list(self.family.attention)
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
         self.library = get_peft_model(self.library, config, autocast_adapter_dtype=False)
+        for p in self.library.parameters():
+            if p.requires_grad:
+                p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
 
     # ---------------------------------------------------------------- forward
 
@@ -256,7 +257,10 @@ def parallelize(
         if i in dense:
             continue
         block = getattr(layer, family.block)
-        shared = None if family.shared is None else Within(getattr(block, family.shared))
+        shared = None
+        if family.shared is not None:
+            gate = None if family.shared_gate is None else getattr(block, family.shared_gate)
+            shared = SharedExperts(getattr(block, family.shared), gate)
         activate = family.activate(block)
         replacement = MoELayer(
             runtime,

@@ -20,6 +20,7 @@ class FinetuneOptions(TrainOptions):
     recipe: str = option("luffy", "How rows are exchanged; `luffy recipes` lists them.", "Run")
     out: str = option("runs/finetune", "Folder for metrics, checkpoints, the report, and the model (OUT/model).", "Run")
     data: str = option("", 'A .jsonl file: {"text": ..} or {"messages": [{"role": .., "content": ..}]} a line.', "Data")
+    valid_fraction: float = option(0.02, "Share of the sequences held out, at least one.", "Data")
     sequence_length: int | None = option(
         None, f"Longest sequence; texts are cut there (default: the model's, {LONGEST_DEFAULT} at most).", "Data"
     )
@@ -35,10 +36,8 @@ class FinetuneOptions(TrainOptions):
         _require(bool(self.model), "--model is missing: name the folder of a model")
         _require(Path(self.model).is_dir(), f"--model {self.model} is not a folder")
         _require(bool(self.data), "--data is missing: name a .jsonl file")
-        _require(
-            self.data.endswith((".jsonl", ".jsonl.gz")) and Path(self.data).is_file(),
-            f"--data {self.data} is not a .jsonl file",
-        )
+        _require(self.data.endswith((".jsonl", ".jsonl.gz")), f"--data {self.data} is not a .jsonl file")
+        _require(Path(self.data).is_file(), f"--data {self.data} is not there")
         _one_of("--loss-on", self.loss_on, ("auto", "assistant", "all"))
         _require(self.lora >= 0, f"--lora {self.lora} must not be negative")
         _require(0 < self.valid_fraction < 1, f"--valid-fraction {self.valid_fraction} must lie between 0 and 1")

@@ -27,15 +27,16 @@ def call_in(dtype: torch.dtype, module: nn.Module, *args: Any, **kwargs: Any) ->
     return functional_call(module, cast, args, kwargs) if cast else module(*args, **kwargs)
 
 
-class Within(nn.Module):
-    """A library module that computes in its input's dtype."""
+class SharedExperts(nn.Module):
+    """The library's shared experts, in their input's dtype; times the sigmoid of their gate, if they have one."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, gate: nn.Module | None) -> None:
         super().__init__()
-        self.module = module
+        self.module, self.gate = module, gate
 
     def forward(self, x: Tensor) -> Tensor:
-        return call_in(x.dtype, self.module, x)
+        y = call_in(x.dtype, self.module, x)
+        return y if self.gate is None else call_in(x.dtype, self.gate, x).sigmoid() * y
 
 
 class LibraryRouter(RouterBase):

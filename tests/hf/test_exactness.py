@@ -96,7 +96,7 @@ def dealt(seed: int, counts: list[int], longest: int = 12) -> list[Rows]:
 
 def test_every_family_on_two_ranks() -> None:
     cases = []
-    for i, family in enumerate(("mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")):
+    for i, family in enumerate(FAMILIES):
         rows = dealt(i, [3, 4])
         cases += [
             Case(family, get_recipe("vanilla_dedup"), "right", rows, padded=True),
@@ -121,12 +121,14 @@ def test_four_ranks_one_of_them_empty_and_the_library_balance_loss() -> None:
 
 
 def test_a_family_that_a_user_adds() -> None:
-    """As docs/huggingface.md shows it: GLM-4.5 routes as DeepSeek-V3 does, around another attention."""
-    register(replace(DEEPSEEK_V3, model_type="glm4_moe", attention=QWEN3_MOE.attention))
+    """As docs/huggingface.md shows it: dots.llm1 routes as DeepSeek-V3 does, around another attention."""
+    with pytest.raises(RankFailedError, match="model_type 'dots1' is not one of mixtral"):
+        assert_exact(1, [Case("dots1", RANDOM, "right", dealt(12, [5]))])
+    register(replace(DEEPSEEK_V3, model_type="dots1", attention=QWEN3_MOE.attention))
     try:
-        assert_exact(2, [Case("glm4_moe", RANDOM, "right", dealt(12, [5, 5]))])
+        assert_exact(2, [Case("dots1", RANDOM, "right", dealt(12, [5, 5]))])
     finally:
-        del FAMILIES["glm4_moe"]
+        del FAMILIES["dots1"]
 
 
 def adapted(config: Any) -> torch.nn.Module:
@@ -171,6 +173,16 @@ def run_adapted_and_half(rank: int, rows: list[Rows], gradients: dict[str, torch
     assert float(errors.median()) < 0.03, "by row: a token that chose otherwise by a hair is no fault"
     parallel(micro).loss.backward()
     assert {p.grad.dtype for p in parallel.parameters()} == {torch.float32}
+
+    # Adapters over frozen weights in half the bits are float32 themselves, and learn.
+    half = parallelize(tiny_model(tiny_config("qwen3_moe"), torch.bfloat16), mesh, "luffy")
+    half.adapt(2)
+    half(half.batch(**collate(rows[rank], "right"))).loss.backward()
+    learning = {n: p for n, p in half.named_parameters() if p.requires_grad}
+    assert len(learning) == 2 * 4 * 3 and all(".lora_" in n for n in learning)
+    assert {p.dtype for p in learning.values()} == {torch.float32}
+    assert {p.dtype for p in half.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert all(bool(p.grad.any()) for n, p in learning.items() if ".lora_B." in n)
 
     # The library's own model no longer knows where its rows are, and says so.
     with pytest.raises(UserError, match="call the parallel model"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,14 +19,12 @@ from transformers import AutoModelForCausalLM
 
 from luffy.comm import build_mesh
 from luffy.errors import UserError
-from luffy.hf import files, load, save_pretrained
+from luffy.hf import FAMILIES, files, load, save_pretrained
 from luffy.hf.loading import fill
 from luffy.testing import run_ranks
 from luffy.train.rehoming import move_experts
 
 from .tiny import collate, random_rows, tiny_config, tiny_model
-
-FAMILIES = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +146,7 @@ def missing_shard(folder: Path) -> str:
 def of_no_known_kind(folder: Path) -> str:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
-    return "model_type 'llama' is not one of mixtral, qwen3_moe"
+    return "model_type .llama. is not one of mixtral, qwen2_moe"
 
 
 DAMAGES: list[Callable[[Path], str]] = [
@@ -175,6 +174,23 @@ def test_what_does_not_fit_is_refused_by_name(folders: Path, tmp_path: Path) -> 
         patterns.append(damage(tmp_path / damage.__name__))
     shutil.copytree(folders / "olmoe", tmp_path / "whole")
     run_ranks(refuse_all, 2, tmp_path, patterns)
+
+
+def run_snippet(rank: int, source: str, root: Path) -> None:
+    given = collate(random_rows(rank, 3, 9), "left")
+    exec(compile(source, "docs/huggingface.md", "exec"), given)
+    assert given["logits"].shape == (int(given["attention_mask"].sum()), 61)
+
+
+def test_the_example_of_the_documentation(folders: Path, tmp_path: Path) -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "huggingface.md").read_text(encoding="utf-8")
+    match = re.search(r"```python\n(import luffy.*?)```", text, re.DOTALL)
+    assert match is not None
+    source = match[1].replace("MODEL_FOLDER", str(folders / "olmoe")).replace("OUT_FOLDER", str(tmp_path / "out"))
+    run_ranks(run_snippet, 2, source, folders)
+    old, new = (plain(folder).state_dict() for folder in (folders / "olmoe", tmp_path / "out"))
+    changed = [name for name in old if not torch.equal(old[name], new[name])]
+    assert len(changed) == len(old), "one step of AdamW moves every tensor"
 
 
 def save_in_vain(rank: int, root: Path, out: Path) -> None:

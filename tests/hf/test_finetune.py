@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -241,6 +243,7 @@ def test_a_model_without_tokenizer_stops_all_ranks(folder: Path, tmp_path: Path)
         (["--data", "d.jsonl"], "--model is missing"),
         (["--model", "nowhere", "--data", "d.jsonl"], "--model nowhere is not a folder"),
         (["--model", "{model}", "--data", "d.txt"], "--data d.txt is not a .jsonl file"),
+        (["--model", "{model}", "--data", "d.jsonl"], "--data d.jsonl is not there"),
         (["--model", "{model}", "--data", "{data}", "--ranks", "3"], "cannot be divided over 3"),
         (["--model", "{model}", "--data", "{data}", "--sequence-length", "65"], "--sequence-length 65 is more than"),
         (["--model", "{empty}", "--data", "{data}"], "config.json cannot be read"),
@@ -256,11 +259,16 @@ def test_the_command_line_says_what_is_wrong(
     assert message in capsys.readouterr().err
 
 
+def test_other_commands_do_not_wait_for_transformers() -> None:
+    check = "import sys, luffy.train.cli; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
 @pytest.mark.slow
 def test_the_command_line_runs(folder: Path, tmp_path: Path) -> None:
     main(
         ["finetune", "--model", str(folder / "model"), "--data", str(folder / "data.jsonl"), "--ranks", "2", "--steps",
-         "2", "--device", "cpu", "--out", str(tmp_path / "out"), "--dtype", "bfloat16"]
+         "2", "--device", "cpu", "--out", str(tmp_path / "out"), "--dtype", "bfloat16", "--lora", "2", "--lr", "1e-2"]
     )  # fmt: skip
     assert (tmp_path / "out" / "report.html").exists()
     assert opened(tmp_path / "out" / "model").config.model_type == "mixtral"

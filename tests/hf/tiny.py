@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
+    Dots1Config,
     Glm4MoeConfig,
     GptOssConfig,
     MixtralConfig,
     OlmoeConfig,
     PreTrainedConfig,
+    Qwen2MoeConfig,
     Qwen3MoeConfig,
 )
 
@@ -54,12 +56,18 @@ def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
             q_lora_rank=12, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=12,
             norm_topk_prob=True,
         )  # fmt: skip
-    elif family == "glm4_moe":
-        config = Glm4MoeConfig(
+    elif family in ("glm4_moe", "dots1"):
+        config = {"glm4_moe": Glm4MoeConfig, "dots1": Dots1Config}[family](
             **SMALL, intermediate_size=40, moe_intermediate_size=24, n_routed_experts=8, n_shared_experts=1,
             n_group=1, topk_group=1, first_k_dense_replace=1, routed_scaling_factor=0.9, head_dim=16, use_qk_norm=True,
         )  # fmt: skip
+    elif family == "qwen2_moe":
+        config = Qwen2MoeConfig(
+            **SMALL, intermediate_size=40, moe_intermediate_size=24, shared_expert_intermediate_size=28, num_experts=8,
+            norm_topk_prob=False, decoder_sparse_step=2,
+        )  # fmt: skip
     else:
+        assert family == "gpt_oss"
         config = GptOssConfig(
             **SMALL, intermediate_size=24, num_local_experts=8, head_dim=8, sliding_window=4,
             layer_types=["sliding_attention", "full_attention", "sliding_attention"],
