@@ -80,8 +80,11 @@ def link_rate(rank: int) -> float:
 @click.option("--steps", type=int)
 @click.option("--out", default="runs/multigpu", type=click.Path(path_type=Path), show_default=True)
 @click.option("--budget-seconds", default=3600.0, show_default=True)
+@click.option(
+    "--recipes", default=ENTRIES, show_default=True, help="As of luffy compare; vanilla_dedup and auto among them."
+)
 @click.argument("more", nargs=-1, type=click.UNPROCESSED)
-def main(ranks, steps, out, budget_seconds, more):
+def main(ranks, steps, out, budget_seconds, recipes, more):
     s = settings_of(
         STUDY, device="cuda", ranks=ranks, link=None, steps=steps, out=out, budget_seconds=budget_seconds, small=False,
         more=more,
@@ -92,7 +95,7 @@ def main(ranks, steps, out, budget_seconds, more):
         os.environ |= variables
         # Half of what is left each, so that a slow first way does not leave nothing for the second.
         left = deadline - time.monotonic()
-        summaries = run_cell(replace(cell, extra=[]), s.until(time.monotonic() + left / (len(WAYS) - i)))
+        summaries = run_cell(replace(cell, recipes=recipes), s.until(time.monotonic() + left / (len(WAYS) - i)))
         if summaries is None:
             click.echo(f"{way}: not finished; call again to continue", err=True)
             continue
