@@ -11,6 +11,8 @@ costs next to nothing it has to get out of the way, and be no slower than `vanil
 
 import json
 import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -83,8 +85,14 @@ def link_rate(rank: int) -> float:
 @click.option(
     "--recipes", default=ENTRIES, show_default=True, help="As of luffy compare; vanilla_dedup and auto among them."
 )
+@click.option("--only-rate", is_flag=True, help="Print what an all-to-all carries, bytes a second of each rank.")
 @click.argument("more", nargs=-1, type=click.UNPROCESSED)
-def main(ranks, steps, out, budget_seconds, recipes, more):
+def main(ranks, steps, out, budget_seconds, recipes, only_rate, more):
+    if only_rate:
+        from luffy.testing import run_ranks
+
+        click.echo(float(np.median(run_ranks(link_rate, ranks, backend="nccl"))))
+        return
     s = settings_of(
         STUDY, device="cuda", ranks=ranks, link=None, steps=steps, out=out, budget_seconds=budget_seconds, small=False,
         more=more,
@@ -113,10 +121,9 @@ def main(ranks, steps, out, budget_seconds, recipes, more):
 
 
 def rate_of(ranks: int) -> float:
-    """`link_rate` on fresh ranks, in the environment of the moment."""
-    from luffy.testing import run_ranks
-
-    return float(np.median(run_ranks(link_rate, ranks, backend="nccl")))
+    """`link_rate` of fresh processes, which see the environment of the moment."""
+    command = [sys.executable, __file__, "--ranks", str(ranks), "--only-rate"]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 if __name__ == "__main__":

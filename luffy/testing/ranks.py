@@ -51,10 +51,13 @@ def run_ranks(
 ) -> list[Any]:
     """Call `fn(rank, *args)` on `world_size` ranks; the results (picklable, no live tensors) in rank order.
 
-    backend: "gloo", or "nccl", where rank r has GPU r; the calling process must not have touched CUDA.
+    backend: "gloo", or "nccl", where rank r has GPU r. Those ranks are forked from a server that has touched no GPU
+    (the oracle's optimizer here does), so `fn` must be importable by its name.
     Raises `RankFailedError` with the traceback of the first rank that failed, or that one did not answer in time.
     """
-    context = mp.get_context("fork")
+    context: Any = mp.get_context("fork" if backend == "gloo" else "forkserver")
+    if backend != "gloo":
+        mp.set_forkserver_preload(["luffy.train.trainer"])
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         store = os.path.join(folder, "store")

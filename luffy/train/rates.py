@@ -67,10 +67,12 @@ def measure_experts(experts: Experts, num_rows: int, dtype: torch.dtype, comm: C
     x = torch.randn(each * experts.num_local, experts.hidden_size, dtype=dtype, device=comm.mesh.device)
     x.requires_grad_()
     weights = [p for p in experts.parameters() if p.requires_grad]
+    # Not the gradient of a sum, which is one number seen through strides of zero: grouped products refuse that.
+    upstream = torch.randn_like(x)
 
     def work() -> None:
         with torch.enable_grad():
-            torch.autograd.grad(experts(x, counts).sum(), [x, *weights])
+            torch.autograd.grad(experts(x, counts), [x, *weights], upstream)
 
     seconds = _timed(work, comm, repeats)
     size = sum(p[0].numel() for p in experts.parameters())
