@@ -1,11 +1,16 @@
 """`--recipe auto`: the cost model runs the layers the way it expects to be fastest, and learns where it was wrong.
 
-    steps 2..13          try vanilla_dedup, fetching, shadows and migration, a few steps each (and --wire, if given)
-    then, every n steps  weigh all modes on the routing just recorded, choose, run, compare
+    steps 2..17          try vanilla_dedup, fetching, shadows and migration (and --wire, if given), there and back again
+    then, every n steps  weigh all modes on the routing just recorded; what promises more than MARGIN meets the present
+                         mode in a duel, by turns, and is kept if it won
 
 All modes are lossless, but for the wire format that `--wire` allows, so trying one costs time at most. What a trial
 took beyond what the model gives is the mode's offset; a mixture's is put together from those of its parts. A mode that
-ran between two looks gets an offset of its own from that. None is taken up for less than MARGIN.
+ran between two looks gets an offset of its own from that.
+
+A run grows faster in its first steps, and machines are noisy. So trials go through the modes forth and back, which
+takes a steady trend out of the comparison, and no prediction is trusted without a duel: whatever loses to the mode at
+hand, in the same minute, is not taken up. That is also what keeps `auto` out of the way where links are fast.
 """
 
 from __future__ import annotations
@@ -25,8 +30,9 @@ from luffy.train.rehoming import current_owners, wire_of
 from luffy.wire_format import RowBytes
 
 COLD = 2  # first steps of a run, which are like no others
-TRIAL = 3  # steps that each kind of mode is tried
+TRIAL = 2  # steps of each mode forth, and as many back
 SETTLING = 1  # steps after a change that are not measured
+DUEL = 4  # steps of each of the four turns of a duel: challenger, holder, holder, challenger
 MARGIN = 0.02
 
 
@@ -44,27 +50,38 @@ class AutoControl:
         ]
         self.formats = _row_sizes(model) if model.runtime.recipe.wire != "model" else {}
         self.trials += [Mode(False, ("static",) * L, name) for name in self.formats]
-        self.first = COLD + TRIAL * len(self.trials)
+        self.schedule = [m for m in [*self.trials, *reversed(self.trials)] for _ in range(TRIAL)]
+        self.first = COLD + len(self.schedule)
+        # A duel at hand: what is still to run, and the seconds of the challenger and of the holder.
+        self.turns: list[Mode] = []
+        self.challenger, self.holder = self.mode, self.mode
+        self.duel: dict[Mode, list[float]] = {}
         self.offsets: dict[Mode, float] = {}
         self.tried: dict[Mode, list[float]] = {m: [] for m in self.trials}
-        self.began = 0
+        self.began, self.fresh = 0, False
         self._seconds: list[float] = []
         self._attention: list[float] = []
 
     def before(self, step: int) -> None:
-        """`step` counts from 0: in the trials, run it the way that is due."""
-        if COLD <= step < self.first:
-            self.set(self.trials[(step - COLD) // TRIAL])
+        """`step` counts from 0: in the trials and in a duel, run it the way that is due."""
+        due = (
+            self.schedule[step - COLD] if COLD <= step < self.first else self.turns.pop(0) if self.turns else self.mode
+        )
+        self.fresh = due != self.mode
+        if self.fresh:
+            self.set(due)
 
     def decides_after(self, step: int) -> bool:
         """Whether step `step`, counted from 0, is recorded and followed by a choice."""
-        return step + 1 == self.first or (step >= self.first and (step + 1) % self.every == 0)
+        return step + 1 == self.first or (step >= self.first and not self.duel and (step + 1) % self.every == 0)
 
     def after(self, step: int, record: dict[str, Any], traced: list[TraceStep]) -> dict[str, Any] | None:
         """Note a step's time; where it was recorded, choose anew. What to write down of it, else None."""
         self._attention.append(record["seconds_split"]["attention"])
-        if COLD <= step < self.first and (step - COLD) % TRIAL >= SETTLING:
+        if COLD <= step < self.first and not self.fresh:
             self.tried[self.mode].append(record["seconds"])
+        if self.duel:
+            return self._fight(step, record["seconds"])
         if not self.decides_after(step):  # recorded steps gather choices and are slower
             if step >= self.began + SETTLING:
                 self._seconds.append(record["seconds"])
@@ -99,8 +116,35 @@ class AutoControl:
             "residency": list(chosen.residency),
             "predicted_seconds": {m.name: predicted[m] for m in modes},
         }
-        self.set(chosen)
         self.began, self._seconds = step + 1, []
+        if chosen != self.mode:
+            self.start_duel(chosen)
+        return out
+
+    def start_duel(self, challenger: Mode) -> None:
+        """Let `challenger` and the present mode run by turns, from the next step on."""
+        self.challenger, self.holder = challenger, self.mode
+        self.turns = [m for m in (challenger, self.mode, self.mode, challenger) for _ in range(DUEL)]
+        self.duel = {challenger: [], self.mode: []}
+
+    def _fight(self, step: int, seconds: float) -> dict[str, Any] | None:
+        """Note a step of a duel; at its end keep the faster. What to write down of it, else None."""
+        if not self.fresh:
+            self.duel[self.mode].append(seconds)
+        if self.turns:
+            return None
+        theirs, ours = (median(self.duel[m]) for m in (self.challenger, self.holder))
+        won = bool(self._agree(int(theirs < ours)))
+        out = {
+            "mode": self.holder.name,
+            "got_seconds": ours,
+            "challenger": self.challenger.name,
+            "challenger_seconds": theirs,
+            "chosen": (self.challenger if won else self.holder).name,
+            "residency": list((self.challenger if won else self.holder).residency),
+        }
+        self.set(self.challenger if won else self.holder)
+        self.began, self._seconds, self.duel = step + 1, [], {}
         return out
 
     def _offset(self, mode: Mode) -> float:
@@ -128,11 +172,12 @@ class AutoControl:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """For a checkpoint. A duel at hand is not kept: who held goes on."""
+        mode = self.holder if self.duel else self.mode
         return {
-            "moves": self.mode.moves,
-            "residency": list(self.mode.residency),
-            "wire": self.mode.wire,
+            "moves": mode.moves,
+            "residency": list(mode.residency),
+            "wire": mode.wire,
             "began": self.began,
             "offsets": [[m.moves, list(m.residency), m.wire, s] for m, s in self.offsets.items()],
         }
