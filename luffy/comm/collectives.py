@@ -14,6 +14,7 @@ from luffy.comm.meter import TrafficMeter
 
 # Renamed between releases of torch.
 _all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,25 @@ class Comm:
             self.meter.all_reduce(direction, self.mesh.ep_ranks, tensor.nbytes)
         return tensor
 
-    def all_gather_world(self, tensor: Tensor) -> Tensor:
+    def all_gather_world(self, tensor: Tensor, direction: str = "control") -> Tensor:
         """[n...] on each rank -> [world_size, n...] on all ranks of the world. Shapes must agree."""
-        return self._all_gather(tensor, self.mesh.world_group, range(self.mesh.world_size))
+        return self._all_gather(tensor, self.mesh.world_group, range(self.mesh.world_size), direction)
 
     def all_gather_ep(self, tensor: Tensor) -> Tensor:
         """[n...] on each rank -> [ep_size, n...] on all ranks of the EP group. Shapes must agree."""
-        return self._all_gather(tensor, self.mesh.ep_group, self.mesh.ep_ranks)
+        return self._all_gather(tensor, self.mesh.ep_group, self.mesh.ep_ranks, "control")
+
+    def reduce_scatter_world(self, tensor: Tensor, direction: str = "gradients") -> Tensor:
+        """[world_size, n] on each rank -> [n]: this rank's row of the sum over the world."""
+        world = self.mesh.world_size
+        if world == 1:
+            return tensor[0]
+        out = tensor.new_empty(tensor.shape[1])
+        _reduce_scatter_flat(out, tensor.flatten(), group=self.mesh.world_group)
+        for peer in range(world):
+            if peer != self.mesh.rank:
+                self.meter.send(direction, peer, out.nbytes)
+        return out
 
     def start_all_gather_ep(self, tensor: Tensor) -> Callable[[], Tensor]:
         """Begin to gather a host tensor [n...] of every rank of the EP group; the call it returns waits for it.
@@ -75,10 +88,10 @@ class Comm:
 
         return finish
 
-    def _all_gather(self, tensor: Tensor, group: dist.ProcessGroup, ranks: Sequence[int]) -> Tensor:
+    def _all_gather(self, tensor: Tensor, group: dist.ProcessGroup, ranks: Sequence[int], direction: str) -> Tensor:
         if len(ranks) == 1:
             return tensor.unsqueeze(0)
         out = tensor.new_empty(len(ranks) * tensor.numel())
         _all_gather_flat(out, tensor.contiguous().flatten(), group=group)
-        self.meter.all_gather("control", ranks, tensor.nbytes)
+        self.meter.all_gather(direction, ranks, tensor.nbytes)
         return out.unflatten(0, (len(ranks), tensor.numel())).reshape(len(ranks), *tensor.shape)

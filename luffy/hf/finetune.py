@@ -74,7 +74,7 @@ class FineTuner(Trainer):
         with phase("load model", enabled=self.mesh.rank == 0):
             parallel = load(
                 o.model, self.mesh, o.get_recipe(), dtype=weights, stream_dtype=stream, recompute=o.recompute,
-                topology=self._links(), **o.router_losses(),
+                topology=self._links(), dense=o.dense, **o.router_losses(),
             )  # fmt: skip
         if o.lora:
             parallel.adapt(o.lora, o.lora_alpha, o.seed)

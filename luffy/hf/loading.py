@@ -68,6 +68,8 @@ def load(
     parallel.folder, parallel.stored_dtype = folder, stored
     _materialise(parallel, mesh.device)
     everyone(mesh, lambda: fill(parallel, Checkpoint(folder)))
+    if options.get("dense") == "sharded":
+        parallel.shard_dense()
     return parallel
 
 

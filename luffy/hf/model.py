@@ -29,6 +29,7 @@ from luffy.exchange.migrate import transfer
 from luffy.exchange.stage import Stage, alternate, finish
 from luffy.hf.attention import Frames, check_attention
 from luffy.hf.batches import make_batch
+from luffy.hf.dense import Held, enter_layer, leave_layer, modules_of, noted, shard_dense
 from luffy.hf.describe import describe
 from luffy.hf.families import Family, family_of
 from luffy.hf.parts import LibraryExperts, LibraryRouter, SharedExperts, call_in, lent
@@ -39,6 +40,7 @@ from luffy.model.transformer import MicroBatch, ModelOutput, in_chunks, is_exper
 from luffy.plan.topology import Topology
 from luffy.recipes import Recipe, get_recipe
 
+DENSE = ("replicated", "sharded")
 _PREFIX = re.compile(r"^library\.(base_model\.model\.)?")
 
 
@@ -63,6 +65,8 @@ class ParallelModel(nn.Module):
         # Of the folder that it was loaded from, if any: where it is, and what its weights are stored as.
         self.folder: Path | None = None
         self.stored_dtype: torch.dtype | None = None
+        self.dense = "replicated"
+        self._held: dict[int, Held] = {}  # by layer, of this forward pass
 
     @property
     def causal_lm(self) -> Any:
@@ -107,12 +111,18 @@ class ParallelModel(nn.Module):
             if p.requires_grad:
                 p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
 
+    def shard_dense(self) -> None:
+        """Keep only this rank's rows of the dense matrices, from now on: see luffy.hf.dense. Before an optimizer."""
+        lm = self.causal_lm
+        parts = [m for layer in self.layers for m in modules_of(layer, self.block(layer))]
+        shard_dense(self.runtime.comm, [*parts, lm.get_input_embeddings(), lm.get_output_embeddings()])
+        self.dense = "sharded"
+
     # ---------------------------------------------------------------- forward
 
     def forward(self, *micros: MicroBatch) -> ModelOutput | tuple[ModelOutput, ...]:
         """The output of one micro-batch; a tuple for several, which take turns (luffy.exchange.stage)."""
-        if self.runtime.residency is not None:
-            self.runtime.residency.reset()
+        self._begin()
         outputs = alternate([self._stages(micro) for micro in micros])
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
@@ -121,7 +131,13 @@ class ParallelModel(nn.Module):
         labels = micro.labels
         if batch.layout is not micro.layout:
             (labels,) = transfer([labels], micro.layout, batch.layout, self.runtime.comm, "control")
-        token_loss = in_chunks(self._chunk_loss, batch.hidden, labels) / max(micro.step_labels, 1)
+        # Gathered once: how many chunks there are depends on the rank.
+        head = self._gathered(self.causal_lm.get_output_embeddings())
+
+        def chunk_loss(hidden: Tensor, labels: Tensor) -> Tensor:
+            return summed_cross_entropy(self._head(hidden, head), labels)
+
+        token_loss = in_chunks(chunk_loss, batch.hidden, labels) / max(micro.step_labels, 1)
         loss, stats = token_loss, batch.router_stats
         aux = auxiliary_loss(stats, self.config.router, self.runtime.comm, micro.num_tokens)
         if aux is not None:
@@ -134,15 +150,39 @@ class ParallelModel(nn.Module):
     @torch.no_grad()
     def logits(self, micro: MicroBatch) -> Tensor:
         """Logits [T, V] of this rank's own tokens, wherever their sequences ended; every rank calls it."""
-        if self.runtime.residency is not None:
-            self.runtime.residency.reset()
+        self._begin()
         batch = finish(self._decode(micro))
         (hidden,) = transfer([batch.hidden], batch.layout, micro.layout, self.runtime.comm, "control")
-        return self._head(hidden)
+        return self._head(hidden, self._gathered(self.causal_lm.get_output_embeddings()))
+
+    def _begin(self) -> None:
+        self._held.clear()
+        if self.runtime.residency is not None:
+            self.runtime.residency.reset()
+
+    def _gathered(self, module: nn.Module) -> Held | None:
+        """The whole weights of a module that stands in no layer, kept as long as the graph wants them."""
+        if self.dense == "replicated":
+            return None
+        held = Held(self.runtime.comm, [module], self.stream_dtype)
+        held.enter()
+        return held
+
+    def _held_by(self, index: int, layer: Any) -> Held | None:
+        """The whole weights of a layer: those that another micro-batch in it has gathered, or others."""
+        if self.dense == "replicated":
+            return None
+        if index not in self._held or self._held[index].released:
+            self._held[index] = Held(self.runtime.comm, modules_of(layer, self.block(layer)), self.stream_dtype)
+        return self._held[index]
 
     def _decode(self, micro: MicroBatch) -> Stage[TokenBatch]:
         lm = self.causal_lm
-        hidden = lm.get_input_embeddings()(micro.tokens).to(self.stream_dtype)  # [T, D]
+        embedding = lm.get_input_embeddings()
+        if self.dense == "sharded":
+            hidden = call_in(self.stream_dtype, embedding, micro.tokens, held=self._gathered(embedding))
+        else:
+            hidden = embedding(micro.tokens).to(self.stream_dtype)  # [T, D]
         batch = TokenBatch(hidden, micro.layout, micro.padded)
         longest = int(micro.layout.table.lengths.max(initial=0))
         frames = Frames(lm.config, lm.model.rotary_emb, longest, hidden, micro.padded)
@@ -157,22 +197,31 @@ class ParallelModel(nn.Module):
         """One decoder layer: attention and feed-forward, each with its norm before and its residual."""
         rt, block, norm = self.runtime, self.block(layer), layer.post_attention_layernorm
         sparse = isinstance(block, MoELayer)
+        held = self._held_by(index, layer)
+        if held is not None:
+            batch = batch.with_hidden(enter_layer(batch.hidden, held))
+            if sparse and block.shared_experts is not None:
+                block.shared_experts.held = held
         departed = block.prefetch(batch.hidden.dtype) if sparse else None
-        hidden = boundary(batch.hidden, rt.clock, "other", "attention")
+        hidden, layout = boundary(batch.hidden, rt.clock, "other", "attention"), batch.layout
 
         def attend(x: Tensor) -> Tensor:
             normed = call_in(x.dtype, layer.input_layernorm, x)
-            return x + frames.attend(layer.self_attn, index, normed, batch.layout)
+            return x + frames.attend(layer.self_attn, index, normed, layout, held)
 
         if rt.recompute and torch.is_grad_enabled():
             hidden = checkpoint(attend, hidden, use_reentrant=False)
         else:
-            hidden = attend(hidden)
+            with noted(held):
+                hidden = attend(hidden)
         batch = batch.with_hidden(boundary(hidden, rt.clock, "attention", "other"))
         if sparse:
-            return (yield from block.stages(batch, lent(norm), predict_next, departed))
-        x = batch.hidden
-        return batch.with_hidden(x + call_in(x.dtype, block, lent(norm)(x)))
+            batch = yield from block.stages(batch, lent(norm), predict_next, departed)
+        else:
+            x = batch.hidden
+            with noted(held):
+                batch = batch.with_hidden(x + call_in(x.dtype, block, lent(norm)(x), held=held))
+        return batch if held is None else batch.with_hidden(leave_layer(batch.hidden, held))
 
     def _next_predictor(self, layers: list[Any], index: int) -> Predictor | None:
         """The forecast of the next MoE layer, if the recipe or the recorder asks for it and there is one."""
@@ -185,13 +234,10 @@ class ParallelModel(nn.Module):
                 return _predictor(block, lent(layer.post_attention_layernorm))
         return None
 
-    def _head(self, hidden: Tensor) -> Tensor:
+    def _head(self, hidden: Tensor, held: Held | None) -> Tensor:
         lm = self.causal_lm
         hidden = call_in(hidden.dtype, lm.model.norm, hidden)
-        return call_in(hidden.dtype, lm.get_output_embeddings(), hidden)
-
-    def _chunk_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        return summed_cross_entropy(self._head(hidden), labels)
+        return call_in(hidden.dtype, lm.get_output_embeddings(), hidden, held=held)
 
     def _library_balance(self, stats: tuple[RouterStats, ...], aux: AuxLoss, num_tokens: int) -> Tensor:
         """This rank's part of the library's `load_balancing_loss_func`, over the tokens of all ranks.
@@ -225,6 +271,7 @@ def parallelize(
     recompute: bool | None = None,
     topology: Topology | None = None,
     check_alike: bool = True,
+    dense: str = "replicated",
     **router: Any,
 ) -> ParallelModel:
     """Spread the experts of a transformers causal LM (or of a PEFT model around one) over the ranks of `mesh`.
@@ -234,17 +281,20 @@ def parallelize(
 
     family: how the model is built, None: by its `model_type`. stream_dtype: of the rows and products, None: the
     weights'. recompute: compute attention and experts again in the backward pass, None: as gradient checkpointing is
-    set in the model. topology: links, for planning. router: weights of Luffy's losses, `balance_loss`, `z_loss`,
+    set in the model. topology: links, for planning. dense: "sharded" divides the other matrices over all ranks, each
+    gathered while it is used. router: weights of Luffy's losses, `balance_loss`, `z_loss`,
     `locality_loss`, and `bias_update_rate` (see RouterConfig); all are 0 unless given. The library's own balance loss
     is added where the model's configuration asks for it, `output_router_logits` with its `router_aux_loss_coef`.
     """
     lm = causal_lm_of(model)
+    if dense not in DENSE:
+        raise UserError(f"--dense {dense!r} must be one of {', '.join(DENSE)}")
     config = lm.config
     family = family_of(config) if family is None else family
     check_attention(config)
     layers = list(lm.model.layers)
-    dense = tuple(i for i, layer in enumerate(layers) if not family.is_sparse(layer))
-    described = describe(config, family, dense, **router)
+    dense_layers = tuple(i for i, layer in enumerate(layers) if not family.is_sparse(layer))
+    described = describe(config, family, dense_layers, **router)
     described.check_ranks(mesh.ep_size)
     if described.router.bias_update_rate > 0 and family.bias_buffer is None:
         raise UserError(f"--bias-update-rate: the gate of {family.model_type} has no bias for the choice")
@@ -254,7 +304,7 @@ def parallelize(
     runtime = Runtime.create(Comm.create(mesh), recipe, described, recompute, topology)
     num_local, moe = described.router.num_experts // mesh.ep_size, 0
     for i, layer in enumerate(layers):
-        if i in dense:
+        if i in dense_layers:
             continue
         block = getattr(layer, family.block)
         shared = None
@@ -280,6 +330,8 @@ def parallelize(
         parallel.to(mesh.device)
         if check_alike:
             _check_alike(parallel)
+        if dense == "sharded":
+            parallel.shard_dense()
     return parallel
 
 

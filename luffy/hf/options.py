@@ -30,6 +30,11 @@ class FinetuneOptions(TrainOptions):
     weight_decay: float = option(0.0, "On matrices only.", "Training")
     lora: int = option(0, "Rank of adapters on attention, all else frozen; 0: train every weight.", "Training")
     lora_alpha: int = option(16, "Scale of the adapters is this over their rank.", "Training")
+    dense: str = option(
+        "replicated",
+        "Attention, dense feed-forwards, embedding and head: replicated, or sharded over all ranks.",
+        "Training",
+    )
     export: bool = option(True, "Write OUT/model at the end.", "Training")
 
     def __post_init__(self) -> None:
@@ -39,6 +44,11 @@ class FinetuneOptions(TrainOptions):
         _require(self.data.endswith((".jsonl", ".jsonl.gz")), f"--data {self.data} is not a .jsonl file")
         _require(Path(self.data).is_file(), f"--data {self.data} is not there")
         _one_of("--loss-on", self.loss_on, ("auto", "assistant", "all"))
+        _one_of("--dense", self.dense, ("replicated", "sharded"))
+        _require(
+            self.dense == "replicated" or self.gradient_dtype == "model",
+            "--gradient-dtype bfloat16 cannot be combined with --dense sharded: its gradients are summed as they are",
+        )
         _require(self.lora >= 0, f"--lora {self.lora} must not be negative")
         _require(0 < self.valid_fraction < 1, f"--valid-fraction {self.valid_fraction} must lie between 0 and 1")
         super().__post_init__()

@@ -6,8 +6,10 @@ them. The folder gets its name when it is complete; nothing half-written is ever
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from luffy.errors import UserError
+from luffy.hf.dense import whole, whole_again
 from luffy.hf.files import SHARD_NUM_BYTES, Checkpoint, ShardWriter, write_index
 from luffy.hf.loading import is_stored, sparse_blocks, tied_names
 from luffy.hf.model import ParallelModel
@@ -54,18 +57,13 @@ def save_pretrained(
 
     everyone(mesh, begin, only_first=True)
     writer = ShardWriter(temporary, f"model-rank{mesh.ep_rank:03d}", shard_num_bytes)
-    merge = getattr(parallel.library, "merge_adapter", None)
-    if merge is not None:
-        merge()
     try:
-        everyone(mesh, lambda: _write(parallel, writer, dtype or parallel.stored_dtype))
+        with _merged(parallel):
+            everyone(mesh, lambda: _write(parallel, writer, dtype or parallel.stored_dtype))
     except UserError:
         if mesh.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-    finally:
-        if merge is not None:
-            parallel.library.unmerge_adapter()  # type: ignore[operator]
 
     def announce() -> None:
         if mesh.dp_rank == 0:
@@ -77,6 +75,21 @@ def save_pretrained(
     return final
 
 
+@contextlib.contextmanager
+def _merged(parallel: ParallelModel) -> Iterator[None]:
+    """Within, adapters (if any) are part of the weights that they adapt, which are whole on every rank."""
+    library: Any = parallel.library
+    if not hasattr(library, "merge_adapter"):
+        yield
+        return
+    with whole_again(parallel.runtime.comm, parallel):
+        library.merge_adapter()
+        try:
+            yield
+        finally:
+            library.unmerge_adapter()
+
+
 @torch.no_grad()
 def _write(parallel: ParallelModel, writer: ShardWriter, dtype: torch.dtype | None) -> None:
     """This rank's part: its experts, and on the first rank all that is replicated."""
@@ -86,7 +99,8 @@ def _write(parallel: ParallelModel, writer: ShardWriter, dtype: torch.dtype | No
         if ".lora_" in library:
             continue
         source = source_of(library, parallel.family, blocks, None)
-        value = p if dtype is None else p.to(dtype)
+        value = whole(parallel.runtime.comm, p)
+        value = value if dtype is None else value.to(dtype)
         if is_expert(name):
             _write_experts(parallel, name, value, source, writer)
         elif mesh.rank == 0:

@@ -1,5 +1,7 @@
 """Gradients between ranks: what is replicated is summed over the world, experts over their copies.
 
+Sharded weights (luffy.model.sharding) have been summed by the backward pass itself.
+
 Replicated parameters go through DistributedDataParallel: buckets, overlapped with the backward pass. Its hook sums
 instead of averaging, because the loss is already divided by the labels of all ranks. Experts of an EP group received
 their rows' gradients from every rank of the group, so only their copies in other data-parallel groups are added,
@@ -19,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from luffy.comm import Comm
 from luffy.comm.clock import PhaseClock
 from luffy.model import is_expert
+from luffy.model.sharding import is_sharded
 
 
 class GradientSync:
@@ -32,9 +35,13 @@ class GradientSync:
         self.module: nn.Module = model
         mesh = comm.mesh
         experts = [(n, p) for n, p in model.named_parameters() if is_expert(n)]
-        replicated = any(p.requires_grad for n, p in model.named_parameters() if not is_expert(n))
+        apart = {n for n, p in model.named_parameters() if is_expert(n) or is_sharded(p)}
+        # Under every name: DistributedDataParallel asks for those of a tied weight one by one.
+        every_name = model.named_parameters(remove_duplicate=False)
+        apart |= {n for n, p in every_name if is_sharded(p)}
+        replicated = any(p.requires_grad for n, p in model.named_parameters() if n not in apart)
         if mesh.world_size > 1 and replicated:
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [n for n, _ in experts])
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(apart))
             with warnings.catch_warnings():
                 # `broadcast_buffers` is on its way out, but its successor does not exist in every release yet.
                 warnings.simplefilter("ignore", FutureWarning)
@@ -107,24 +114,28 @@ class GradientSync:
     def clip(self, max_norm: float) -> Tensor:
         """Scale all gradients to a global norm of at most `max_norm` (0: never); returns the norm before, [].
 
-        The norm is that of the whole model: replicated gradients once, the experts of all ranks of the EP group.
+        The norm is that of the whole model: replicated gradients once, the experts of all ranks of the EP group, and
+        every rank's rows of what is sharded.
         """
         replicated: list[Tensor] = []
         experts: list[Tensor] = []
+        sharded: list[Tensor] = []
         for name, p in self.model.named_parameters():
             if not p.requires_grad:
                 continue
             if p.grad is None:
                 raise RuntimeError(f"{name} received no gradient")
-            (experts if is_expert(name) else replicated).append(p.grad)
+            (experts if is_expert(name) else sharded if is_sharded(p) else replicated).append(p.grad)
         squares = torch.zeros((), device=self.comm.mesh.device)
         if replicated:
             squares = torch.stack(torch._foreach_norm(replicated)).square().sum()
         if experts:
             squares = squares + self.comm.all_reduce_ep(torch.stack(torch._foreach_norm(experts)).square().sum())
+        if sharded:
+            squares = squares + self.comm.all_reduce(torch.stack(torch._foreach_norm(sharded)).square().sum())
         norm = squares.sqrt()
         if max_norm > 0:
-            torch._foreach_mul_(replicated + experts, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+            torch._foreach_mul_(replicated + experts + sharded, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
 

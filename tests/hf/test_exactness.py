@@ -14,6 +14,8 @@ from luffy.comm import Mesh, build_mesh
 from luffy.errors import RankMismatchError, UserError
 from luffy.hf import FAMILIES, parallelize, register
 from luffy.hf.families import DEEPSEEK_V3, QWEN3_MOE
+from luffy.hf.model import ParallelModel
+from luffy.model.transformer import ModelOutput
 from luffy.recipes import Recipe, get_recipe
 from luffy.testing import RankFailedError, gather_full, run_ranks
 
@@ -26,7 +28,7 @@ Rows = list[tuple[list[int], list[int]]]
 
 @dataclass(frozen=True)
 class Case:
-    """One model on one batch; `rows[r]` are those of rank r."""
+    """One model on one batch; `rows[r]` are those of rank r. halves: as two micro-batches, `after` or `by turns`."""
 
     family: str
     recipe: Recipe
@@ -35,10 +37,12 @@ class Case:
     padded: bool = False
     recompute: bool = False
     ep_size: int | None = None
+    halves: str | None = None
     changes: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f"{self.family}, {self.recipe.name}, {self.side}, padded={self.padded}, recompute={self.recompute}"
+        flags = f"padded={self.padded}, recompute={self.recompute}, halves={self.halves}"
+        return f"{self.family}, {self.recipe.name}, {self.side}, {flags}"
 
 
 @dataclass(frozen=True)
@@ -67,10 +71,9 @@ def run_cases(rank: int, cases: list[Case], answers: list[Answer]) -> list[tuple
         with wide():
             model = tiny_model(tiny_config(case.family, **case.changes))
             parallel = parallelize(model, mesh, case.recipe, recompute=case.recompute)
-            micro = parallel.batch(**collate(case.rows[rank], case.side), padded=case.padded)
-            output = parallel(micro)
-            output.loss.backward()
-        loss = parallel.runtime.comm.all_reduce(output.loss.detach().clone())
+            loss = torch.stack([output.loss for output in outputs_of(parallel, case, case.rows[rank])]).sum()
+            loss.backward()
+        loss = parallel.runtime.comm.all_reduce(loss.detach())
         found = {parallel.library_name(n): g for n, g in gather_full(parallel, "grad").items()}
         assert found.keys() == answer.gradients.keys()
         worst = max((float((g - answer.gradients[n]).norm() / answer.gradients[n].norm().clamp_min(1e-9)), n)
@@ -79,6 +82,16 @@ def run_cases(rank: int, cases: list[Case], answers: list[Answer]) -> list[tuple
         moved = 0 if planner is None else planner.tally.take().moved
         out.append((abs(float(loss) / answer.loss - 1), *worst, moved))
     return out
+
+
+def outputs_of(parallel: ParallelModel, case: Case, rows: Rows) -> list[ModelOutput]:
+    if case.halves is None:
+        return [parallel(parallel.batch(**collate(rows, case.side), padded=case.padded))]
+    middle = len(rows) // 2
+    halves = [parallel.batch(**collate(r, case.side), padded=case.padded) for r in (rows[:middle], rows[middle:])]
+    tokens, labels = sum(m.num_tokens for m in halves), sum(m.step_labels for m in halves)
+    micros = [replace(m, step_tokens=tokens, step_labels=labels) for m in halves]
+    return list(parallel(*micros)) if case.halves == "by turns" else [parallel(m) for m in micros]
 
 
 def assert_exact(world: int, cases: list[Case]) -> None:
@@ -102,6 +115,11 @@ def test_every_family_on_two_ranks() -> None:
             Case(family, get_recipe("vanilla_dedup"), "right", rows, padded=True),
             Case(family, get_recipe("luffy"), "left", rows, recompute=True),
             Case(family, RANDOM, "packed", dealt(10 + i, [5, 5])),
+        ]
+    for halves in ("after", "by turns"):
+        cases += [
+            Case("mixtral", get_recipe("luffy"), "left", dealt(20, [7, 6]), recompute=True, halves=halves),
+            Case("deepseek_v3", RANDOM, "right", dealt(21, [6, 7]), halves=halves),
         ]
     assert_exact(2, cases)
 
