@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 pytest.importorskip("transformers")
 
 from luffy.comm import Mesh, build_mesh
 from luffy.errors import UserError
-from luffy.hf import parallelize
+from luffy.hf import dense, parallelize
 from luffy.hf.dense import whole
 from luffy.hf.model import ParallelModel
 from luffy.model.sharding import gather, is_sharded, whole_shape
@@ -45,10 +48,10 @@ def full_gradient(parallel: ParallelModel, parameter: torch.Tensor) -> torch.Ten
     return gather(parallel.runtime.comm, [grad])[0]
 
 
-def train(case: Case, mesh: Mesh, dense: str) -> dict[str, torch.Tensor]:
+def train(case: Case, mesh: Mesh, how: str) -> dict[str, torch.Tensor]:
     """Two steps, each of three micro-batches of which two take turns; everything that came of them, in full."""
     model = tiny_model(tiny_config(case.family, tie_word_embeddings=case.tied))
-    parallel = parallelize(model, mesh, case.recipe, recompute=case.recompute, dense=dense)
+    parallel = parallelize(model, mesh, case.recipe, recompute=case.recompute, dense=how)
     comm, found = parallel.runtime.comm, dict[str, torch.Tensor]()
     if case.adapters:
         parallel.adapt(case.adapters)
@@ -89,11 +92,11 @@ def train(case: Case, mesh: Mesh, dense: str) -> dict[str, torch.Tensor]:
 
 def memory(parallel: ParallelModel, optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """Elements on this rank: dense weights and moments, and those of them that are matrices outside of gates."""
-    dense = [(n, p) for n, p in parallel.named_parameters() if not is_expert(n)]
-    matrices = [p for n, p in dense if p.dim() >= 2 and ".gate." not in n]
-    moments = [v for _, p in dense for v in optimizer.state.get(p, {}).values() if v.dim() > 0]
+    others = [(n, p) for n, p in parallel.named_parameters() if not is_expert(n)]
+    matrices = [p for n, p in others if p.dim() >= 2 and ".gate." not in n]
+    moments = [v for _, p in others for v in optimizer.state.get(p, {}).values() if v.dim() > 0]
     return {
-        "weights": float(sum(p.numel() for _, p in dense)),
+        "weights": float(sum(p.numel() for _, p in others)),
         "matrices": float(sum(p.numel() for p in matrices)),
         "moments": float(sum(v.numel() for v in moments)),
     }
@@ -107,7 +110,7 @@ def compare(rank: int, cases: list[Case]) -> list[dict[str, float]]:
         if case.ep_size not in meshes:
             meshes[case.ep_size] = build_mesh(torch.device("cpu"), case.ep_size)
         with wide():
-            plain, sharded = (train(case, meshes[case.ep_size], dense) for dense in ("replicated", "sharded"))
+            plain, sharded = (train(case, meshes[case.ep_size], how) for how in ("replicated", "sharded"))
         assert plain.keys() == sharded.keys()
         shares = {k: float(sharded.pop(k) / plain.pop(k)) for k in [k for k in plain if k.startswith("memory")]}
         errors = {k: float((sharded[k] - v).norm() / v.norm().clamp_min(1e-9)) for k, v in plain.items()}
@@ -151,6 +154,39 @@ def check_memory(shares: dict[str, float], world: int) -> None:
 def refuse(rank: int) -> Any:
     with pytest.raises(UserError, match="--dense 'split' must be one of replicated, sharded"):
         parallelize(tiny_model(tiny_config("mixtral")), build_mesh(torch.device("cpu")), dense="split")
+
+
+def hold_on(rank: int) -> None:
+    """Which whole weights are alive between forward and backward pass, and after it."""
+    alive: list[StorageWeakRef] = []
+
+    def noting(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
+        made = gather(*args, **kwargs)
+        alive.extend(StorageWeakRef(w.untyped_storage()) for w in made)
+        return made
+
+    for recompute in (False, True):
+        model = tiny_model(tiny_config("deepseek_v3"))
+        parallel = parallelize(model, build_mesh(torch.device("cpu")), recompute=recompute, dense="sharded")
+        micros = [parallel.batch(**collate(random_rows(i + rank, 3, 9), "right")) for i in range(2)]
+        alive.clear()
+        with patch.object(dense, "gather", noting):
+            first, second = parallel(*micros)
+            loss = first.loss + second.loss
+            forward = len(alive)
+            assert forward > 20
+            # The head of each micro-batch, which the backward pass begins with, and no layer's.
+            kept = [w for w in alive if not w.expired()]
+            assert len(kept) == 2
+            loss.backward()
+        assert len(alive) > forward, "layers were gathered again"
+        del loss, first, second, kept
+        gc.collect()
+        assert not [w for w in alive if not w.expired()]
+
+
+def test_a_layer_is_whole_only_while_it_is_computed() -> None:
+    run_ranks(hold_on, 2)
 
 
 def test_another_word_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -226,6 +227,33 @@ def test_a_run_its_resumption_and_what_it_leaves(folder: Path) -> None:
     assert all(torch.equal(one[n], other[n]) for n in other)
 
 
+def test_sharded_dense_weights_train_resume_and_leave_the_same(folder: Path) -> None:
+    names = ("kept", "cut", "kept_lora", "cut_lora")
+    lora: dict[str, Any] = {"lora": 3, "lr": 3e-2, "steps": 3}
+    base = {"kept": {}, "cut": {"dense": "sharded"}, "kept_lora": lora, "cut_lora": {**lora, "dense": "sharded"}}
+    runs = {n: options(folder, out=str(folder / n), profile_attention=False, **base[n]) for n in names}
+    run_ranks(train, 2, list(runs.values()))
+    for kept, cut in (("kept", "cut"), ("kept_lora", "cut_lora")):
+        for a, b in zip(records(folder / kept), records(folder / cut), strict=True):
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+            assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+        one, other = (opened(folder / n / "model").state_dict() for n in (kept, cut))
+        assert one.keys() == other.keys()
+        for name in one:
+            assert torch.allclose(one[name], other[name], rtol=1e-3, atol=1e-4), name
+
+    # Stopped after step 3 and resumed: as it was, whole again, and on another number of ranks.
+    before = records(folder / "cut")
+    for changes, ranks in (({"dense": "sharded"}, 2), ({"dense": "replicated"}, 2), ({"dense": "sharded"}, 4)):
+        shutil.rmtree(folder / "cut" / "checkpoints" / "step-00000006")
+        again = options(folder, out=str(folder / "cut"), resume=True, ranks=ranks, **changes)
+        run_ranks(train, ranks, [again])
+        exact = 0 if changes["dense"] == "sharded" and ranks == 2 else 1e-4
+        losses = [r["loss"] for r in records(folder / "cut")]
+        assert losses == pytest.approx([r["loss"] for r in before], rel=exact, abs=0)
+        assert len(losses) == 6
+
+
 def use_wrong_tokenizer(rank: int, run: FinetuneOptions) -> None:
     Path(run.out).mkdir(parents=True, exist_ok=True)
     FineTuner(run, build_mesh(torch.device("cpu")))
@@ -246,6 +274,11 @@ def test_a_model_without_tokenizer_stops_all_ranks(folder: Path, tmp_path: Path)
         (["--model", "{model}", "--data", "d.jsonl"], "--data d.jsonl is not there"),
         (["--model", "{model}", "--data", "{data}", "--ranks", "3"], "cannot be divided over 3"),
         (["--model", "{model}", "--data", "{data}", "--sequence-length", "65"], "--sequence-length 65 is more than"),
+        (["--model", "{model}", "--data", "{data}", "--dense", "split"], "--dense"),
+        (
+            ["--model", "{model}", "--data", "{data}", "--dense", "sharded", "--gradient-dtype", "bfloat16"],
+            "cannot be combined with --dense sharded",
+        ),
         (["--model", "{empty}", "--data", "{data}"], "config.json cannot be read"),
     ],
 )
