@@ -141,7 +141,7 @@ def shard_dense(comm: Comm, modules: list[nn.Module]) -> None:
                 if p is None or p.dim() < 2 or is_sharded(p) or "lora_" in f"{name}.{leaf}":
                     continue
                 if id(p) not in made:
-                    made[id(p)] = shard_of(p, comm.mesh.rank, comm.mesh.world_size)
+                    made[id(p)] = shard_of(p, comm.mesh)
                 module._parameters[leaf] = made[id(p)]
 
 

@@ -1,4 +1,4 @@
-"""Load: a checkpoint folder to a parallel model, each rank reading its own experts and no others.
+"""Load: a checkpoint folder to a parallel model, each rank reading its own experts, or rows, and no others.
 
 The model is made without memory first (on torch's meta device), given its experts' share, and only then filled, tensor
 by tensor from the files. Every tensor of the folder must find its place and every parameter its tensors: what is
@@ -22,6 +22,7 @@ from luffy.hf.files import Checkpoint
 from luffy.hf.model import ParallelModel, parallelize
 from luffy.hf.placing import source_of
 from luffy.model.moe_layer import MoELayer
+from luffy.model.sharding import is_sharded, mark_sharded, rows_of, whole_shape
 from luffy.model.transformer import is_expert
 from luffy.recipes import Recipe
 from luffy.train.checkpoint import everyone
@@ -68,8 +69,6 @@ def load(
     parallel.folder, parallel.stored_dtype = folder, stored
     _materialise(parallel, mesh.device)
     everyone(mesh, lambda: fill(parallel, Checkpoint(folder)))
-    if options.get("dense") == "sharded":
-        parallel.shard_dense()
     return parallel
 
 
@@ -90,6 +89,8 @@ def _materialise(parallel: ParallelModel, device: torch.device) -> None:
         if id(tensor) not in made:
             empty = torch.empty_like(tensor, device=device)
             made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+            if is_sharded(tensor):
+                mark_sharded(made[id(tensor)], whole_shape(tensor))
         return made[id(tensor)]
 
     for module in parallel.modules():
@@ -117,9 +118,12 @@ def fill(parallel: ParallelModel, checkpoint: Checkpoint) -> None:
                 raise UserError(f"--model: {key} is missing in {checkpoint.folder}{_alike(key, where)}")
         used.update(keys)
         if not is_expert(name):
+            if is_sharded(target):
+                _check_shape(keys[0], where[keys[0]].shape, whole_shape(target))
+                target.copy_(checkpoint.read(keys[0], *rows_of(target, parallel.runtime.comm.mesh)))
+                continue
             value = checkpoint.read(keys[0])
-            if value.shape != target.shape:
-                raise UserError(f"--model: {keys[0]} is {list(value.shape)}, and should be {list(target.shape)}")
+            _check_shape(keys[0], tuple(value.shape), target.shape)
             if name in own and value.dtype != target.dtype:
                 target.data = target.data.to(value.dtype)  # a bias of the choice keeps its precision
             target.copy_(value)

@@ -330,8 +330,8 @@ def parallelize(
         parallel.to(mesh.device)
         if check_alike:
             _check_alike(parallel)
-        if dense == "sharded":
-            parallel.shard_dense()
+    if dense == "sharded":
+        parallel.shard_dense()
     return parallel
 
 

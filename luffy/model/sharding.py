@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from luffy.comm import Comm
+from luffy.comm import Comm, Mesh
 
 
 def is_sharded(parameter: Tensor) -> bool:
@@ -35,13 +35,27 @@ def rows_per_rank(num_rows: int, world_size: int) -> int:
     return -(-num_rows // world_size)
 
 
-def shard_of(parameter: nn.Parameter, rank: int, world_size: int) -> nn.Parameter:
+def shard_of(parameter: nn.Parameter, mesh: Mesh) -> nn.Parameter:
     """This rank's rows of a whole parameter, as a parameter of its own."""
-    share = rows_per_rank(parameter.shape[0], world_size)
-    rows = parameter.detach()[rank * share : (rank + 1) * share].clone()
-    shard = nn.Parameter(rows, requires_grad=parameter.requires_grad)
-    shard.whole_shape = parameter.shape  # type: ignore[attr-defined]
+    first, end = _span(parameter.shape[0], mesh)
+    shard = nn.Parameter(parameter.detach()[first:end].clone(), requires_grad=parameter.requires_grad)
+    mark_sharded(shard, parameter.shape)
     return shard
+
+
+def mark_sharded(rows: Tensor, whole: torch.Size) -> None:
+    """Say that these are this rank's rows of a tensor of shape `whole`."""
+    rows.whole_shape = whole  # type: ignore[attr-defined]
+
+
+def rows_of(parameter: Tensor, mesh: Mesh) -> tuple[int, int]:
+    """Which rows of a sharded parameter this rank has, from and up to."""
+    return _span(whole_shape(parameter)[0], mesh)
+
+
+def _span(num_rows: int, mesh: Mesh) -> tuple[int, int]:
+    share = rows_per_rank(num_rows, mesh.world_size)
+    return min(mesh.rank * share, num_rows), min((mesh.rank + 1) * share, num_rows)
 
 
 def gather(comm: Comm, shards: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
@@ -69,7 +83,8 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        world, rank = ctx.comm.mesh.world_size, ctx.comm.mesh.rank
+        mesh = ctx.comm.mesh
+        world = mesh.world_size
         wanted = [i for i in range(len(grads)) if ctx.needs_input_grad[3 + i]]
         shapes = [ctx.shapes[i] for i in wanted]
         sizes = _padded_sizes(shapes, world)
@@ -82,9 +97,8 @@ class _Gather(torch.autograd.Function):
         summed = ctx.comm.reduce_scatter_world(packed)
         out: list[Tensor | None] = [None] * len(grads)
         for part, i, shape in zip(summed.split(sizes), wanted, shapes, strict=True):
-            share = rows_per_rank(shape[0], world)
-            num_rows = max(0, min(share, shape[0] - rank * share))
-            out[i] = part.view(share, *shape[1:])[:num_rows]
+            first, end = _span(shape[0], mesh)
+            out[i] = part.view(-1, *shape[1:])[: end - first]
         return None, None, None, *out
 
 
