@@ -10,7 +10,8 @@
 
 Each run stops after --minutes at the latest; the learning rate is planned for --steps. Held out are 2% of the pieces
 (texts are cut into pieces of 128 tokens, so neighbours of a held-out piece may be trained on). The figure and the
-numbers: docs/figures/finetune.png, docs/results/finetune.json.
+numbers: docs/figures/finetune.png, docs/results/finetune.json, where held_out_before and held_out_after are what plain
+transformers computes of the folders that went in and came out.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def texts_of(path: Path) -> list[str]:
 
 def questions() -> list[dict[str, Any]]:
     """A chat for each documented function of the standard library, in order of file and line."""
-    root, out = Path(sysconfig.get_paths()["stdlib"]), []
+    root, out, seen = Path(sysconfig.get_paths()["stdlib"]), [], set()
     for path in sorted(root.rglob("*.py")):
         if "site-packages" in path.parts or "test" in path.parts or "idlelib" in path.parts:
             continue
@@ -59,7 +60,9 @@ def questions() -> list[dict[str, Any]]:
                 continue
             question = f"{path.stem}.{node.name}({ast.unparse(node.args)})"
             answer = " ".join(doc.split("\n\n")[0].split())
-            if len(question) < 120 and 20 < len(answer) < 300:
+            # Each answer once: overridden methods repeat theirs, and one of them might be held out.
+            if len(question) < 120 and 20 < len(answer) < 300 and answer not in seen:
+                seen.add(answer)
                 said = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
                 out.append({"messages": said})
     return out
@@ -108,15 +111,14 @@ def curve(out: Path) -> dict[str, Any]:
     held = [[r["step"], r["valid_loss"]] for r in records if r.get("valid_loss") is not None]
     return {
         "steps": len(records),
-        "seconds": sum(r["seconds"] for r in records),
         "tokens": sum(r["tokens"] for r in records),
         "loss": [r["loss"] for r in records],
         "held_out": held,
     }
 
 
-def before(folder: Path, tokens: Path) -> float:
-    """Held-out loss of a folder as plain transformers computes it in one process, before the run of `tokens`."""
+def in_transformers(folder: Path, tokens: Path) -> float:
+    """Held-out loss of a folder as plain transformers computes it in one process."""
     from transformers import AutoModelForCausalLM
 
     from luffy.hf.text import Examples, held_out
@@ -149,7 +151,7 @@ def draw(results: dict[str, Any]) -> Any:
 @click.command()
 @click.option("--data", required=True, type=click.Path(path_type=Path, exists=True), help="Texts, .jsonl[.gz].")
 @click.option("--work", required=True, type=click.Path(path_type=Path), help="Folder for models and runs.")
-@click.option("--steps", default=300, show_default=True, help="Of each run.")
+@click.option("--steps", default=250, show_default=True, help="Of each run.")
 @click.option("--minutes", default=30.0, show_default=True, help="Most that each run may take.")
 @click.option("--out", default="docs/results/finetune.json", show_default=True, type=click.Path(path_type=Path))
 @click.option("--figure", default="docs/figures/finetune.png", show_default=True, type=click.Path(path_type=Path))
@@ -165,13 +167,15 @@ def main(data: Path, work: Path, steps: int, minutes: float, out: Path, figure: 
     for key, lines, lr in (("text", data, 2e-3), ("chats", chats, 1e-3)):
         command = finetune(start, lines, work / key, steps, lr, minutes)
         shown = " ".join(command).replace(str(work), "WORK").replace(str(data), "DATA")
-        first = before(start, work / key / "tokens")
-        results[key] = {"command": shown, "held_out_before": first, **curve(work / key)}
+        first, last = (in_transformers(m, work / key / "tokens") for m in (start, work / key / "model"))
+        results[key] = {"command": shown, "held_out_before": first, "held_out_after": last, **curve(work / key)}
         start = work / key / "model"
     write_json_atomic(out, results)
     figure.parent.mkdir(parents=True, exist_ok=True)
     style.save_png(figure, style.draw(lambda: draw(results))[0])
-    click.echo(json.dumps({k: [results[k]["held_out_before"], results[k]["held_out"][-1]] for k in ("text", "chats")}))
+    click.echo(
+        json.dumps({k: [results[k]["held_out_before"], results[k]["held_out_after"]] for k in ("text", "chats")})
+    )
 
 
 if __name__ == "__main__":

@@ -159,9 +159,11 @@ def refuse(rank: int) -> Any:
 def hold_on(rank: int) -> None:
     """Which whole weights are alive between forward and backward pass, and after it."""
     alive: list[StorageWeakRef] = []
+    gathered: list[int] = []  # weights at once
 
     def noting(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
         made = gather(*args, **kwargs)
+        gathered.append(len(made))
         alive.extend(StorageWeakRef(w.untyped_storage()) for w in made)
         return made
 
@@ -170,16 +172,19 @@ def hold_on(rank: int) -> None:
         parallel = parallelize(model, build_mesh(torch.device("cpu")), recompute=recompute, dense="sharded")
         micros = [parallel.batch(**collate(random_rows(i + rank, 3, 9), "right")) for i in range(2)]
         alive.clear()
+        gathered.clear()
         with patch.object(dense, "gather", noting):
             first, second = parallel(*micros)
             loss = first.loss + second.loss
-            forward = len(alive)
-            assert forward > 20
+            # Embedding, first layer (dense, so it is over before the other's turn) and head for each micro-batch; two
+            # layers for both together.
+            assert len(gathered) == 3 * 2 + 2
+            assert sum(gathered) > 20
             # The head of each micro-batch, which the backward pass begins with, and no layer's.
             kept = [w for w in alive if not w.expired()]
             assert len(kept) == 2
             loss.backward()
-        assert len(alive) > forward, "layers were gathered again"
+        assert len(gathered) == 8 + 4, "in the backward pass every layer is gathered again"
         del loss, first, second, kept
         gc.collect()
         assert not [w for w in alive if not w.expired()]
