@@ -1,6 +1,6 @@
 """Does `luffy finetune` learn? A small Mixtral from nothing but its configuration: first text, then questions.
 
-    python benchmarks/finetune.py --data shared/data/multidomain-valid.jsonl.gz --work runs/finetune-curve
+    python benchmarks/finetune.py --data TEXTS.jsonl.gz --work runs/finetune-curve
 
 1. MODEL: a Mixtral of random weights (4 layers x 128, 8 experts, top-2) and a byte-level tokenizer of 2048 tokens,
    trained on the texts. Nothing comes from a hub.
@@ -166,7 +166,7 @@ def main(data: Path, work: Path, steps: int, minutes: float, out: Path, figure: 
     start = model
     for key, lines, lr in (("text", data, 2e-3), ("chats", chats, 1e-3)):
         command = finetune(start, lines, work / key, steps, lr, minutes)
-        shown = " ".join(command).replace(str(work), "WORK").replace(str(data), "DATA")
+        shown = " ".join(command).replace(str(work), "WORK").replace(str(data), "TEXTS")
         first, last = (in_transformers(m, work / key / "tokens") for m in (start, work / key / "model"))
         results[key] = {"command": shown, "held_out_before": first, "held_out_after": last, **curve(work / key)}
         start = work / key / "model"
