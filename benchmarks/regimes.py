@@ -26,7 +26,10 @@ ENTRIES = (
     "dedup+o=vanilla_dedup --overlap;max+o=luffy_max --overlap;luffy+o=luffy --overlap;fastermoe;netmoe;"
     "lsh_moe_causal;janus"
 )
-SMALL = "vanilla;vanilla_dedup;luffy_max;luffy;paper=luffy_paper;janus;fastermoe;vanilla+o=vanilla --overlap"
+SMALL = (
+    "vanilla;vanilla_dedup;luffy_max;luffy;paper=luffy_paper;janus;fastermoe;netmoe;vanilla+o=vanilla --overlap;"
+    "dedup+o=vanilla_dedup --overlap;max+o=luffy_max --overlap"
+)
 
 
 def cells(s):
