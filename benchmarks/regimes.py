@@ -10,7 +10,15 @@ an untrained model flatter whoever follows locality. Recipes run as they are and
 a neglected schedule; tables show both. Runs of other systems (docs/peers.md) join with `--also` of `luffy compare`.
 """
 
-from compare_tools import Cell, Study, bars, main, step_seconds
+import json
+from pathlib import Path
+
+import click
+from compare_tools import Cell, Study, bars, options, report, run_study, settings_of, step_seconds
+
+from luffy.report.runs import read_run
+from luffy.report.summaries import set_side_by_side, summarise
+from luffy.train.entries import parse_entries
 
 # In the order in which they are wanted, should time run out.
 ENTRIES = (
@@ -18,7 +26,10 @@ ENTRIES = (
     "dedup+o=vanilla_dedup --overlap;max+o=luffy_max --overlap;luffy+o=luffy --overlap;fastermoe;netmoe;"
     "lsh_moe_causal;janus"
 )
-SMALL = "vanilla;vanilla_dedup;luffy_max;luffy;paper=luffy_paper;janus;fastermoe;vanilla+o=vanilla --overlap"
+SMALL = (
+    "vanilla;vanilla_dedup;luffy_max;luffy;paper=luffy_paper;janus;fastermoe;netmoe;vanilla+o=vanilla --overlap;"
+    "dedup+o=vanilla_dedup --overlap;max+o=luffy_max --overlap"
+)
 
 
 def cells(s):
@@ -84,5 +95,30 @@ STUDY = Study(
     gpu_links=("8gbit",),
 )
 
+
+@click.command(help=__doc__)
+@options
+@click.option(
+    "--collect", type=click.Path(path_type=Path), help="Run nothing: report on the finished runs in this folder."
+)
+def main(collect, out, **values):
+    s = settings_of(STUDY, out=out, **values)
+    if collect is None:
+        run_study(STUDY, s)
+        return
+    found = {}
+    for cell in cells(s)[:1]:
+        folders = {e.label: collect / e.folder for e in parse_entries(cell.recipes)}
+        finished = {label: read_run(f) for label, f in folders.items() if (f / "summary.json").exists()}
+        summaries = [summarise(label, [run]) for label, run in finished.items()]
+        set_side_by_side(summaries, [[run] for run in finished.values()])
+        found[cell.key] = summaries
+    report(STUDY, s, found, False)
+    path = out / f"{STUDY.name}.json"  # the machine is that of the runs, not this one
+    content = json.loads(path.read_text("utf-8"))
+    content["hardware"] = next(iter(found.values()))[0].get("environment")
+    path.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+
+
 if __name__ == "__main__":
-    main(STUDY)
+    main()

@@ -18,6 +18,7 @@ from luffy.model.experts import grouped_linear
 from luffy.recipes import get_recipe
 from luffy.testing import run_ranks
 from luffy.train.batching import gather_step, make_micro_batch
+from luffy.train.rates import measure_experts
 
 pytestmark = [
     pytest.mark.gpu,
@@ -100,3 +101,16 @@ def _ragged_groups(rank):
 
 def test_grouped_products_of_ragged_and_empty_groups_with_gradients():
     assert run_ranks(_ragged_groups, 1) == [True]
+
+
+def _rate(rank):
+    gpu = torch.device("cuda", 0)
+    torch.cuda.set_device(gpu)
+    config = model_preset("moe-gpt2-tiny")
+    comm = Comm.create(build_mesh(gpu))
+    model = build_model(config, Runtime.create(comm, get_recipe("fastermoe"), config), dtype=torch.bfloat16)
+    return measure_experts(model.moe_layers[0].experts, 4096, torch.bfloat16, comm)
+
+
+def test_the_rate_of_experts_can_be_measured():
+    assert 1e9 < run_ranks(_rate, 1)[0] < 1e16
