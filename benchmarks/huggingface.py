@@ -1,21 +1,24 @@
 """What does a fine-tuning step cost here, and in transformers' own expert parallelism?
 
     python benchmarks/huggingface.py --out FILE.json
+    luffy lab --ranks 4 --link 1gbit -- python benchmarks/huggingface.py --out FILE.json       (emulated links; root)
 
 One Mixture-of-Experts of OLMoE's shape (random weights, 4 layers of 512/512, 32 experts, top-8), the same sequences, on
-4 local CPU ranks (gloo over loopback, not shaped), float32, forward and backward, gradients of replicated weights
-summed. Recipes of Luffy, and `transformers`: its native expert parallelism, `ep_implementation="all_to_all"`. Reported:
-bytes of token rows and experts that left a rank per token (Luffy's meter; transformers counts none: it sends a row for
-each (token, expert) pair, as `vanilla` does), seconds a step (median and quartiles after warm-up), and the loss, which
-is the same function everywhere. Routers are random, so sequences have no favourite rank: `luffy` can gain little here.
+4 CPU ranks (gloo over loopback, not shaped, or behind the links of a lab), float32, forward and backward, gradients of
+replicated weights summed. Recipes of Luffy, and `transformers`: its native expert parallelism,
+`ep_implementation="all_to_all"`. Reported: bytes of token rows and experts that left a rank per token (Luffy's meter;
+transformers counts none: it sends a row for each (token, expert) pair, as `vanilla` does), seconds a step (median and
+quartiles after warm-up), and the loss, which is the same function everywhere. Routers are random, so sequences have no
+favourite rank: `luffy` can gain little here.
 """
 
 import json
 import os
-import platform
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -26,8 +29,10 @@ from transformers import AutoModelForCausalLM, OlmoeConfig
 from luffy.comm import build_mesh
 from luffy.comm.meter import by_direction
 from luffy.hf import load
+from luffy.lab.place import current_lab
 from luffy.testing import run_ranks
 from luffy.train.gradients import GradientSync
+from luffy.train.metrics import describe_machine
 
 RANKS, ROWS, LENGTH, WARM_UP = 4, 4, 128, 3
 RECIPES = ("vanilla", "vanilla_dedup", "janus", "luffy")
@@ -65,7 +70,8 @@ def with_transformers(rank: int, folder: str, steps: int) -> list[tuple[float, f
     """The same of transformers' own expert parallelism; it does not count bytes."""
     from transformers.distributed import DistributedConfig
 
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29511"}
+    if "MASTER_ADDR" not in os.environ:
+        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29511"}
     config = DistributedConfig(fsdp_size=RANKS, ep_size=RANKS, ep_implementation="all_to_all")
     model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=config).train()
     out = []
@@ -95,6 +101,15 @@ def summary(name: str, of_ranks: list[list[tuple[float, float, float]]]) -> dict
     }
 
 
+def on_ranks(work: Callable[..., Any], *args: Any) -> list[Any]:
+    """`work(rank, *args)` on four ranks of its own, or on those that a lab or torchrun has started: all results."""
+    if "RANK" not in os.environ:
+        return run_ranks(work, RANKS, *args)
+    results: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(results, work(dist.get_rank(), *args))
+    return results
+
+
 @click.command()
 @click.option("--steps", default=12, show_default=True)
 @click.option("--out", required=True, type=click.Path(path_type=Path))
@@ -104,14 +119,30 @@ def main(steps: int, out: Path) -> None:
         vocab_size=4096, hidden_size=512, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8,
         num_key_value_heads=8, eos_token_id=None, num_experts=32, num_experts_per_tok=8, max_position_embeddings=LENGTH,
     )  # fmt: skip
-    torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-        rows = [summary(recipe, run_ranks(with_luffy, RANKS, folder, recipe, steps)) for recipe in RECIPES]
-        rows.append(summary("transformers", run_ranks(with_transformers, RANKS, folder, steps)))
+    first = os.environ.get("RANK", "0") == "0"
+    if "RANK" in os.environ:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo")
+        if dist.get_world_size() != RANKS:
+            raise click.ClickException(f"give it {RANKS} ranks")
+    with tempfile.TemporaryDirectory() as own:
+        folder = [own]
+        if first:
+            torch.manual_seed(0)
+            AutoModelForCausalLM.from_config(config).save_pretrained(own)
+        if dist.is_initialized():
+            dist.broadcast_object_list(folder)
+        rows = [summary(recipe, on_ranks(with_luffy, folder[0], recipe, steps)) for recipe in RECIPES]
+        rows.append(summary("transformers", on_ranks(with_transformers, folder[0], steps)))
+        if dist.is_initialized():
+            dist.barrier()
+    if not first:
+        return
     out.parent.mkdir(parents=True, exist_ok=True)
-    host = platform.processor() or platform.machine()
-    out.write_text(json.dumps({"host": host, "cpu_ranks": RANKS, "rows": rows}, indent=1))
+    lab = current_lab()
+    network = {"provenance": "emulated", "network": lab.network} if lab else {"provenance": "measured"}
+    about = describe_machine("cpu") | network
+    out.write_text(json.dumps({"environment": about, "cpu_ranks": RANKS, "rows": rows}, indent=1))
     for r in rows:
         low, mid, high = r["seconds"]
         sent = "not counted" if r["bytes_per_token"] is None else f"{r['bytes_per_token'] / 1e3:.2f} kB/token"
