@@ -66,7 +66,7 @@ def test_a_peer_beside_vanilla(name: str, common: list[str], vanilla: tuple[list
     assert [r["tokens"] for r in theirs] == [r["tokens"] for r in ours]
     assert [r["lr"] for r in theirs] == [r["lr"] for r in ours]
     assert all(tuple(r["bytes"]) == BYTE_KINDS and r["seconds"] > 0 for r in theirs)
-    assert summary.keys() >= vanilla[1].keys() - {"attention_fit"}
+    assert summary.keys() >= vanilla[1].keys() - {"attention_fit", "traffic"}
     assert summary["recipe"] == name and summary["world_size"] == 2 and summary["steps"] == STEPS
     assert summary["step_seconds_median"] > 0 and summary["peak_memory_bytes"] > 1e7
     assert summary["differs"]["model"] and summary["peer"]["version"]
