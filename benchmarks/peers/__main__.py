@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,7 @@ import click
 
 from benchmarks.peers.registry import MODULES, get_peer, start
 from benchmarks.peers.table import collect, markdown, write
-from luffy.errors import UserError
-from luffy.train.cli import train_options
+from luffy.train.cli import run_group, train_options
 from luffy.train.options import TrainOptions
 
 
@@ -50,27 +48,5 @@ def table(runs: tuple[Path, ...], times: bool, target: Path | None) -> None:
     click.echo(markdown(rows))
 
 
-def main() -> None:
-    """One line and status 2 for a user's mistake, 130 for Ctrl-C, 1 for a defect."""
-    try:
-        cli.main(prog_name="python -m benchmarks.peers", standalone_mode=False)
-    except UserError as error:
-        _fail(str(error), 2)
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message())
-        sys.exit(2)
-    except click.ClickException as error:
-        _fail(error.format_message().replace("\n", " "), 2)
-    except (click.Abort, KeyboardInterrupt):
-        _fail("stopped", 130)
-    except RuntimeError as error:
-        _fail(str(error), 1)
-
-
-def _fail(message: str, status: int) -> None:
-    print(f"peers: error: {message}", file=sys.stderr, flush=True)
-    sys.exit(status)
-
-
 if __name__ == "__main__":
-    main()
+    run_group(cli, "python -m benchmarks.peers", "peers")

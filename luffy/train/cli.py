@@ -151,26 +151,34 @@ def upcycle(**values: Any) -> None:
 cli.add_command(lab)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Entry point: prints one line and exits 2 on a user's mistake, 130 on Ctrl-C, 1 on a defect."""
+def run_group(group: click.Group, program: str, speaker: str, arguments: list[str] | None = None) -> None:
+    """Run a group of commands as `program`: one line and status 2 for a user's mistake, 130 for Ctrl-C, 1 for a defect.
+
+    speaker: who the line says the error is from.
+    """
+
+    def fail(message: str, status: int) -> None:
+        print(f"{speaker}: error: {message}", file=sys.stderr, flush=True)
+        sys.exit(status)
+
     try:
-        cli.main(args=arguments, prog_name="luffy", standalone_mode=False)
+        group.main(args=arguments, prog_name=program, standalone_mode=False)
     except UserError as error:
-        _fail(str(error), 2)
+        fail(str(error), 2)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         sys.exit(2)
     except click.ClickException as error:
-        _fail(error.format_message().replace("\n", " "), 2)
+        fail(error.format_message().replace("\n", " "), 2)
     except (click.Abort, KeyboardInterrupt):
-        _fail("stopped", 130)
+        fail("stopped", 130)
     except RuntimeError as error:
-        _fail(str(error), 1)
+        fail(str(error), 1)
 
 
-def _fail(message: str, status: int) -> None:
-    print(f"luffy: error: {message}", file=sys.stderr, flush=True)
-    sys.exit(status)
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of `luffy`."""
+    run_group(cli, "luffy", "luffy", arguments)
 
 
 if __name__ == "__main__":
