@@ -25,7 +25,6 @@ from benchmarks.peers.audit import Audit
 from benchmarks.peers.counting import ByteCounter
 from luffy.comm import Comm, Mesh
 from luffy.config import ModelConfig
-from luffy.data import SequenceLoader, prepare_corpus
 from luffy.errors import UserError
 from luffy.lab.place import current_lab
 from luffy.model.transformer import MicroBatch
@@ -33,6 +32,7 @@ from luffy.report.runs import read_metrics, warmup_steps
 from luffy.train.batching import gather_step, make_micro_batch
 from luffy.train.metrics import MetricsWriter, RunSummary, describe_machine, write_json_atomic
 from luffy.train.options import TrainOptions, option_name
+from luffy.train.reading import read_data
 from luffy.train.trainer import Trainer
 
 # Options of `luffy train` that say how Luffy works inside, or that no peer has; with any other value than their
@@ -153,29 +153,8 @@ class PeerRun:
         self.out = Path(options.out)
         self.comm = ControlComm(mesh, Comm.create(mesh).meter, counter=counter)
         options.check_world(mesh.world_size)
-        config = options.model_config()
-        corpus = prepare_corpus(
-            options.data,
-            text_field=options.text_field,
-            tokenizer=options.tokenizer,
-            vocab_size=options.vocab_size or config.vocab_size,
-            cache_dir=options.cache_dir,
-            valid_fraction=options.valid_fraction,
-        )
-        config = config.override(vocab_size=corpus.vocab_size)
-
-        def loader(split: Any, **changes: Any) -> SequenceLoader:
-            return SequenceLoader(
-                split,
-                sequence_length=options.sequence_length or config.max_sequence_length,
-                global_batch_size=options.batch_size,
-                seed=options.seed,
-                mode=options.sequence_mode,
-                eos_id=corpus.eos_id,
-                **changes,
-            )
-
-        self.loader, self.valid_loader = loader(corpus.train), loader(corpus.valid, shuffle=False)
+        reading = read_data(options)
+        config, self.loader, self.valid_loader = reading.config, reading.loader, reading.valid_loader
         name = options.dtype if options.dtype != "auto" else "bfloat16" if mesh.device.type == "cuda" else "float32"
         self.dtype_name = name
         self.peer = peer(options, config, self.comm, getattr(torch, name), counter)

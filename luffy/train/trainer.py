@@ -22,7 +22,7 @@ import torch
 from luffy.comm import Comm, Mesh
 from luffy.comm.clock import PHASES
 from luffy.comm.meter import DIRECTIONS, LINK_CLASSES, by_direction, by_link
-from luffy.data import SequenceLoader, mask_for_mlm, prepare_corpus
+from luffy.data import mask_for_mlm
 from luffy.data.loader import Sequence
 from luffy.errors import UserError
 from luffy.lab.place import Lab, current_lab
@@ -48,6 +48,7 @@ from luffy.train.metrics import MetricsWriter, RunSummary, describe_machine, rea
 from luffy.train.options import TrainOptions
 from luffy.train.progress import TrainProgress, phase
 from luffy.train.rates import half_of_memory, measure_experts, measure_links, parse_num_bytes
+from luffy.train.reading import read_data
 from luffy.train.rehoming import NUM_RECORDED, Rehomed, current_owners, rehome, wire_of
 
 LOAD_EVERY = 10  # steps between records of the load of every expert of every layer
@@ -92,33 +93,10 @@ class Trainer:
 
     def _load_data(self) -> None:
         """Set `config`, `mask_id`, `loader` and `valid_loader`."""
-        options, config = self.options, self.options.model_config()
         with phase("prepare data", enabled=self.mesh.rank == 0) as progress:
-            corpus = prepare_corpus(
-                options.data,
-                text_field=options.text_field,
-                tokenizer=options.tokenizer,
-                vocab_size=options.vocab_size or config.vocab_size,
-                cache_dir=options.cache_dir,
-                valid_fraction=options.valid_fraction,
-                progress=progress,
-            )
-        self.config = config.override(vocab_size=corpus.vocab_size)
-        self.mask_id = None if self.config.causal else corpus.mask_id
-        length = options.sequence_length or self.config.max_sequence_length
-
-        def loader(split: Any, **changes: Any) -> SequenceLoader:
-            return SequenceLoader(
-                split,
-                sequence_length=length,
-                global_batch_size=self.micro_size,
-                seed=options.seed,
-                mode=options.sequence_mode,
-                eos_id=corpus.eos_id,
-                **changes,
-            )
-
-        self.loader, self.valid_loader = loader(corpus.train), loader(corpus.valid, shuffle=False)
+            reading = read_data(self.options, progress)
+        self.config, self.mask_id = reading.config, reading.mask_id
+        self.loader, self.valid_loader = reading.loader, reading.valid_loader
 
     def _build_model(self) -> Any:
         """The model with its runtime, initialised, on the mesh's device."""
