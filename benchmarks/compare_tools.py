@@ -24,11 +24,12 @@ import click
 from matplotlib.figure import Figure
 
 from luffy.report import style
-from luffy.report.compare_figures import legend, look, short
+from luffy.report.compare_figures import COLOURS, legend, look, short
 from luffy.report.compare_table import Table, as_text
 from luffy.train.metrics import describe_machine, write_json_atomic
 
 LUFFY = [sys.executable, "-m", "luffy.train.cli"]
+HATCHES = (None, "///", "...")
 STOPPING_SECONDS = 15.0  # left for a cell to end its ranks and its links
 MODELS = ("moe-gpt2", "moe-bert-large", "moe-transformer-xl")
 
@@ -89,11 +90,15 @@ def command_of(cell: Cell, s: Settings) -> list[str]:
     return [*LUFFY, "lab", "--ranks", str(ranks), "--link", link, "--", *inside]
 
 
+def folder_of(cell: Cell, s: Settings) -> Path:
+    """Where the cell's runs lie: a name of what they run."""
+    digest = hashlib.sha256(json.dumps(command_of(cell, s)[1:]).encode()).hexdigest()[:10]
+    return s.out / "cells" / f"{re.sub(r'[^a-z0-9.-]+', '_', cell.key.lower())}-{digest}"
+
+
 def run_cell(cell: Cell, s: Settings) -> list[dict[str, Any]] | None:
     """The summaries of a cell, from an earlier call where it is finished; None when the time was over before."""
-    command = command_of(cell, s)
-    digest = hashlib.sha256(json.dumps(command[1:]).encode()).hexdigest()[:10]
-    folder = s.out / "cells" / f"{re.sub(r'[^a-z0-9.-]+', '_', cell.key.lower())}-{digest}"
+    command, folder = command_of(cell, s), folder_of(cell, s)
     done = folder / "done.json"
     if not done.exists():
         seconds = s.deadline - STOPPING_SECONDS - time.monotonic()
@@ -180,7 +185,8 @@ def run_study(study: Study, s: Settings) -> bool:
     return complete
 
 
-def report(study: Study, s: Settings, cells: Cells, complete: bool) -> None:
+def report(study: Study, s: Settings, cells: Cells, complete: bool, **more: Any) -> None:
+    """more: other entries of the JSON, which may stand in for those that it has by itself."""
     table = study.table(cells)
     networks = {key: summaries[0].get("network") for key, summaries in cells.items()}
     emulated = {key: network for key, network in networks.items() if network}
@@ -195,7 +201,8 @@ def report(study: Study, s: Settings, cells: Cells, complete: bool) -> None:
             "complete": complete,
             "table": {"head": table[0], "rows": table[1]},
             "cells": cells,
-        },
+        }
+        | more,
     )
     with style.settings():
         figure = study.figure(cells)
@@ -266,8 +273,10 @@ def bars(
             for s in summaries
             if s["label"] == label and (found := value(s)) is not None
         ]
+        # A colour that comes again is hatched, as lines are dashed.
+        hatch = HATCHES[i // len(COLOURS) % len(HATCHES)]
         drawn = axes.bar([x for x, _ in points], [y for _, y in points], width * 0.94, color=look(i)["color"],
-                         label=short(label))  # fmt: skip
+                         hatch=hatch, edgecolor="white", linewidth=0, label=short(label))  # fmt: skip
         axes.bar_label(drawn, fmt=form, fontsize=5.5 if small else 7.5, padding=1, rotation=90 if small else 0)
     axes.set_xticks(range(len(cells)), [key.replace("moe-", "") for key in cells])
     axes.tick_params(axis="x", length=0)

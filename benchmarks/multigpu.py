@@ -9,7 +9,6 @@ way carries is measured with all ranks at work. `auto` is judged by its steps af
 costs next to nothing it has to get out of the way, and be no slower than `vanilla_dedup`.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import click
 import numpy as np
-from compare_tools import Cell, Study, bars, by_recipe, report, run_cell, settings_of, step_seconds
+from compare_tools import Cell, Study, bars, by_recipe, folder_of, report, run_cell, settings_of, step_seconds
 
 from luffy.report.runs import column, read_metrics
 
@@ -103,17 +102,16 @@ def main(ranks, steps, out, budget_seconds, recipes, only_rate, more):
         os.environ |= variables
         # Half of what is left each, so that a slow first way does not leave nothing for the second.
         left = deadline - time.monotonic()
-        summaries = run_cell(replace(cell, recipes=recipes), s.until(time.monotonic() + left / (len(WAYS) - i)))
+        here = s.until(time.monotonic() + left / (len(WAYS) - i))
+        cell = replace(cell, recipes=recipes)
+        summaries = run_cell(cell, here)
         if summaries is None:
             click.echo(f"{way}: not finished; call again to continue", err=True)
             continue
         found[way] = summaries
-        folder = Path(next(iter(sorted((out / "cells").glob(f"{way.replace(' ', '_')}-*")))))
-        extra[way] = {"settled_seconds": settled(summaries, folder), "bytes_per_second": rate_of(ranks)}
+        extra[way] = {"settled_seconds": settled(summaries, folder_of(cell, here)), "bytes_per_second": rate_of(ranks)}
     if found:
-        report(STUDY, s, found, len(found) == len(WAYS))
-        path = out / f"{STUDY.name}.json"
-        path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"ways": extra}, indent=1) + "\n", "utf-8")
+        report(STUDY, s, found, len(found) == len(WAYS), ways=extra)
         for way, numbers in extra.items():
             auto, dedup = (numbers["settled_seconds"][k] for k in ("auto", "vanilla_dedup"))
             click.echo(f"{way}: {numbers['bytes_per_second'] / 1e9:.1f} GB/s a rank; auto over vanilla_dedup, settled: "

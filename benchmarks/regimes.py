@@ -10,7 +10,6 @@ an untrained model flatter whoever follows locality. Recipes run as they are and
 a neglected schedule; tables show both. Runs of other systems (docs/peers.md) join with `--also` of `luffy compare`.
 """
 
-import json
 from pathlib import Path
 
 import click
@@ -113,11 +112,8 @@ def main(collect, out, **values):
         summaries = [summarise(label, [run]) for label, run in finished.items()]
         set_side_by_side(summaries, [[run] for run in finished.values()])
         found[cell.key] = summaries
-    report(STUDY, s, found, False)
-    path = out / f"{STUDY.name}.json"  # the machine is that of the runs, not this one
-    content = json.loads(path.read_text("utf-8"))
-    content["hardware"] = next(iter(found.values()))[0].get("environment")
-    path.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+    # The machine is that of the runs, not this one.
+    report(STUDY, s, found, False, hardware=next(iter(found.values()))[0].get("environment"))
 
 
 if __name__ == "__main__":

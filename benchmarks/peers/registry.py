@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from dataclasses import replace
+from functools import partial
 
 import click
 import torch
@@ -12,10 +12,9 @@ import torch
 from benchmarks.peers.common import Peer, PeerRun, check_options, check_package
 from benchmarks.peers.counting import ByteCounter
 from luffy.errors import UserError
-from luffy.lab.place import check_ranks, current_lab
-from luffy.train.launch import choose_device, join_world, launch, under_torchrun
+from luffy.train.launch import join_world
 from luffy.train.options import TrainOptions
-from luffy.train.run import _check_out
+from luffy.train.run import start as start_ranks
 
 # Adapters import their system only when a rank makes one of them, so all of these can be imported anywhere.
 MODULES = {
@@ -38,16 +37,7 @@ def start(name: str, options: TrainOptions, audit: bool = False) -> None:
     peer = get_peer(name)
     check_package(peer)
     check_options(peer, options)
-    if under_torchrun():
-        launch(run_peer, (name, options, audit), 0)
-        return
-    lab = current_lab()
-    if lab is not None:
-        options = replace(options, ranks=check_ranks(lab, options.ranks))
-    choose_device(options.device, options.backend, options.ranks)
-    options.check_world(options.ranks)
-    _check_out(options)
-    launch(run_peer, (name, options, audit), options.ranks)
+    start_ranks(options, partial(run_peer, name, audit=audit))
 
 
 def run_peer(name: str, options: TrainOptions, audit: bool) -> None:

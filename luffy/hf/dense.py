@@ -17,7 +17,8 @@ weights are whole while either of them is in the layer.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,43 +86,31 @@ def noted(held: Held | None) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if held is None else held.notes()
 
 
-class _First(torch.autograd.Function):
-    """A layer's first node: the backward pass leaves the layer here."""
+class _OnTheWayBack(torch.autograd.Function):
+    """Identity on the stream, whose backward pass does something when it comes by."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, held: Held) -> Tensor:
-        ctx.held = held
+    def forward(ctx: Any, hidden: Tensor, action: Callable[[], None]) -> Tensor:
+        ctx.action = action
         return hidden.view_as(hidden)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        ctx.held.leave()
-        return grads[0], None
-
-
-class _Last(torch.autograd.Function):
-    """A layer's last node: the backward pass enters the layer here."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, held: Held) -> Tensor:
-        ctx.held = held
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        ctx.held.enter(again=True)
+        ctx.action()
         return grads[0], None
 
 
 def enter_layer(hidden: Tensor, held: Held) -> Tensor:
-    hidden = _First.apply(hidden, held)
+    """The layer's first node: the backward pass leaves the layer there."""
+    hidden = _OnTheWayBack.apply(hidden, held.leave)
     held.enter()
     return hidden
 
 
 def leave_layer(hidden: Tensor, held: Held) -> Tensor:
+    """The layer's last node: the backward pass enters the layer there."""
     held.leave()
-    return _Last.apply(hidden, held)
+    return _OnTheWayBack.apply(hidden, partial(held.enter, again=True))
 
 
 def modules_of(layer: nn.Module, block: nn.Module) -> list[nn.Module]:

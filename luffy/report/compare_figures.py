@@ -17,9 +17,9 @@ from matplotlib.ticker import MaxNLocator
 
 from luffy.report import style
 from luffy.report.compare_table import bound_of, name_of, total_bytes
-from luffy.report.runs import BYTE_KINDS, Run, column
+from luffy.report.runs import BYTE_KINDS, SECONDS_KINDS, Run, column
 from luffy.report.series import bin_means, elapsed_time, smooth
-from luffy.report.summaries import PHASES, cumulative, phases_known
+from luffy.report.summaries import cumulative, phases_known
 from luffy.report.units import format_bytes, format_seconds
 
 COLOURS = (style.BLUE, style.RED, style.GREEN, style.PURPLE, style.ORANGE, style.SKY, "#000000", style.GREY)
@@ -128,7 +128,7 @@ def _key(axes: Axes, kinds: dict[str, str], columns: int = 3, extra: Sequence[An
 
 def phases_figure(summaries: Summaries) -> Figure:
     """Mean step by phase, the roofline as a line through each bar, hidden exchange hatched behind it."""
-    parts = [{k: v for k in PHASES if (v := s["phase_seconds"].get(k, 0)) > 0} for s in summaries]
+    parts = [{k: v for k in SECONDS_KINDS if (v := s["phase_seconds"].get(k, 0)) > 0} for s in summaries]
     wholes = [sum(part.values()) for part in parts]
     hidden = [s.get("exchange_hidden_seconds") or 0.0 for s in summaries]
     roofs = [s.get("roofline") for s in summaries]
@@ -153,7 +153,7 @@ def phases_figure(summaries: Summaries) -> Figure:
     reach = [roof["seconds"] for roof in roofs if roof] + [a + b for a, b in zip(wholes, hidden, strict=True)]
     axes.set_xlim(0, max(reach) * 1.03)
     axes.set_xlabel("mean step")
-    present = [k for k in PHASES if any(k in part for part in parts)]
+    present = [k for k in SECONDS_KINDS if any(k in part for part in parts)]
     exposed = {"exchange": "exchange, exposed"} if any(hidden) else {}
     _key(axes, {exposed.get(k, style.label_of(k)): colours[k] for k in present}, extra=extra)
     unknown = [short(name_of(s), 24) for s in summaries if not phases_known(s["phase_seconds"])]

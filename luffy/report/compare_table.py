@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from luffy.report.runs import SECONDS_KINDS
 from luffy.report.style import label_of
-from luffy.report.summaries import PHASES, phases_known, ratio
+from luffy.report.summaries import phases_known, ratio
 from luffy.report.units import DASH, format_bytes, format_count, format_seconds
 
 Table = tuple[list[str], list[list[str]]]  # head, rows
@@ -122,12 +123,12 @@ def quality_table(summaries: Sequence[dict[str, Any]]) -> Table:
 def phase_table(summaries: Sequence[dict[str, Any]]) -> Table:
     """Mean step by phase. Exchange that hid behind computation stands apart: it is no part of the step."""
     hides = any(s["exchange_hidden_seconds"] for s in summaries)
-    names = ["exchange, exposed" if kind == "exchange" and hides else label_of(kind) for kind in PHASES]
+    names = ["exchange, exposed" if kind == "exchange" and hides else label_of(kind) for kind in SECONDS_KINDS]
     head = ["recipe", *names, "exchange, hidden", "mean step"]
     rows = []
     for s in summaries:
         known = phases_known(s["phase_seconds"])
-        phases = [format_seconds((known and s["phase_seconds"].get(kind)) or None) for kind in PHASES]
+        phases = [format_seconds((known and s["phase_seconds"].get(kind)) or None) for kind in SECONDS_KINDS]
         hidden = format_seconds(s["exchange_hidden_seconds"])
         rows.append([name_of(s), *phases, hidden, format_seconds(sum(s["phase_seconds"].values()))])
     return drop_empty((head, rows))

@@ -17,9 +17,6 @@ import numpy as np
 from luffy.report.roofline import roofline
 from luffy.report.runs import BYTE_KINDS, SECONDS_KINDS, Run, column, warmup_steps
 
-# Names under which a record may hold exchange that went on behind computation: no part of the step's time.
-HIDDEN_KINDS = ("exchange_hidden", "hidden")
-PHASES = tuple(kind for kind in SECONDS_KINDS if kind not in HIDDEN_KINDS)
 # A loss is reached within this: two runs of one recipe differ by more (docs/log.md), and lossless recipes by rounding.
 LOSS_TOLERANCE = 0.01
 
@@ -37,8 +34,6 @@ def summarise(label: str, runs: Sequence[Run]) -> dict[str, Any]:
     for key in ("valid_loss", "final_loss", "tokens_per_second", "peak_memory_bytes"):
         values = [run.summary[key] for run in runs if run.summary.get(key) is not None]
         first[key] = float(np.median(values)) if values else None
-    hidden = [x for x in (_mean(column(pooled, "seconds_split", kind)) for kind in HIDDEN_KINDS) if x]
-    hidden += [x for x in (_mean(column(pooled, f"{kind}_seconds")) for kind in HIDDEN_KINDS) if x]
     curve = _curve(runs)
     return first | {
         "step_seconds": [float(np.nanquantile(seconds, q)) for q in (0.25, 0.5, 0.75)],
@@ -46,7 +41,8 @@ def summarise(label: str, runs: Sequence[Run]) -> dict[str, Any]:
         "step_bytes": {kind: _median(column(pooled, "bytes", kind)) for kind in BYTE_KINDS},
         "step_bytes_by_link": by_link,
         "phase_seconds": phases,
-        "exchange_hidden_seconds": hidden[0] if hidden else None,
+        # Exchange that went on behind computation: no part of the step's time.
+        "exchange_hidden_seconds": _mean(column(pooled, "exchange_hidden_seconds")) or None,
         "roofline": roofline(summary, phases, by_link) if phases_known(phases) else None,
         "plan": {key: _median(column(pooled, "plan", key)) for key in ("moved_share", "seconds", "exposed_seconds")},
         "tokens_spread": _median(column(pooled, "tokens_max_over_mean")),
@@ -77,7 +73,7 @@ def _mean(values: np.ndarray) -> float:
 
 def _phases(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Mean seconds of a step by phase: medians would not add up. What no phase claims is `other`."""
-    split = {kind: _mean(column(records, "seconds_split", kind)) for kind in PHASES}
+    split = {kind: _mean(column(records, "seconds_split", kind)) for kind in SECONDS_KINDS}
     split["other"] += max(0.0, _mean(column(records, "seconds")) - sum(split.values()))
     return split
 

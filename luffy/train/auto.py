@@ -64,9 +64,11 @@ class AutoControl:
 
     def before(self, step: int) -> None:
         """`step` counts from 0: in the trials and in a duel, run it the way that is due."""
-        due = (
-            self.schedule[step - COLD] if COLD <= step < self.first else self.turns.pop(0) if self.turns else self.mode
-        )
+        due = self.mode
+        if COLD <= step < self.first:
+            due = self.schedule[step - COLD]
+        elif self.turns:
+            due = self.turns.pop(0)
         self.fresh = due != self.mode
         if self.fresh:
             self.set(due)
@@ -134,16 +136,16 @@ class AutoControl:
         if self.turns:
             return None
         theirs, ours = (median(self.duel[m]) for m in (self.challenger, self.holder))
-        won = bool(self._agree(int(theirs < ours)))
+        kept = self.challenger if self._agree(int(theirs < ours)) else self.holder
         out = {
             "mode": self.holder.name,
             "got_seconds": ours,
             "challenger": self.challenger.name,
             "challenger_seconds": theirs,
-            "chosen": (self.challenger if won else self.holder).name,
-            "residency": list((self.challenger if won else self.holder).residency),
+            "chosen": kept.name,
+            "residency": list(kept.residency),
         }
-        self.set(self.challenger if won else self.holder)
+        self.set(kept)
         self.began, self._seconds, self.duel = step + 1, [], {}
         return out
 

@@ -100,7 +100,7 @@ def make_comparison(folder: Path, ranks: int = 4) -> Path:
             if "condense" in label:
                 r["condense"] = {"kept": 0.5, "layer_00": {"kept": 0.4}, "layer_01": {"kept": 0.6}}
             if number == 1:
-                r["seconds_split"]["exchange_hidden"] = 0.1
+                r["exchange_hidden_seconds"] = 0.1
             if label == "peer":
                 del r["seconds_split"], r["locality"]
         (out / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))

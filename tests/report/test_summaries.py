@@ -85,7 +85,7 @@ def test_hidden_exchange_is_shown_and_is_no_part_of_the_step(tmp_path: Path) -> 
     out = run_of(tmp_path, [1.0] * 4, {}).out_dir
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for r in records:
-        r["seconds_split"] = {"attention": 0.6, "exchange": 0.4, "exchange_hidden": 0.3}
+        r["seconds_split"], r["exchange_hidden_seconds"] = {"attention": 0.6, "exchange": 0.4}, 0.3
     (out / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     s = summarise("x", [read_run(out)])
     assert s["exchange_hidden_seconds"] == pytest.approx(0.3)
