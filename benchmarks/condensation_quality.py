@@ -13,15 +13,13 @@ what has a summary is not trained again.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
 import click
 from matplotlib.figure import Figure
+from trainings import LUFFY, MODEL, failure, side_by_side, training
 
 from luffy.train.metrics import read_metrics
 
@@ -41,10 +39,6 @@ SCHEMES = {
     "static 0.95": ["--condense", "static:0.95,local"],
     "static 0.9, spread gradient": ["--condense", "static:0.9,local,spread"],
 }
-MODEL = [
-    "--model", "moe-gpt2", "--layers", "6", "--hidden-size", "512", "--heads", "8", "--experts", "16",
-    "--expert-hidden-size", "2048", "--max-sequence-length", "512", "--vocab-size", "8192",
-]  # fmt: skip
 
 
 def folder(out: Path, scheme: str, seed: int) -> Path:
@@ -60,6 +54,7 @@ def main() -> None:
 @click.option("--data", required=True)
 @click.option("--device", default="cuda", show_default=True)
 @click.option("--jobs", default=6, show_default=True, help="Trainings side by side.")
+@click.option("--gpus", default=0, help="Spread them over so many GPUs.")
 @click.option("--seeds", default="0,1,2", show_default=True)
 @click.option("--schemes", default="all", show_default=True, help="Names separated by ';', or all.")
 @click.option("--steps", default=1000, show_default=True)
@@ -67,29 +62,28 @@ def main() -> None:
 @click.option("--seconds", default=1e9, help="Begin no training after so long.")
 @click.option("--out", required=True, type=click.Path(path_type=Path))
 def train(
-    data: str, device: str, jobs: int, seeds: str, schemes: str, steps: int, batch_size: int, seconds: float, out: Path
-) -> None:
+    data: str, device: str, jobs: int, gpus: int, seeds: str, schemes: str, steps: int, batch_size: int,
+    seconds: float, out: Path,
+) -> None:  # fmt: skip
     """Train every scheme with every seed."""
-    began = time.monotonic()
     names = list(SCHEMES) if schemes == "all" else schemes.split(";")
 
-    def one(seed: int, scheme: str) -> str:
+    def one(seed: int, scheme: str, variables: dict[str, str]) -> str:
         target = folder(out, scheme, seed)
         if (target / "summary.json").exists():
-            return f"{target.name}: done before"
-        if time.monotonic() - began > seconds:
-            return f"{target.name}: no time left"
-        command = [sys.executable, "-m", "luffy.train.cli", "train", "--recipe", "vanilla", *SCHEMES[scheme]]
-        command += [*MODEL, "--data", data, "--device", device, "--ranks", "1", "--steps", str(steps)]
-        command += ["--batch-size", str(batch_size), "--sequence-length", "512", "--seed", str(seed), "--lr", "1e-3"]
-        command += ["--eval-every", "100", "--eval-batches", "8", "--checkpoint-every", "0", "--no-tensorboard"]
-        command += ["--out", str(target), "--overwrite"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        return f"{target.name}: {'trained' if done.returncode == 0 else done.stderr.strip()[-300:]}"
+            return "done before"
+        shared = training(
+            MODEL, target, data=data, device=device, seed=seed, steps=steps, batch_size=batch_size, sequence_length=512
+        )
+        command = [*LUFFY, "train", "--recipe", "vanilla", *SCHEMES[scheme], "--ranks", "1", *shared]
+        return failure(command, variables) or "trained"
 
-    with ThreadPoolExecutor(jobs) as pool:
-        for line in pool.map(lambda pair: one(*pair), [(int(s), n) for s in seeds.split(",") for n in names]):
-            click.echo(f"{time.monotonic() - began:6.0f} s  {line}")
+    work = [
+        (folder(out, scheme, seed).name, partial(one, seed, scheme))
+        for seed in map(int, seeds.split(","))
+        for scheme in names
+    ]
+    side_by_side(work, jobs=jobs, gpus=gpus, seconds=seconds)
 
 
 def collect(out: Path, steps: int) -> dict[str, list[dict]]:

@@ -6,25 +6,34 @@
 
 One rank trains each model with a copy a (token, expert) pair, and rounds and condenses what stays as well (`,local`):
 every row bears the error, as it would with one expert on each of 16 ranks, where nearly every row leaves. `luffy_max`
-is that recipe's wire and condensation. `train` resumes: what stands in the JSON is not trained again, and the file is
-written anew after every training. The runs themselves are kept beside it, in a folder of its name.
+is that recipe's wire and condensation.
+
+Schemes whose name begins with `moves` need two ranks, which share a GPU over gloo, and rows that stand for a (token,
+rank) copy. A plan that weighs bytes answers low bits by staying, and would leave nothing to measure; here a *random*
+plan moves as many sequences in every layer as balance admits: the wire and condensation bear moves, whether or not a
+plan would choose them. They are compared with `moves`, the same with rows as they are, which computes the same function
+as staying does. `moved` is the share of (sequence, layer) that changed its rank. Condensation is without its correction
+there, which needs tokens that stay.
+
+`train` resumes: what stands in the JSON is not trained again, and the file is written anew after every training. The
+runs themselves are kept beside it, in a folder of its name.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import click
 from matplotlib.figure import Figure
+from trainings import LEARNING_RATE, LUFFY, MODEL, failure, side_by_side, training
 
+from luffy.recipes import RECIPES, Recipe
 from luffy.train.metrics import describe_machine, read_metrics, write_json_atomic
 from luffy.wire_format import parse_wire
 
@@ -40,21 +49,36 @@ SCHEMES: dict[str, tuple[str, str]] = {  # --wire, --condense
     "condensed": ("model", CONDENSE),
     "luffy_max": ("aggressive,local", CONDENSE),
 }
-MORE = {  # on request
+CONDENSE_MOVING = "static:0.9,local"
+MORE: dict[str, tuple[str, str]] = {  # on request
     "fp8_e5m2": ("fp8_e5m2,local", "none"),
     "int8-sr": ("int8-sr,local", "none"),
     "int4 rows": ("dispatch=int4,combine=int4,local", "none"),
     "int4 gradients": ("dispatch_backward=int4,combine_backward=int4,local", "none"),
     "int4-sr gradients": ("dispatch_backward=int4-sr,combine_backward=int4-sr,local", "none"),
+    "condensed int8": ("int8,local", CONDENSE),
+    "condensed int4": ("int4,local", CONDENSE),
+    "moves": ("model", "none"),
+    "moves int8": ("int8", "none"),
+    "moves dispatch int8": ("dispatch=int8", "none"),
+    "moves aggressive": ("aggressive", "none"),
+    "moves condensed": ("model", CONDENSE_MOVING),
+    "moves condensed int8": ("int8", CONDENSE_MOVING),
 }
-MODEL = [
-    "--model", "moe-gpt2", "--layers", "6", "--hidden-size", "512", "--heads", "8", "--experts", "16",
-    "--expert-hidden-size", "2048", "--max-sequence-length", "512", "--vocab-size", "8192",
-]  # fmt: skip
+MOVES = Recipe("moves", "sequences move at random, in every layer", placement="random")
+MOVING_RANKS = 2
+ROWS = ("dispatch", "combine", "dispatch_backward", "combine_backward")
 SMALL = [
     "--model", "moe-gpt2-tiny", "--layers", "2", "--hidden-size", "64", "--heads", "2", "--experts", "4",
     "--expert-hidden-size", "64", "--max-sequence-length", "64", "--vocab-size", "500",
 ]  # fmt: skip
+
+
+def moves(scheme: str) -> bool:
+    return scheme.split()[0] == MOVES.name
+
+
+Runs = dict[str, list[dict[str, Any]]]
 
 
 def bits_per_value(scheme: str, size: int = 512) -> float:
@@ -72,6 +96,8 @@ def outcome(run: Path) -> dict[str, Any]:
         "valid_loss": summary["valid_loss"],
         "kept": mean(kept),
         "kept_last_100": mean(kept[-100:]),
+        "moved": mean(r.get("plan", {}).get("moved_share", 0.0) for r in records),
+        "row_bytes": sum(r["bytes"][kind] for r in records for kind in ROWS),
         "seconds": sum(r["seconds"] for r in records),
         "curve": [[r["step"], r["valid_loss"]] for r in records if r.get("valid_loss") is not None],
     }
@@ -86,6 +112,7 @@ def main() -> None:
 @click.option("--data", required=True)
 @click.option("--device", default="cuda", show_default=True)
 @click.option("--jobs", default=6, show_default=True, help="Trainings side by side.")
+@click.option("--gpus", default=0, help="Spread them over so many GPUs.")
 @click.option("--seeds", default="0,1,2", show_default=True)
 @click.option("--schemes", default=",".join(SCHEMES), show_default=True, help=f"Or also of: {', '.join(MORE)}.")
 @click.option("--steps", default=1000, show_default=True)
@@ -94,59 +121,80 @@ def main() -> None:
 @click.option("--seconds", default=1e9, help="Begin no training after so long.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The JSON file.")
 def train(
-    data: str, device: str, jobs: int, seeds: str, schemes: str, steps: int, batch_size: int, small: bool,
+    data: str, device: str, jobs: int, gpus: int, seeds: str, schemes: str, steps: int, batch_size: int, small: bool,
     seconds: float, out: Path,
 ) -> None:  # fmt: skip
     """Train every scheme with every seed."""
-    began, lock = time.monotonic(), threading.Lock()
+    lock = threading.Lock()
     size, length = (SMALL, 64) if small else (MODEL, 512)
     content = json.loads(out.read_text()) if out.exists() else {"environment": describe_machine(device), "runs": []}
-    settings = {"model": size, "steps": steps, "batch_size": batch_size, "sequence_length": length, "lr": 1e-3}
+    settings = {"model": size, "steps": steps, "batch_size": batch_size, "sequence_length": length, "lr": LEARNING_RATE}
     if content.setdefault("settings", settings) != settings:
         raise click.ClickException(f"{out} holds runs with other settings; name another file")
+    unknown = [s for s in schemes.split(",") if s not in SCHEMES | MORE]
+    if unknown:
+        raise click.ClickException(f"--schemes: no scheme {', '.join(unknown)}")
     out.parent.mkdir(parents=True, exist_ok=True)
 
-    def one(seed: int, scheme: str) -> str:
-        name = f"{scheme} seed {seed}"
+    def one(seed: int, scheme: str, variables: dict[str, str]) -> str:
         if any((r["scheme"], r["seed"]) == (scheme, seed) for r in content["runs"]):
-            return f"{name}: done before"
-        if time.monotonic() - began > seconds:
-            return f"{name}: no time left"
+            return "done before"
         target = out.with_suffix("") / f"{scheme.replace(' ', '-')}-seed{seed}"
         wire, condense = (SCHEMES | MORE)[scheme]
-        command = [sys.executable, "-m", "luffy.train.cli", "train", "--recipe", "vanilla", *size]
-        command += ["--wire", wire, "--condense", condense, "--data", data, "--device", device, "--ranks", "1"]
-        command += ["--steps", str(steps), "--batch-size", str(batch_size), "--sequence-length", str(length)]
-        command += ["--seed", str(seed), "--lr", "1e-3", "--eval-every", str(max(1, steps // 10)), "--eval-batches"]
-        command += ["8", "--keep-checkpoints", "0", "--no-tensorboard", "--out", str(target), "--overwrite"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            return f"{name}: {done.stderr.strip()[-300:]}"
+        options = ["--wire", wire, "--condense", condense, *training(
+            size, target, data=data, device=device, seed=seed, steps=steps, batch_size=batch_size,
+            sequence_length=length,
+        )]  # fmt: skip
+        if moves(scheme):
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+            command += [str(MOVING_RANKS), __file__, "rank", "--recipe", MOVES.name, "--backend", "gloo", *options]
+        else:
+            command = [*LUFFY, "train", "--recipe", "vanilla", "--ranks", "1", *options]
+        if (problem := failure(command, variables)) is not None:
+            return problem
         result = {"scheme": scheme, "seed": seed, "wire": wire, "condense": condense} | outcome(target)
         with lock:
             content["runs"].append(result)
             write_json_atomic(out, content)
-        return f"{name}: {result['valid_loss']:.4f}"
+        return f"{result['valid_loss']:.4f}"
 
-    unknown = [s for s in schemes.split(",") if s not in SCHEMES | MORE]
-    if unknown:
-        raise click.ClickException(f"--schemes: no scheme {', '.join(unknown)}")
-    with ThreadPoolExecutor(jobs) as pool:
-        pairs = [(int(seed), scheme) for seed in seeds.split(",") for scheme in schemes.split(",")]
-        for line in pool.map(lambda pair: one(*pair), pairs):
-            click.echo(f"{time.monotonic() - began:6.0f} s  {line}")
+    pairs = [(int(seed), scheme) for seed in seeds.split(",") for scheme in schemes.split(",")]
+    work = [(f"{scheme} seed {seed}", partial(one, seed, scheme)) for seed, scheme in pairs]
+    side_by_side(work, jobs=jobs, gpus=gpus, seconds=seconds)
 
 
-def by_scheme(path: Path) -> dict[str, list[dict[str, Any]]]:
+@main.command(context_settings={"ignore_unknown_options": True})
+@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+def rank(options: tuple[str, ...]) -> None:
+    """One rank, under torchrun, of a training whose recipe only this benchmark has; options as of luffy train."""
+    from luffy.train.cli import cli
+
+    RECIPES[MOVES.name] = MOVES
+    cli(["train", *options])
+
+
+def by_scheme(path: Path) -> Runs:
     runs = json.loads(path.read_text())["runs"]
     order = [s for s in SCHEMES | MORE if any(r["scheme"] == s for r in runs)]
     return {s: sorted((r for r in runs if r["scheme"] == s), key=lambda r: r["seed"]) for s in order}
 
 
-def gaps_to_none(runs: list[dict[str, Any]], none: list[dict[str, Any]]) -> list[float]:
-    """Held-out loss of each run above that of the run as it is, of its seed."""
-    base = {r["seed"]: r["valid_loss"] for r in none}
-    return [r["valid_loss"] - base[r["seed"]] for r in runs if r["seed"] in base]
+def gaps_to(base: str, scheme: str, runs_of: Runs) -> list[float]:
+    """Held-out loss of each run of a scheme above that of scheme `base` and the same seed."""
+    losses = {r["seed"]: r["valid_loss"] for r in runs_of.get(base, [])}
+    return [r["valid_loss"] - losses[r["seed"]] for r in runs_of[scheme] if r["seed"] in losses]
+
+
+def byte_share(run: dict[str, Any], runs_of: Runs) -> float | None:
+    """Bytes of rows over those of rows as they are: by count of bits, or as metered beside `moves` of the seed."""
+    if not moves(run["scheme"]):
+        return bits_per_value(run["scheme"]) * run["kept"] / 16
+    whole = [r["row_bytes"] for r in runs_of.get(MOVES.name, []) if r["seed"] == run["seed"]]
+    return run["row_bytes"] / whole[0] if whole else None
+
+
+def as_gap(gaps: list[float]) -> str:
+    return f"{mean(gaps):+.3f}" + (f" ± {stdev(gaps):.3f}" if len(gaps) > 1 else "") if gaps else ""
 
 
 @main.command()
@@ -154,17 +202,25 @@ def gaps_to_none(runs: list[dict[str, Any]], none: list[dict[str, Any]]) -> list
 def table(results: Path) -> None:
     """Markdown: means over seeds."""
     runs_of = by_scheme(results)
-    click.echo("| scheme | seeds | bits a value | copies sent | bytes, share | held-out loss | above none, paired |")
-    click.echo("| --- | --- | --- | --- | --- | --- | --- |")
+    click.echo(
+        "| scheme | seeds | bits a value | copies sent | moved | bytes, share | held-out loss | above none, paired | "
+        "above moves, paired |"
+    )
+    click.echo("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for scheme, runs in runs_of.items():
-        gaps = gaps_to_none(runs, runs_of.get("none", []))
-        spread = f" ± {stdev(gaps):.3f}" if len(gaps) > 1 and scheme != "none" else ""
-        bits, kept = bits_per_value(scheme), mean(r["kept"] for r in runs)
-        gap = f"{mean(gaps):+.3f}{spread}" if gaps else ""
-        loss = mean(r["valid_loss"] for r in runs)
-        click.echo(
-            f"| {scheme} | {len(runs)} | {bits:.2f} | {kept:.2f} | {bits * kept / 16:.2f} | {loss:.3f} | {gap} |"
-        )
+        shares = [share for r in runs if (share := byte_share(r, runs_of)) is not None]
+        cells = [
+            scheme,
+            str(len(runs)),
+            f"{bits_per_value(scheme):.2f}",
+            f"{mean(r['kept'] for r in runs):.2f}",
+            f"{mean(r['moved'] for r in runs):.2f}" if moves(scheme) else "",
+            f"{mean(shares):.2f}" if shares else "",
+            f"{mean(r['valid_loss'] for r in runs):.3f}",
+            as_gap(gaps_to("none", scheme, runs_of)) if scheme != "none" else "",
+            as_gap(gaps_to(MOVES.name, scheme, runs_of)) if moves(scheme) and scheme != MOVES.name else "",
+        ]
+        click.echo(f"| {' | '.join(cells)} |")
 
 
 @main.command()
@@ -180,10 +236,11 @@ def figure(results: Path, png: Path) -> None:
     base = {(r["seed"], step): loss for r in runs_of["none"] for step, loss in r["curve"]}
     for i, (scheme, runs) in enumerate(runs_of.items()):
         colour, marker = f"C{i % 10}", "os^Dv"[i // 10]
-        share = [bits_per_value(scheme) * r["kept"] / 16 for r in runs if (r["seed"], r["steps"]) in base]
-        gaps = gaps_to_none(runs, runs_of["none"])
-        if not gaps:
+        found = [(share, r["valid_loss"] - base[r["seed"], r["steps"]]) for r in runs
+                 if (r["seed"], r["steps"]) in base and (share := byte_share(r, runs_of)) is not None]  # fmt: skip
+        if not found:
             continue
+        share, gaps = zip(*found, strict=True)
         left.scatter(share, gaps, s=12, color=colour, alpha=0.4, marker=marker)
         left.scatter(mean(share), mean(gaps), s=55, color=colour, label=scheme, marker=marker)
         curves = [[(step, loss - base[r["seed"], step]) for step, loss in r["curve"] if (r["seed"], step) in base]

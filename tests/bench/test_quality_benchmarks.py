@@ -1,0 +1,76 @@
+"""Benchmarks that train one model many times: trainings spread over GPUs, recorded files can be continued."""
+
+import json
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import trainings  # noqa: E402
+import wire_quality  # noqa: E402
+
+from luffy.condensation import parse_condense  # noqa: E402
+from luffy.config import model_preset  # noqa: E402
+from luffy.recipes import check_recipe  # noqa: E402
+from luffy.wire_format import parse_wire  # noqa: E402
+
+
+def test_trainings_are_spread_over_the_gpus_there_are(monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    seen = []
+
+    def do(variables):
+        seen.append(variables["CUDA_VISIBLE_DEVICES"])
+        return "done"
+
+    trainings.side_by_side([(f"n{i}", do) for i in range(8)], jobs=1, gpus=1, seconds=60)
+    assert Counter(seen) == {"4": 8}
+    seen.clear()
+    trainings.side_by_side([(f"n{i}", do) for i in range(8)], jobs=2, gpus=2, seconds=60)
+    assert set(seen) <= {"4", "7"} and len(seen) == 8
+    trainings.side_by_side([("late", do)], jobs=2, gpus=0, seconds=-1)
+    out = capsys.readouterr().out
+    assert "n7: done" in out and "late: no time left" in out
+    with pytest.raises(Exception, match="shows 2"):
+        trainings.side_by_side([("n", do)], jobs=1, gpus=3, seconds=60)
+
+
+def test_the_end_of_what_a_failed_training_said_is_kept():
+    assert trainings.failure([sys.executable, "-c", ""], {}) is None
+    said = trainings.failure([sys.executable, "-c", "import os, sys; sys.exit(os.environ['WHY'])"], {"WHY": "no disk"})
+    assert said == "no disk"
+
+
+def test_every_wire_scheme_can_train():
+    for name, (wire, condense) in (wire_quality.SCHEMES | wire_quality.MORE).items():
+        parse_wire(wire)
+        parse_condense(condense)
+        if wire_quality.moves(name):  # where a correction, say, is refused
+            check_recipe(replace(wire_quality.MOVES, wire=wire, condense=condense), model_preset("moe-gpt2"))
+
+
+def test_the_recorded_wire_runs_can_be_continued():
+    recorded = json.loads((ROOT / "docs" / "results" / "wire_quality.json").read_text())
+    settings = {"model": wire_quality.MODEL, "steps": 1000, "batch_size": 16, "sequence_length": 512, "lr": 1e-3}
+    assert recorded["settings"] == settings
+    for run in recorded["runs"]:
+        assert (run["wire"], run["condense"]) == (wire_quality.SCHEMES | wire_quality.MORE)[run["scheme"]]
+
+
+def test_moving_schemes_are_compared_with_moves_of_their_seed():
+    def run(scheme, seed, loss, row_bytes):
+        return {"scheme": scheme, "seed": seed, "valid_loss": loss, "kept": 1.0, "row_bytes": row_bytes}
+
+    runs_of = {
+        "moves": [run("moves", 0, 4.0, 100), run("moves", 1, 4.2, 200)],
+        "moves int8": [run("moves int8", 1, 4.3, 90), run("moves int8", 2, 9.9, 90)],
+    }
+    assert wire_quality.gaps_to("moves", "moves int8", runs_of) == [pytest.approx(0.1)]
+    shares = [wire_quality.byte_share(r, runs_of) for r in runs_of["moves int8"]]
+    assert shares == [0.45, None]
+    assert wire_quality.byte_share(run("int8", 0, 4.0, 0), {}) == pytest.approx(8.5 / 16)
