@@ -13,8 +13,8 @@ from luffy.comm.mesh import Mesh
 from luffy.comm.meter import TrafficMeter
 
 # Renamed between releases of torch.
-_all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True)
@@ -50,18 +50,6 @@ class Comm:
         """[n...] on each rank -> [ep_size, n...] on all ranks of the EP group. Shapes must agree."""
         return self._all_gather(tensor, self.mesh.ep_group, self.mesh.ep_ranks, "control")
 
-    def reduce_scatter_world(self, tensor: Tensor, direction: str = "gradients") -> Tensor:
-        """[world_size, n] on each rank -> [n]: this rank's row of the sum over the world."""
-        world = self.mesh.world_size
-        if world == 1:
-            return tensor[0]
-        out = tensor.new_empty(tensor.shape[1])
-        _reduce_scatter_flat(out, tensor.flatten(), group=self.mesh.world_group)
-        for peer in range(world):
-            if peer != self.mesh.rank:
-                self.meter.send(direction, peer, out.nbytes)
-        return out
-
     def start_all_gather_ep(self, tensor: Tensor) -> Callable[[], Tensor]:
         """Begin to gather a host tensor [n...] of every rank of the EP group; the call it returns waits for it.
 
@@ -74,7 +62,7 @@ class Comm:
         on_device = dist.get_backend(mesh.ep_group) == "nccl"
         flat = (tensor.to(mesh.device) if on_device else tensor).flatten()
         out = flat.new_empty(mesh.ep_size * flat.numel())
-        work = _all_gather_flat(out, flat, group=mesh.ep_group, async_op=True)
+        work = all_gather_flat(out, flat, group=mesh.ep_group, async_op=True)
 
         def finish() -> Tensor:
             if on_device:
@@ -92,6 +80,6 @@ class Comm:
         if len(ranks) == 1:
             return tensor.unsqueeze(0)
         out = tensor.new_empty(len(ranks) * tensor.numel())
-        _all_gather_flat(out, tensor.contiguous().flatten(), group=group)
+        all_gather_flat(out, tensor.contiguous().flatten(), group=group)
         self.meter.all_gather(direction, ranks, tensor.nbytes)
         return out.unflatten(0, (len(ranks), tensor.numel())).reshape(len(ranks), *tensor.shape)

@@ -23,11 +23,13 @@ from luffy.errors import UserError
 class Mesh:
     """The ranks of one job as seen from one of them.
 
-    `node_of_rank[r]` is the node of world rank r. `ep_ranks` are the world ranks of this EP group, in order.
+    `device_mesh` is dp x ep, `world_mesh` all ranks in a row. `node_of_rank[r]` is the node of world rank r.
+    `ep_ranks` are the world ranks of this EP group, in order.
     """
 
     device: torch.device
     device_mesh: DeviceMesh
+    world_mesh: DeviceMesh
     world_group: dist.ProcessGroup
     ep_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
@@ -89,6 +91,7 @@ def build_mesh(device: torch.device, ep_size: int | None = None, ranks_per_node:
     return Mesh(
         device=device,
         device_mesh=device_mesh,
+        world_mesh=init_device_mesh(device.type, (world_size,)),
         world_group=_world_group(),
         ep_group=device_mesh.get_group("ep"),
         dp_group=device_mesh.get_group("dp"),

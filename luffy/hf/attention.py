@@ -21,7 +21,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from luffy.data.batch import Layout
 from luffy.errors import UserError
-from luffy.hf.dense import Held
 from luffy.hf.parts import call_in
 
 # Their frequencies depend on the longest sequence of a batch, so a sequence's output would depend on its company.
@@ -49,18 +48,18 @@ class Frames:
         self.cos, self.sin = rotary(like, position_ids=positions)  # [1, longest, hd] each
         self._masks: dict[tuple[int, str], Any] = {}
 
-    def attend(self, attention: nn.Module, index: int, x: Tensor, layout: Layout, held: Held | None = None) -> Tensor:
-        """x: [T, D], normed -> what attention of layer `index` answers, [T, D]. held: its weights, if sharded."""
+    def attend(self, attention: nn.Module, index: int, x: Tensor, layout: Layout) -> Tensor:
+        """x: [T, D], normed -> what attention of layer `index` answers, [T, D]."""
         if layout.num_tokens == 0:
             # A rank without tokens still touches every parameter, so that gradients are summed over all ranks.
-            ghost = self._on_grid(attention, index, x.new_zeros(1, 1, x.shape[1]), held)
+            ghost = self._on_grid(attention, index, x.new_zeros(1, 1, x.shape[1]))
             return x + ghost.sum() * 0
         if self.padded or layout.equal_lengths:
             shape = layout.num_sequences, layout.max_length
             if layout.equal_lengths:
-                return self._on_grid(attention, index, x.unflatten(0, shape), held).flatten(0, 1)
+                return self._on_grid(attention, index, x.unflatten(0, shape)).flatten(0, 1)
             grid = x.new_zeros(shape[0] * shape[1], x.shape[1]).index_copy(0, layout.padded_index, x)
-            return self._on_grid(attention, index, grid.unflatten(0, shape), held).flatten(0, 1)[layout.padded_index]
+            return self._on_grid(attention, index, grid.unflatten(0, shape)).flatten(0, 1)[layout.padded_index]
         positions, name = layout.positions, self.config._attn_implementation
         masks = {n: self.mask(index, n, x) for n in set(layout.lengths)}
         packed = Packed(layout, masks, ALL_ATTENTION_FUNCTIONS.get_interface(name, _own_function(attention)))
@@ -74,13 +73,12 @@ class Frames:
                 attention_mask=None,
                 past_key_values=None,
                 packed=packed,
-                held=held,
             )
         finally:
             self.config._attn_implementation = name
         return answer[0][0]
 
-    def _on_grid(self, attention: nn.Module, index: int, grid: Tensor, held: Held | None) -> Tensor:
+    def _on_grid(self, attention: nn.Module, index: int, grid: Tensor) -> Tensor:
         """[S, L, D] -> [S, L, D]."""
         length = grid.shape[1]
         answer = call_in(
@@ -90,7 +88,6 @@ class Frames:
             position_embeddings=(self.cos[:, :length], self.sin[:, :length]),
             attention_mask=self.mask(index, length, grid),
             past_key_values=None,
-            held=held,
         )
         return answer[0]
 

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from luffy.comm import Mesh
+from luffy.comm.sharding import is_sharded, local_part, rows_of
 from luffy.errors import UserError
 from luffy.hf.families import family_of
 from luffy.hf.files import Checkpoint
 from luffy.hf.model import ParallelModel, parallelize
 from luffy.hf.placing import source_of
 from luffy.model.moe_layer import MoELayer
-from luffy.model.sharding import is_sharded, mark_sharded, rows_of, whole_shape
 from luffy.model.transformer import is_expert
 from luffy.recipes import Recipe
 from luffy.train.checkpoint import everyone
@@ -89,8 +89,6 @@ def _materialise(parallel: ParallelModel, device: torch.device) -> None:
         if id(tensor) not in made:
             empty = torch.empty_like(tensor, device=device)
             made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-            if is_sharded(tensor):
-                mark_sharded(made[id(tensor)], whole_shape(tensor))
         return made[id(tensor)]
 
     for module in parallel.modules():
@@ -119,8 +117,8 @@ def fill(parallel: ParallelModel, checkpoint: Checkpoint) -> None:
         used.update(keys)
         if not is_expert(name):
             if is_sharded(target):
-                _check_shape(keys[0], where[keys[0]].shape, whole_shape(target))
-                target.copy_(checkpoint.read(keys[0], *rows_of(target, parallel.runtime.comm.mesh)))
+                _check_shape(keys[0], where[keys[0]].shape, target.shape)
+                local_part(target).copy_(checkpoint.read(keys[0], *rows_of(target, parallel.runtime.comm)))
                 continue
             value = checkpoint.read(keys[0])
             _check_shape(keys[0], tuple(value.shape), target.shape)

@@ -29,7 +29,7 @@ from luffy.exchange.migrate import transfer
 from luffy.exchange.stage import Stage, alternate, finish
 from luffy.hf.attention import Frames, check_attention
 from luffy.hf.batches import make_batch
-from luffy.hf.dense import Held, enter_layer, leave_layer, modules_of, noted, shard_dense
+from luffy.hf.dense import DenseUnits
 from luffy.hf.describe import describe
 from luffy.hf.families import Family, family_of
 from luffy.hf.parts import LibraryExperts, LibraryRouter, SharedExperts, call_in, lent
@@ -65,8 +65,7 @@ class ParallelModel(nn.Module):
         # Of the folder that it was loaded from, if any: where it is, and what its weights are stored as.
         self.folder: Path | None = None
         self.stored_dtype: torch.dtype | None = None
-        self.dense = "replicated"
-        self._held: dict[int, Held] = {}  # by layer, of this forward pass
+        self.units: DenseUnits | None = None  # of dense weights that are sharded
 
     @property
     def causal_lm(self) -> Any:
@@ -112,11 +111,9 @@ class ParallelModel(nn.Module):
                 p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
 
     def shard_dense(self) -> None:
-        """Keep only this rank's rows of the dense matrices, from now on: see luffy.hf.dense. Before an optimizer."""
-        lm = self.causal_lm
-        parts = [m for layer in self.layers for m in modules_of(layer, self.block(layer))]
-        shard_dense(self.runtime.comm, [*parts, lm.get_input_embeddings(), lm.get_output_embeddings()])
-        self.dense = "sharded"
+        """Keep only this rank's part of the dense weights, from now on: see luffy.hf.dense. Before an optimizer."""
+        blocks = [self.block(layer) for layer in self.layers]
+        self.units = DenseUnits(self.runtime.comm, self.causal_lm, blocks, self.stream_dtype)
 
     # ---------------------------------------------------------------- forward
 
@@ -131,13 +128,17 @@ class ParallelModel(nn.Module):
         labels = micro.labels
         if batch.layout is not micro.layout:
             (labels,) = transfer([labels], micro.layout, batch.layout, self.runtime.comm, "control")
-        # Gathered once: how many chunks there are depends on the rank.
-        head = self._gathered(self.causal_lm.get_output_embeddings())
 
         def chunk_loss(hidden: Tensor, labels: Tensor) -> Tensor:
-            return summed_cross_entropy(self._head(hidden, head), labels)
+            return summed_cross_entropy(self._head(hidden), labels)
 
-        token_loss = in_chunks(chunk_loss, batch.hidden, labels) / max(micro.step_labels, 1)
+        # The unit is entered once: how many chunks there are depends on the rank.
+        head, hidden = None if self.units is None else self.units.head, batch.hidden
+        if head is not None:
+            hidden = head.enter(hidden)
+        token_loss = in_chunks(chunk_loss, hidden, labels) / max(micro.step_labels, 1)
+        if head is not None:
+            token_loss = head.leave(token_loss, keep=torch.is_grad_enabled())
         loss, stats = token_loss, batch.router_stats
         aux = auxiliary_loss(stats, self.config.router, self.runtime.comm, micro.num_tokens)
         if aux is not None:
@@ -153,34 +154,21 @@ class ParallelModel(nn.Module):
         self._begin()
         batch = finish(self._decode(micro))
         (hidden,) = transfer([batch.hidden], batch.layout, micro.layout, self.runtime.comm, "control")
-        return self._head(hidden, self._gathered(self.causal_lm.get_output_embeddings()))
+        if self.units is None:
+            return self._head(hidden)
+        return self.units.head.leave(self._head(self.units.head.enter(hidden)))
 
     def _begin(self) -> None:
-        self._held.clear()
+        if self.units is not None:
+            self.units.begin()
         if self.runtime.residency is not None:
             self.runtime.residency.reset()
-
-    def _gathered(self, module: nn.Module) -> Held | None:
-        """The whole weights of a module that stands in no layer, kept as long as the graph wants them."""
-        if self.dense == "replicated":
-            return None
-        held = Held(self.runtime.comm, [module], self.stream_dtype)
-        held.enter()
-        return held
-
-    def _held_by(self, index: int, layer: Any) -> Held | None:
-        """The whole weights of a layer: those that another micro-batch in it has gathered, or others."""
-        if self.dense == "replicated":
-            return None
-        if index not in self._held or self._held[index].released:
-            self._held[index] = Held(self.runtime.comm, modules_of(layer, self.block(layer)), self.stream_dtype)
-        return self._held[index]
 
     def _decode(self, micro: MicroBatch) -> Stage[TokenBatch]:
         lm = self.causal_lm
         embedding = lm.get_input_embeddings()
-        if self.dense == "sharded":
-            hidden = call_in(self.stream_dtype, embedding, micro.tokens, held=self._gathered(embedding))
+        if self.units is not None:
+            hidden = self.units.embed(embedding, micro.tokens)
         else:
             hidden = embedding(micro.tokens).to(self.stream_dtype)  # [T, D]
         batch = TokenBatch(hidden, micro.layout, micro.padded)
@@ -197,31 +185,27 @@ class ParallelModel(nn.Module):
         """One decoder layer: attention and feed-forward, each with its norm before and its residual."""
         rt, block, norm = self.runtime, self.block(layer), layer.post_attention_layernorm
         sparse = isinstance(block, MoELayer)
-        held = self._held_by(index, layer)
-        if held is not None:
-            batch = batch.with_hidden(enter_layer(batch.hidden, held))
-            if sparse and block.shared_experts is not None:
-                block.shared_experts.held = held
+        unit = None if self.units is None else self.units.layers[index]
+        if unit is not None:
+            batch = batch.with_hidden(unit.enter(batch.hidden))
         departed = block.prefetch(batch.hidden.dtype) if sparse else None
         hidden, layout = boundary(batch.hidden, rt.clock, "other", "attention"), batch.layout
 
         def attend(x: Tensor) -> Tensor:
             normed = call_in(x.dtype, layer.input_layernorm, x)
-            return x + frames.attend(layer.self_attn, index, normed, layout, held)
+            return x + frames.attend(layer.self_attn, index, normed, layout)
 
         if rt.recompute and torch.is_grad_enabled():
             hidden = checkpoint(attend, hidden, use_reentrant=False)
         else:
-            with noted(held):
-                hidden = attend(hidden)
+            hidden = attend(hidden)
         batch = batch.with_hidden(boundary(hidden, rt.clock, "attention", "other"))
         if sparse:
             batch = yield from block.stages(batch, lent(norm), predict_next, departed)
         else:
             x = batch.hidden
-            with noted(held):
-                batch = batch.with_hidden(x + call_in(x.dtype, block, lent(norm)(x), held=held))
-        return batch if held is None else batch.with_hidden(leave_layer(batch.hidden, held))
+            batch = batch.with_hidden(x + call_in(x.dtype, block, lent(norm)(x)))
+        return batch if unit is None else batch.with_hidden(unit.leave(batch.hidden))
 
     def _next_predictor(self, layers: list[Any], index: int) -> Predictor | None:
         """The forecast of the next MoE layer, if the recipe or the recorder asks for it and there is one."""
@@ -234,10 +218,10 @@ class ParallelModel(nn.Module):
                 return _predictor(block, lent(layer.post_attention_layernorm))
         return None
 
-    def _head(self, hidden: Tensor, held: Held | None) -> Tensor:
+    def _head(self, hidden: Tensor) -> Tensor:
         lm = self.causal_lm
         hidden = call_in(hidden.dtype, lm.model.norm, hidden)
-        return call_in(hidden.dtype, lm.get_output_embeddings(), hidden, held=held)
+        return call_in(hidden.dtype, lm.get_output_embeddings(), hidden)
 
     def _library_balance(self, stats: tuple[RouterStats, ...], aux: AuxLoss, num_tokens: int) -> Tensor:
         """This rank's part of the library's `load_balancing_loss_func`, over the tokens of all ranks.
@@ -281,10 +265,10 @@ def parallelize(
 
     family: how the model is built, None: by its `model_type`. stream_dtype: of the rows and products, None: the
     weights'. recompute: compute attention and experts again in the backward pass, None: as gradient checkpointing is
-    set in the model. topology: links, for planning. dense: "sharded" divides the other matrices over all ranks, each
-    gathered while it is used. router: weights of Luffy's losses, `balance_loss`, `z_loss`,
-    `locality_loss`, and `bias_update_rate` (see RouterConfig); all are 0 unless given. The library's own balance loss
-    is added where the model's configuration asks for it, `output_router_logits` with its `router_aux_loss_coef`.
+    set in the model. topology: links, for planning. dense: "sharded" divides the other weights over all ranks, each
+    gathered while its layer is computed. router: weights of Luffy's losses, `balance_loss`, `z_loss`, `locality_loss`,
+    and `bias_update_rate` (see RouterConfig); all are 0 unless given. The library's own balance loss is added where the
+    model's configuration asks for it, `output_router_logits` with its `router_aux_loss_coef`.
     """
     lm = causal_lm_of(model)
     if dense not in DENSE:

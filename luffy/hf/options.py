@@ -32,7 +32,7 @@ class FinetuneOptions(TrainOptions):
     lora_alpha: int = option(16, "Scale of the adapters is this over their rank.", "Training")
     dense: str = option(
         "replicated",
-        "Attention, dense feed-forwards, embedding and head: replicated, or sharded over all ranks.",
+        "Attention, dense feed-forwards, embedding and head: replicated, or sharded over all ranks (FSDP2).",
         "Training",
     )
     export: bool = option(True, "Write OUT/model at the end.", "Training")

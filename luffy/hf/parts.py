@@ -14,23 +14,20 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from luffy.comm.sharding import is_sharded
 from luffy.config import RouterConfig
 from luffy.data.batch import Layout
-from luffy.hf.dense import Held, noted
 from luffy.hf.families import Activation, Family
 from luffy.model.experts import Experts
 from luffy.model.router import RouterBase, RouterStats, Routing, router_stats
-from luffy.model.sharding import is_sharded
 
 
-def call_in(dtype: torch.dtype, module: nn.Module, *args: Any, held: Held | None = None, **kwargs: Any) -> Any:
-    """`module(*args, **kwargs)` with its floating parameters cast to `dtype`. held: those that are sharded, in full."""
+def call_in(dtype: torch.dtype, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """`module(*args, **kwargs)` with its floating parameters cast to `dtype`."""
     cast = {}
     for name, p in module.named_parameters():
-        if is_sharded(p):
-            assert held is not None, f"{name} is sharded, and nobody gathered it"
-            cast[name] = held.of(p)
-        elif p.is_floating_point() and p.dtype != dtype:
+        assert not is_sharded(p), f"{name} is sharded, and nobody gathered it"
+        if p.is_floating_point() and p.dtype != dtype:
             cast[name] = p.to(dtype)
     return functional_call(module, cast, args, kwargs) if cast else module(*args, **kwargs)
 
@@ -41,12 +38,9 @@ class SharedExperts(nn.Module):
     def __init__(self, module: nn.Module, gate: nn.Module | None) -> None:
         super().__init__()
         self.module, self.gate = module, gate
-        # What the model gathered for its present pass through this layer, if it is sharded.
-        self.held: Held | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        with noted(self.held):
-            y = call_in(x.dtype, self.module, x, held=self.held)
+        y = call_in(x.dtype, self.module, x)
         return y if self.gate is None else call_in(x.dtype, self.gate, x).sigmoid() * y
 
 

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from luffy.comm.sharding import whole
 from luffy.errors import UserError
-from luffy.hf.dense import whole, whole_again
+from luffy.hf.dense import whole_again
 from luffy.hf.files import SHARD_NUM_BYTES, Checkpoint, ShardWriter, write_index
 from luffy.hf.loading import is_stored, sparse_blocks, tied_names
 from luffy.hf.model import ParallelModel
@@ -82,7 +83,7 @@ def _merged(parallel: ParallelModel) -> Iterator[None]:
     if not hasattr(library, "merge_adapter"):
         yield
         return
-    with whole_again(parallel.runtime.comm, parallel):
+    with whole_again(parallel):
         library.merge_adapter()
         try:
             yield
@@ -99,7 +100,7 @@ def _write(parallel: ParallelModel, writer: ShardWriter, dtype: torch.dtype | No
         if ".lora_" in library:
             continue
         source = source_of(library, parallel.family, blocks, None)
-        value = whole(parallel.runtime.comm, p)
+        value = whole(p)
         value = value if dtype is None else value.to(dtype)
         if is_expert(name):
             _write_experts(parallel, name, value, source, writer)

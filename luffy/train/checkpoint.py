@@ -1,10 +1,10 @@
 """Checkpoints: written whole or not at all, kept N deep, readable at another number of ranks.
 
 Tensors go through `torch.distributed.checkpoint`. Experts and their optimizer state are described to it as shards of
-one tensor over the expert-parallel mesh, sharded weights as those of one over the world, so that it can hand them to
-any other number of ranks, sharded or not. A checkpoint is
-written beside its final name, its files' sizes and checksums are recorded, and only then does it get that name; a
-kill or a full disk at any moment leaves the previous one as it was.
+one tensor over the expert-parallel mesh; sharded weights (luffy.comm.sharding) are shards of one over the world as they
+are. So it can hand them to any other number of ranks, sharded or not. A checkpoint is written beside its final name,
+its files' sizes and checksums are recorded, and only then does it get that name; a kill or a full disk at any moment
+leaves the previous one as it was.
 """
 
 from __future__ import annotations
@@ -26,13 +26,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException: `except Exception` misses it
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from luffy.comm import Mesh
 from luffy.errors import UserError
 from luffy.model import Transformer, is_expert
-from luffy.model.sharding import is_sharded, whole_shape
 
 FORMAT_VERSION = 1
 _NAME = re.compile(r"step-(\d{8})$")
@@ -49,24 +47,17 @@ def training_state(
     """Everything that training continues from, as a flat dict of tensors (what ranks share as DTensors)."""
     mesh = model.runtime.comm.mesh.device_mesh
     expert_layout = (Replicate(), Shard(0))
-    world = None
-    if any(is_sharded(p) for p in model.parameters()):
-        world = init_device_mesh(model.runtime.comm.mesh.device.type, (dist.get_world_size(),))
 
-    def describe(name: str, tensor: Tensor, parameter: Tensor) -> Any:
+    def describe(name: str, tensor: Tensor) -> Any:
         if is_expert(name) and tensor.dim() > 0:
             return DTensor.from_local(tensor.detach(), mesh, expert_layout, run_check=False)
-        if is_sharded(parameter) and tensor.dim() > 0:
-            shape = whole_shape(parameter)
-            stride = torch.empty(shape, device="meta").stride()
-            return DTensor.from_local(tensor.detach(), world, (Shard(0),), run_check=False, shape=shape, stride=stride)
         return tensor.detach()
 
     state: dict[str, Any] = {}
     for name, p in model.named_parameters():
-        state[f"model.{name}"] = describe(name, p, p)
+        state[f"model.{name}"] = describe(name, p)
         for key, value in optimizer.state[p].items():
-            state[f"optimizer.{name}.{key}"] = describe(name, value, p)
+            state[f"optimizer.{name}.{key}"] = describe(name, value)
     for name, b in model.named_buffers():
         state[f"model.{name}"] = b.detach()
     for i, m in enumerate(memory or ()):

@@ -1,6 +1,6 @@
 """Gradients between ranks: what is replicated is summed over the world, experts over their copies.
 
-Sharded weights (luffy.model.sharding) have been summed by the backward pass itself.
+Sharded weights (luffy.comm.sharding) have been summed by the backward pass itself.
 
 Replicated parameters go through DistributedDataParallel: buckets, overlapped with the backward pass. Its hook sums
 instead of averaging, because the loss is already divided by the labels of all ranks. Experts of an EP group received
@@ -20,8 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from luffy.comm import Comm
 from luffy.comm.clock import PhaseClock
+from luffy.comm.sharding import is_sharded, local_part
 from luffy.model import is_expert
-from luffy.model.sharding import is_sharded
 
 
 class GradientSync:
@@ -125,7 +125,7 @@ class GradientSync:
                 continue
             if p.grad is None:
                 raise RuntimeError(f"{name} received no gradient")
-            (experts if is_expert(name) else sharded if is_sharded(p) else replicated).append(p.grad)
+            (experts if is_expert(name) else sharded if is_sharded(p) else replicated).append(local_part(p.grad))
         squares = torch.zeros((), device=self.comm.mesh.device)
         if replicated:
             squares = torch.stack(torch._foreach_norm(replicated)).square().sum()
@@ -146,12 +146,12 @@ def decays(name: str, parameter: Tensor) -> bool:
 
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float, fused: bool) -> torch.optim.AdamW:
     """AdamW with betas (0.9, 0.95), decay on matrices only, over the parameters that ask for a gradient."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:  # those that are sharded apart: no kernel takes both kinds at once
+            groups.setdefault((decays(name, p), is_sharded(p)), []).append(p)
     return torch.optim.AdamW(
-        [
-            {"params": [p for n, p in named if decays(n, p)], "weight_decay": weight_decay},
-            {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
-        ],
+        [{"params": ps, "weight_decay": weight_decay if decay else 0.0} for (decay, _), ps in groups.items()],
         lr=lr,
         betas=(0.9, 0.95),
         fused=fused,

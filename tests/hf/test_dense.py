@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 pytest.importorskip("transformers")
 
 from luffy.comm import Mesh, build_mesh
+from luffy.comm.meter import by_direction
+from luffy.comm.sharding import Unit, is_sharded, local_part, whole
 from luffy.errors import UserError
-from luffy.hf import dense, parallelize
-from luffy.hf.dense import whole
+from luffy.hf import parallelize
 from luffy.hf.model import ParallelModel
-from luffy.model.sharding import gather, is_sharded, whole_shape
 from luffy.model.transformer import is_expert
 from luffy.recipes import Recipe, get_recipe
 from luffy.testing import run_ranks
@@ -38,14 +37,6 @@ class Case:
     ep_size: int | None = None
     tied: bool = False
     adapters: int = 0
-
-
-def full_gradient(parallel: ParallelModel, parameter: torch.Tensor) -> torch.Tensor | None:
-    if parameter.grad is None or not is_sharded(parameter):
-        return parameter.grad
-    grad = parameter.grad.clone()
-    grad.whole_shape = whole_shape(parameter)  # type: ignore[attr-defined]
-    return gather(parallel.runtime.comm, [grad])[0]
 
 
 def train(case: Case, mesh: Mesh, how: str) -> dict[str, torch.Tensor]:
@@ -74,16 +65,15 @@ def train(case: Case, mesh: Mesh, how: str) -> dict[str, torch.Tensor]:
         loss = (alone.loss + first.loss + second.loss).detach()
         found[f"{step} loss"] = comm.all_reduce(loss)
         for name, p in parallel.named_parameters():
-            grad = full_gradient(parallel, p)
-            assert (grad is None) == (not p.requires_grad), name
-            if grad is not None:
-                found[f"{step} gradient of {name}"] = grad.clone()
+            assert (p.grad is None) == (not p.requires_grad), name
+            if p.grad is not None:
+                found[f"{step} gradient of {name}"] = whole(p.grad).clone()
         found[f"{step} norm"] = sync.clip(0.5)
         assert float(found[f"{step} norm"]) > 0.5, "clipping has nothing to do"
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         for name, p in parallel.named_parameters():
-            found[f"{step} weight {name}"] = whole(comm, p).clone()
+            found[f"{step} weight {name}"] = whole(p).clone()
     with torch.no_grad():
         found["logits"] = parallel.logits(micros[0])
     found |= {f"memory of {k}": torch.tensor(v) for k, v in memory(parallel, optimizer).items()}
@@ -96,9 +86,9 @@ def memory(parallel: ParallelModel, optimizer: torch.optim.Optimizer) -> dict[st
     matrices = [p for n, p in others if p.dim() >= 2 and ".gate." not in n]
     moments = [v for _, p in others for v in optimizer.state.get(p, {}).values() if v.dim() > 0]
     return {
-        "weights": float(sum(p.numel() for _, p in others)),
-        "matrices": float(sum(p.numel() for p in matrices)),
-        "moments": float(sum(v.numel() for v in moments)),
+        "weights": float(sum(local_part(p).numel() for _, p in others)),
+        "matrices": float(sum(local_part(p).numel() for p in matrices)),
+        "moments": float(sum(local_part(v).numel() for v in moments)),
     }
 
 
@@ -156,42 +146,62 @@ def refuse(rank: int) -> Any:
         parallelize(tiny_model(tiny_config("mixtral")), build_mesh(torch.device("cpu")), dense="split")
 
 
-def hold_on(rank: int) -> None:
-    """Which whole weights are alive between forward and backward pass, and after it."""
-    alive: list[StorageWeakRef] = []
-    gathered: list[int] = []  # weights at once
+def hold_on(rank: int, recompute: bool) -> None:
+    """Which weights are whole in the forward pass, between the passes, in the backward pass, and after it."""
+    model = tiny_model(tiny_config("deepseek_v3"))
+    parallel = parallelize(model, build_mesh(torch.device("cpu")), recompute=recompute, dense="sharded")
+    micros = [parallel.batch(**collate(random_rows(i + rank, 3, 9), "right")) for i in range(2)]
+    units, meter = parallel.units, parallel.runtime.comm.meter
+    assert units is not None
+    everything = {"embedding": units.embedding, **dict(enumerate(units.layers)), "head": units.head}
+    gathered: list[Any] = []  # which unit, call by call
+    most = 0  # layers that were whole at once
+    # Of a rank's part, as it is sent: rows are padded to be as many on each rank.
+    num_bytes = {k: sum(-(-len(p) // 2) * p[0].numel() * 8 for p in u.parameters()) for k, u in everything.items()}
+    seen: list[torch.nn.Parameter] = []  # every whole weight there was
 
-    def noting(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
-        made = gather(*args, **kwargs)
-        gathered.append(len(made))
-        alive.extend(StorageWeakRef(w.untyped_storage()) for w in made)
-        return made
+    def is_whole(unit: Unit) -> bool:
+        return not any(is_sharded(p) for p in unit.parameters())
 
-    for recompute in (False, True):
-        model = tiny_model(tiny_config("deepseek_v3"))
-        parallel = parallelize(model, build_mesh(torch.device("cpu")), recompute=recompute, dense="sharded")
-        micros = [parallel.batch(**collate(random_rows(i + rank, 3, 9), "right")) for i in range(2)]
-        alive.clear()
+    def noting(self: FSDPParamGroup, *args: Any, **kwargs: Any) -> None:
+        nonlocal most
+        before = self._all_gather_result
+        unshard(self, *args, **kwargs)
+        if self._all_gather_result is not before:
+            gathered.append(next(k for k, u in everything.items() if u is self.modules[0]))
+        most = max(most, sum(map(is_whole, units.layers)))
+
+    def leaving(self: Unit, *args: Any, **kwargs: Any) -> torch.Tensor:
+        assert is_whole(self)
+        seen.extend(self.parameters())
+        return leave(self, *args, **kwargs)
+
+    unshard, leave = FSDPParamGroup.unshard, Unit.leave
+    with patch.object(FSDPParamGroup, "unshard", noting), patch.object(Unit, "leave", leaving):
+        meter.take()
+        first, second = parallel(*micros)
+        # The first layer is dense, so it is over before the other's turn; the others are gathered for both.
+        assert gathered == ["embedding", 0, 1, "embedding", 0, 2, "head"]
+        assert most == 1
+        assert [k for k, u in everything.items() if is_whole(u)] == ["head"], "what the backward pass begins with"
+        assert len(seen) > 20
+        kept = {id(p) for p in seen if p.untyped_storage().size() > 0}
+        assert kept == {id(p) for p in units.head.parameters()}
+        forward = [num_bytes[k] for k in gathered]
         gathered.clear()
-        with patch.object(dense, "gather", noting):
-            first, second = parallel(*micros)
-            loss = first.loss + second.loss
-            # Embedding, first layer (dense, so it is over before the other's turn) and head for each micro-batch; two
-            # layers for both together.
-            assert len(gathered) == 3 * 2 + 2
-            assert sum(gathered) > 20
-            # The head of each micro-batch, which the backward pass begins with, and no layer's.
-            kept = [w for w in alive if not w.expired()]
-            assert len(kept) == 2
-            loss.backward()
-        assert len(gathered) == 8 + 4, "in the backward pass every layer is gathered again"
-        del loss, first, second, kept
-        gc.collect()
-        assert not [w for w in alive if not w.expired()]
+        (first.loss + second.loss).backward()
+    assert sorted(map(str, gathered)) == ["0", "0", "1", "2", "head"]
+    sent = by_direction(meter.take())["gradients"]
+    # Gathered so often, and the gradients of both micro-batches summed once.
+    assert sent == sum(forward) + sum(num_bytes[k] for k in gathered) + sum(num_bytes.values())
+    assert most == 2, "one layer, and the next one ahead"
+    assert not [k for k, u in everything.items() if is_whole(u)]
+    assert not [p for p in seen if p.untyped_storage().size() > 0]
 
 
 def test_a_layer_is_whole_only_while_it_is_computed() -> None:
-    run_ranks(hold_on, 2)
+    for recompute in (False, True):
+        run_ranks(hold_on, 2, recompute)
 
 
 def test_another_word_is_refused() -> None:
