@@ -58,8 +58,8 @@ def run(ranks: str, links: str, batches: str, device: str, out: Path) -> None:
 class _Keep:
     """In place of an AutoControl: records every step, and keeps what was recorded."""
 
-    def __init__(self) -> None:
-        self.traced: list[Any] = []
+    def __init__(self, mode: Any) -> None:
+        self.mode, self.traced = mode, []
 
     def before(self, step: int) -> None:
         pass
@@ -67,7 +67,7 @@ class _Keep:
     def decides_after(self, step: int) -> bool:
         return True
 
-    def after(self, step: int, record: dict, traced: list) -> None:
+    def after(self, step: int, record: dict, traced: list, plain: bool) -> None:
         self.traced += traced
 
 
@@ -96,7 +96,7 @@ def worker(ranks: int, link: str, batch: int, device: str, out: Path) -> None:
     trainer.auto = None
     for _ in range(3):
         trainer.train_step()
-    keep = _Keep()
+    keep = _Keep(auto.mode)
     trainer.auto = keep  # type: ignore[assignment]
     attention = [trainer.train_step()["seconds_split"]["attention"] for _ in range(2)]
     trainer.auto = None
@@ -142,7 +142,7 @@ def table(out: Path, target: Path | None, figure: Path | None) -> None:
         if chosen["predicted"] > anchor["measured"] * (1 - MARGIN):  # as `auto` chooses: not for so little
             chosen = anchor
         behind.append(chosen["measured"] / best - 1)
-        # As `auto` goes on to do: try each for a few steps, keep the best, be judged by the others.
+        # What trying each for a few steps would add: keep the best, be judged by the others.
         after = {name: median(m["all"][STEPS:]) for name, m in c["modes"].items()}
         trial = {name: median(m["all"][:STEPS]) for name, m in c["modes"].items()}
         kept = min(trial, key=lambda name: trial[name])

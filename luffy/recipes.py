@@ -14,7 +14,7 @@ There is one MoE layer; a recipe says what it does on each axis:
   luffy.exchange.condense).
 * `wire`: the formats in which rows cross links (`--wire` overrides it; see luffy.wire_format).
 * `auto`: residency and placement of each layer are chosen while training (luffy.train.auto); `placement` and
-  `look_ahead` say how sequences move where they do.
+  `look_ahead` say how sequences move where they do, `wire` and `condense` what may be chosen besides.
 * `rehome_every`: steps between re-homings of experts, 0 for never (`--rehome-every` overrides it).
 
 Recipes whose wire is "model" and that condense nothing are lossless: they compute the same function as a dense model
@@ -134,10 +134,8 @@ def get_recipe(name: str) -> Recipe:
 def check_recipe(recipe: Recipe, config: ModelConfig) -> None:
     """Raise UserError where a recipe cannot train a model."""
     scheme = parse_condense(recipe.condense)
-    if recipe.auto and (scheme is not None or recipe.residency != "static"):
-        raise UserError(
-            f"--recipe {recipe.name} chooses among lossless ways to run a layer; leave out --condense and --residency"
-        )
+    if recipe.auto and recipe.residency != "static":
+        raise UserError(f"--recipe {recipe.name} chooses which ranks hold which experts; leave out --residency")
     if recipe.residency not in RESIDENCIES:
         raise UserError(f"--residency {recipe.residency}: choose one of {', '.join(RESIDENCIES)}")
     if recipe.residency != "static" and recipe.placement != "stay" and scheme is not None:
@@ -147,7 +145,7 @@ def check_recipe(recipe: Recipe, config: ModelConfig) -> None:
         )
     if recipe.residency != "static" and recipe.copies == "pairs" and recipe.placement != "stay":
         raise UserError(f"--residency {recipe.residency}: pairs do not migrate; use --recipe luffy")
-    if scheme is not None and recipe.placement != "stay":
+    if scheme is not None and recipe.placement != "stay" and not recipe.auto:  # which condenses where sequences stay
         at_home = {"lsh": scheme.hashed, "correct": scheme.compensate, "centroid": scheme.representative == "centroid",
                    "spread": scheme.gradient == "spread"}  # fmt: skip
         for name, yes in at_home.items():

@@ -13,6 +13,7 @@ of the difference that a choice makes.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -26,22 +27,32 @@ RESIDENCIES = ("static", "fetch", "shadow")
 
 @dataclass(frozen=True)
 class Mode:
-    """How the layers of a model are run: whether sequences move, each layer's residency, the format of rows."""
+    """How the layers of a model are run: whether sequences move, each layer's residency, the format of rows, and
+    whether similar tokens share one."""
 
     moves: bool
     residency: tuple[str, ...]
     wire: str = "model"
+    condenses: bool = False
 
     @property
     def name(self) -> str:
         """For people: the recipe that it amounts to, or the mixture."""
-        kinds, wire = set(self.residency), "" if self.wire == "model" else f"+{self.wire}"
+        kinds = set(self.residency)
+        more = ("" if self.wire == "model" else f"+{self.wire}") + ("+condensed" if self.condenses else "")
         if len(kinds) == 1:
             kind = next(iter(kinds))
             named = {"static": "vanilla_dedup", "fetch": "janus", "shadow": "fastermoe"}
-            return (named[kind] if not self.moves else "migrate" + ("" if kind == "static" else f"+{kind}")) + wire
+            return (named[kind] if not self.moves else "migrate" + ("" if kind == "static" else f"+{kind}")) + more
         counts = ",".join(f"{k} {self.residency.count(k)}" for k in RESIDENCIES if k in kinds)
-        return ("migrate" if self.moves else "stay") + f" ({counts})" + wire
+        return ("migrate" if self.moves else "stay") + f" ({counts})" + more
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "residency": list(self.residency)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Mode":
+        return cls(**{**data, "residency": tuple(data["residency"])})
 
 
 @dataclass(frozen=True)
@@ -69,11 +80,12 @@ def weigh(
     rates: LayerRates,
     moving: str = "best",
     formats: Mapping[str, RowBytes] | None = None,
+    also: Mode | None = None,
 ) -> dict[Mode, float]:
     """Modelled seconds of the recorded micro-batches, summed, by mode: the uniform ones and the best mixtures.
 
     wire: strategy and residency are replaced; `moving` is the strategy where sequences move. formats: wire formats that
-    may be used where sequences stay, with the bytes of their rows.
+    may be used where sequences stay, with the bytes of their rows. also: a mode of these that is to be in the answer.
     """
     L = steps[0].num_layers
     out: dict[Mode, float] = {}
@@ -95,4 +107,6 @@ def weigh(
         stacked = np.stack([table[k] for k in RESIDENCIES])  # [3, L]
         mixed = Mode(moves, tuple(RESIDENCIES[i] for i in stacked.argmin(0)), name)
         out[mixed] = float(stacked.min(0).sum())
+        if also is not None and (also.moves, also.wire) == (moves, name):
+            out[also] = float(sum(table[kind][i] for i, kind in enumerate(also.residency)))
     return out

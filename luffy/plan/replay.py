@@ -28,7 +28,8 @@ class Wire:
     look_ahead, what the planner of layer l takes for layer l + 1's dispatch: "none"; "router", the recorded forecast;
     "affinity", `follows[l][e, f]`, the share of the tokens at e that chose f one layer later (learnt from other steps);
     "actual", what really happened (no planner can know it: the bound). copies: "ranks" or "pairs". residency: of
-    luffy.plan.residency, with the size of an expert's weights as they travel and, for shadows, what things cost.
+    luffy.plan.residency, of all layers or of each, with the size of an expert's weights as they travel and, for
+    shadows, what things cost.
     row_bytes: of rows in a wire format, by direction; None: row_num_bytes each, as they are.
     """
 
@@ -40,7 +41,7 @@ class Wire:
     attention: AttentionCost = field(default_factory=AttentionCost)
     padded: bool = False
     follows: np.ndarray | None = None
-    residency: str = "static"
+    residency: str | tuple[str, ...] = "static"
     expert_num_bytes: int = 0
     expert_costs: ExpertCosts | None = None
     row_bytes: RowBytes | None = None
@@ -50,8 +51,12 @@ class Wire:
         """Bytes of rows by direction."""
         return RowBytes.uniform(self.row_num_bytes) if self.row_bytes is None else self.row_bytes
 
+    def residency_at(self, layer: int) -> str:
+        return self.residency if isinstance(self.residency, str) else self.residency[layer]
+
     def __post_init__(self) -> None:
-        if self.residency == "shadow" and self.expert_costs is None:
+        kinds = (self.residency,) if isinstance(self.residency, str) else self.residency
+        if "shadow" in kinds and self.expert_costs is None:
             raise ValueError("shadows need expert_costs: their performance model weighs them")
         if self.look_ahead not in LOOK_AHEAD:
             raise ValueError(f"look_ahead {self.look_ahead!r} is none of {', '.join(LOOK_AHEAD)}")
@@ -171,17 +176,17 @@ def _served(
     step: TraceStep, layer: int, owner: np.ndarray, homes: np.ndarray, wire: Wire
 ) -> tuple[np.ndarray, tuple[int, int, int], tuple[float, float]]:
     """(rank that serves each choice [T, K], bytes of experts by link class, seconds) of one layer, forward."""
-    N, ids = wire.topology.world_size, step.chosen[layer]
-    if wire.residency == "static":
+    N, ids, residency = wire.topology.world_size, step.chosen[layer], wire.residency_at(layer)
+    if residency == "static":
         return np.where(ids >= 0, owner[ids], -1), (0, 0, 0), (0.0, 0.0)
     chosen = np.zeros((N, len(owner)), dtype=np.int64)
     np.add.at(chosen, homes, step.counts_by_expert(layer, len(owner)))
-    if wire.residency == "fetch":
+    if residency == "fetch":
         resident = fetched(chosen, owner)
     else:
         assert wire.expert_costs is not None
         resident = shadowed(chosen, owner, wire.expert_costs)
-    rounds = expert_traffic(resident, owner, wire.topology, relay_at_home=wire.residency == "shadow")
+    rounds = expert_traffic(resident, owner, wire.topology, relay_at_home=residency == "shadow")
     intra, inter = (sum(float(getattr(r, side).sum()) for r in rounds) for side in ("intra_in", "inter_in"))
     size = wire.expert_num_bytes
     seconds = (rounds[0].seconds(size, wire.topology), rounds[1].seconds(size, wire.topology))

@@ -101,7 +101,7 @@ class TrainOptions:
     fetch_limit: str | None = option(
         None, "Most that a rank may hold of others' experts, such as 8GB (default: half of its memory).", "Training"
     )
-    auto_every: int = option(200, "Steps between the choices of --recipe auto.", "Training")
+    auto_every: int = option(200, "Most steps between the looks of --recipe auto.", "Training")
     condense: str | None = option(
         None,
         "Let similar tokens share a row: none, static:0.9, paper, budget:0.1, lsh:6, lsh-causal:6; behind it may stand "

@@ -52,21 +52,25 @@ def current_owners(model: Transformer) -> np.ndarray:
 
 
 def wire_of(model: Transformer, padded: bool) -> Wire:
-    """How this model's run puts rows on the wire, as replay wants to know it."""
+    """How this model's layers put rows on the wire now, as replay wants to know it: under `auto`, in its mode at hand.
+
+    Layers differ in residency at most.
+    """
     rt, width = model.runtime, model.config.hidden_size
+    recipe = model.moe_layers[0].recipe if model.moe_layers else rt.recipe
     assert rt.topology is not None
     size = sum(p[0].numel() for p in model.moe_layers[0].experts.parameters()) if model.moe_layers else 0
     itemsize, state = model.stream_dtype.itemsize, rt.residency
     return Wire(
         topology=rt.topology,
         row_num_bytes=width * itemsize,
-        row_bytes=rt.recipe.wire_spec.row_bytes(width, itemsize) if rt.recipe.wire != "model" else None,
-        strategy=rt.recipe.placement,
-        look_ahead="router" if rt.recipe.look_ahead else "none",
-        copies=rt.recipe.copies,
+        row_bytes=recipe.wire_spec.row_bytes(width, itemsize) if recipe.wire != "model" else None,
+        strategy=recipe.placement,
+        look_ahead="router" if recipe.look_ahead else "none",
+        copies=recipe.copies,
         attention=AttentionCost(width) if rt.planner is None else rt.planner.attention,
         padded=padded,
-        residency=rt.recipe.residency,
+        residency=tuple(moe.recipe.residency for moe in model.moe_layers) or recipe.residency,
         expert_num_bytes=size * itemsize,
         expert_costs=None if state is None else state.costs(width, size, itemsize),
     )

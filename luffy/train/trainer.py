@@ -158,7 +158,7 @@ class Trainer:
         if self.auto is not None:
             self.auto.before(self.step)
         writes_trace = self.options.trace_every and (self.step + 1) % self.options.trace_every == 0
-        tracing = writes_trace or (self.auto is not None and self.auto.decides_after(self.step))
+        tracing = bool(writes_trace or (self.auto is not None and self.auto.decides_after(self.step)))
         traced: list[TraceStep] = []
         micro_batches = [self._read(self.step * A + m) for m in range(A)]
         announced = gather_step(micro_batches, self.comm)
@@ -174,7 +174,7 @@ class Trainer:
                     padded=self.options.layout == "padded", memory=self._memory_for(micro_batches[i]),
                 ) for i in range(m, m + turns)
             ]  # fmt: skip
-            self.runtime.recorder.active = bool(tracing)
+            self.runtime.recorder.active = tracing
             output: ModelOutput | tuple[ModelOutput, ...] = self.sync(*micros, last=m + turns == A)
             outputs = output if isinstance(output, tuple) else (output,)
             if tracing:
@@ -206,8 +206,11 @@ class Trainer:
             totals["rehoming"] = rehomed.to_dict()
         record = {"step": self.step, **totals, "lr": lr, "seconds": time.perf_counter() - begin}
         record["tokens"] = int(announced[:, :, 1:].sum())
-        if self.auto is not None and (choice := self.auto.after(self.step - 1, record, traced)) is not None:
-            record["auto"] = choice
+        if self.auto is not None:
+            record["mode"] = self.auto.mode.name
+            plain = not tracing and rehomed is None
+            if (choice := self.auto.after(self.step - 1, record, traced, plain)) is not None:
+                record["auto"] = choice
         return record
 
     @torch.no_grad()
@@ -464,8 +467,10 @@ class Trainer:
         if recipe.auto:
             experts = self.model.moe_layers[0].experts
             pair = 6 * sum(p[0].numel() for p in experts.parameters()) / self.expert_flops
-            padded = o.layout == "padded"
-            self.auto = AutoControl(self.model, self.comm, state.topology, pair, every=o.auto_every, padded=padded)
+            self.auto = AutoControl(
+                self.model, self.comm, state.topology, pair, steps=o.steps, every=o.auto_every,
+                padded=o.layout == "padded",
+            )  # fmt: skip
             if self._chosen is not None:
                 self.auto.restore(self._chosen)
         self.comm.meter.take()  # agreeing is not part of a step's traffic

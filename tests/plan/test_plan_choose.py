@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -73,7 +74,31 @@ def test_a_mixture_takes_the_best_of_each_layer() -> None:
     assert table[Mode(False, ("static", "fetch"))] < table[Mode(False, ("static", "static"))]
 
 
+def test_layers_are_replayed_each_in_its_residency() -> None:
+    mixed = a_step([0, 1] * 200)
+    both = TraceStep(1, mixed.lengths, mixed.home_rank, np.concatenate([mixed.chosen] * 2), mixed.chosen)
+    owners = np.repeat(OWNER, 2, axis=0)
+    static, fetch, each = (
+        replay_step(both, owners, wire(residency=r), both.home_rank) for r in ("static", "fetch", ("static", "fetch"))
+    )
+    assert [r.dispatch for r in each] == [static[0].dispatch, fetch[1].dispatch]
+    assert [r.experts for r in each] == [static[0].experts, fetch[1].experts]
+    assert static[1].dispatch != fetch[1].dispatch
+
+
+def test_a_mode_that_is_asked_for_is_weighed_and_one_goes_through_json() -> None:
+    mode = Mode(True, ("shadow",))
+    odd = Mode(False, ("fetch",), "int8")
+    formats = {"int8": RowBytes.uniform(30)}
+    step, rates = a_step([0, 1, 1, 1] * 50), LayerRates(1e-12, 0.0)
+    assert weigh([step], OWNER, wire(), rates, also=mode)[mode] == weigh([step], OWNER, wire(), rates)[mode]
+    assert odd in weigh([step], OWNER, wire(), rates, formats=formats, also=odd)
+    for m in (mode, odd, replace(odd, condenses=True)):
+        assert Mode.from_dict(json.loads(json.dumps(m.to_dict()))) == m
+
+
 def test_modes_have_the_names_of_the_recipes_they_amount_to() -> None:
     names = [Mode(m, (k, k)).name for m in (False, True) for k in ("static", "fetch", "shadow")]
     assert names == ["vanilla_dedup", "janus", "fastermoe", "migrate", "migrate+fetch", "migrate+shadow"]
     assert Mode(False, ("fetch", "static")).name == "stay (static 1,fetch 1)"
+    assert Mode(False, ("static",), "int8", True).name == "vanilla_dedup+int8+condensed"
