@@ -1,8 +1,9 @@
-"""Hugging Face models on a GPU that two ranks share over gloo, against float64 on the CPU.
+"""Hugging Face models on GPUs: against float64 on the CPU, and sharded dense weights against replicated ones.
 
 The parent process never touches CUDA, so that ranks can be forked.
 """
 
+import glob
 import os
 
 import pytest
@@ -14,7 +15,9 @@ from hf.tiny import collate, random_rows, tiny_config, tiny_model, wide
 
 from luffy.comm import build_mesh
 from luffy.hf import parallelize
+from luffy.recipes import get_recipe
 from luffy.testing import gather_full, run_ranks
+from tests.hf import test_dense as dense
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,3 +64,22 @@ def test_a_gpu_computes_what_a_cpu_does(family):
         else:
             # A token that chooses another expert by a hair changes gradients a lot, and the loss little.
             assert loss_error < 0.02, about
+
+
+SHARDED = [
+    dense.Case("deepseek_v3", get_recipe("luffy"), recompute=True),
+    dense.Case("qwen2_moe", dense.RANDOM, tied=True),
+]
+
+
+def test_sharded_dense_weights_on_a_gpu_that_two_ranks_share():
+    """FSDP's streams, and gloo's copies from and to the device."""
+    for shares in run_ranks(dense.compare, 2, SHARDED, "cuda:0")[0]:
+        dense.check_memory(shares, 2)
+
+
+@pytest.mark.multigpu
+@pytest.mark.skipif(len(glob.glob("/dev/nvidia[0-9]*")) < 2, reason="needs two GPUs")
+def test_sharded_dense_weights_with_a_gpu_a_rank():
+    for shares in run_ranks(dense.compare, 2, SHARDED, "cuda", backend="nccl")[0]:
+        dense.check_memory(shares, 2)
