@@ -145,7 +145,10 @@ def _prepare(parent: int, namespace: str | None) -> None:
 
 
 class Command:
-    """The command of a lab: one process, or one for each rank in the rank's own namespace. variables: added to its own."""
+    """The command of a lab: one process, or one for each rank in the rank's own namespace.
+
+    variables: of the environment, beside this process's own.
+    """
 
     def __init__(
         self, command: list[str], lab: Lab, per_rank: bool, variables: Mapping[str, str] | None = None
