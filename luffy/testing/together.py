@@ -64,7 +64,7 @@ def _serve(rank: int, world: int, store: str, backend: str, cases: Sequence[Work
         os._exit(0)
     try:
         for fn, *args in cases:
-            pipe.send_bytes(_answer(fn, rank, args, backend))
+            pipe.send_bytes(_answer(fn, rank, args))
             word: _Word = pipe.recv()
             if word.store is not None:
                 dist.destroy_process_group()
@@ -77,14 +77,14 @@ def _serve(rank: int, world: int, store: str, backend: str, cases: Sequence[Work
     os._exit(0)
 
 
-def _answer(fn: Callable[..., Any], rank: int, args: Sequence[Any], backend: str) -> Any:
+def _answer(fn: Callable[..., Any], rank: int, args: Sequence[Any]) -> Any:
     """(whether it went well, the value or the traceback), as bytes. A value that cannot be sent is a failure too."""
     try:
         answer = ForkingPickler.dumps((True, fn(rank, *args)))
     except BaseException:
         answer = ForkingPickler.dumps((False, traceback.format_exc()))
     try:
-        if backend == "nccl":
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # what is still under way belongs to this case, its failures too
     except BaseException:
         answer = ForkingPickler.dumps((False, traceback.format_exc()))

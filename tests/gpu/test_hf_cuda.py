@@ -1,6 +1,6 @@
 """Hugging Face models on GPUs: against float64 on the CPU, and sharded dense weights against replicated ones.
 
-The parent process never touches CUDA, so that ranks can be forked.
+The parent process never touches CUDA, so that ranks can be forked; all that two ranks on one GPU do is one launch.
 """
 
 import glob
@@ -16,7 +16,7 @@ from hf.tiny import collate, random_rows, tiny_config, tiny_model, wide
 from luffy.comm import build_mesh
 from luffy.hf import parallelize
 from luffy.recipes import get_recipe
-from luffy.testing import gather_full, run_ranks
+from luffy.testing import gather_full, run_ranks, run_together
 from tests.hf import test_dense as dense
 
 pytestmark = [
@@ -55,9 +55,22 @@ def compare(rank, device_name, family):
     return report
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"])
-def test_a_gpu_computes_what_a_cpu_does(family):
-    for (padded, stream), (loss_error, gradient_error) in run_ranks(compare, 2, "cuda:0", family)[0].items():
+SHARDED = [
+    dense.Case("deepseek_v3", get_recipe("luffy"), recompute=True),
+    dense.Case("qwen2_moe", dense.RANDOM, tied=True),
+]
+FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
+
+
+@pytest.fixture(scope="module")
+def outcomes():
+    cases = {family: (compare, "cuda:0", family) for family in FAMILIES}
+    return run_together(cases | {"sharded": (dense.compare, SHARDED, "cuda:0")}, 2, case_seconds=300)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gpu_computes_what_a_cpu_does(family, outcomes):
+    for (padded, stream), (loss_error, gradient_error) in outcomes[family].get()[0].items():
         about = f"{stream}, padded={padded}"
         if stream == "torch.float32":
             assert loss_error < 1e-5 and gradient_error < 1e-3, about
@@ -66,15 +79,9 @@ def test_a_gpu_computes_what_a_cpu_does(family):
             assert loss_error < 0.02, about
 
 
-SHARDED = [
-    dense.Case("deepseek_v3", get_recipe("luffy"), recompute=True),
-    dense.Case("qwen2_moe", dense.RANDOM, tied=True),
-]
-
-
-def test_sharded_dense_weights_on_a_gpu_that_two_ranks_share():
+def test_sharded_dense_weights_on_a_gpu_that_two_ranks_share(outcomes):
     """FSDP's streams, and gloo's copies from and to the device."""
-    for shares in run_ranks(dense.compare, 2, SHARDED, "cuda:0")[0]:
+    for shares in outcomes["sharded"].get()[0]:
         dense.check_memory(shares, 2)
 
 
