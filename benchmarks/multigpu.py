@@ -1,127 +1,203 @@
 """Ranks with a GPU each, over NCCL: with NVLink as it is, and held to sockets as a slow link.
 
-    python benchmarks/multigpu.py --ranks 2 --budget-seconds 280 --out runs/multigpu -- --data FILE
+    python benchmarks/multigpu.py --ranks 2 --budget-seconds 350 --out runs/multigpu \
+        --json docs/results/multigpu.json -- --data FILE
     make bench-multigpu                                               (as many ranks as there are GPUs)
 
-Two comparisons of all recipes on the same model, data and seed: over whatever joins the GPUs (NVLink, PCIe), and with
-NCCL_P2P_DISABLE=1 NCCL_SHM_DISABLE=1 NCCL_NET=Socket, where every byte goes through the loopback interface. What each
-way carries is measured with all ranks at work. `auto` is judged by its steps after its trials: where the exchange
-costs next to nothing it has to get out of the way, and be no slower than `vanilla_dedup`.
+All recipes and the peers (benchmarks/peers; left out, aloud, where their packages are not installed) on the same model,
+data and seed, over whatever joins the GPUs (NVLink, PCIe), and with NCCL_P2P_DISABLE=1 NCCL_SHM_DISABLE=1
+NCCL_NET=Socket, where every byte goes through the loopback interface. One launch for each, in which the entries take
+turns (benchmarks/multigpu_ranks.py). What each way carries is measured with all ranks at work.
+
+Step times are medians with quartiles; the exposed exchange is what a rank waited for rows and for sums of gradients;
+the roofline is the longer of computation and bytes of a rank over the measured rate. `auto` is judged by the last third
+of its steps, beside those of `vanilla_dedup`: where the exchange costs next to nothing it has to get out of the way.
+
+A way that is finished is not measured again by the next call; one that was stopped is measured anew. `--only-report`
+shows what is there.
 """
 
+from __future__ import annotations
+
+import json
 import os
-import subprocess
+import shlex
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
-from compare_tools import Cell, Study, bars, by_recipe, folder_of, report, run_cell, settings_of, step_seconds
+from compare_tools import STOPPING_SECONDS, bars, run_for
 
-from luffy.report.runs import column, read_metrics
+from luffy.report import style
+from luffy.report.compare_table import as_text
+from luffy.train.metrics import write_json_atomic
 
 SOCKETS = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo"}
+WAYS: dict[str, dict[str, str]] = {"as joined": {}, "sockets": SOCKETS}
+BASE = "vanilla_dedup"
 ENTRIES = (
-    "vanilla;vanilla_dedup;luffy;auto;luffy_max;janus;fastermoe;paper=luffy_paper;netmoe;"
-    "overlapped=vanilla_dedup --overlap"
+    "vanilla;vanilla_dedup;luffy;auto;luffy_max;janus;fastermoe;luffy_paper;netmoe;"
+    "vanilla_dedup+overlap=vanilla_dedup --overlap;hf_ep_layer;hf_ep"
 )
-WAYS = {"as joined": {}, "sockets": SOCKETS}
+WAITING = ("exchange", "gradients")
+ROOT = Path(__file__).resolve().parents[1]
 
 
-def cells(s):
-    options = [
-        "--backend", "nccl", "--model", "moe-gpt2", "--layers", "6", "--vocab-size", "8192", "--sequence-length", "512",
-        "--batch-size", str(32 * s.ranks), "--gradient-dtype", "bfloat16", "--keep-checkpoints", "0",
-        "--eval-every", "0", "--eval-batches", "1", "--rehome-every", "250",
+def options_of(device: str, ranks: int, small: bool, out: Path, more: tuple[str, ...]) -> list[str]:
+    size = ["--model", "moe-gpt2", "--layers", "6", "--vocab-size", "8192", "--sequence-length", "512"]
+    batch = 32 * ranks
+    if small:
+        size = ["--model", "moe-gpt2-tiny", "--layers", "2", "--vocab-size", "500", "--sequence-length", "64"]
+        batch = 4 * ranks
+    backend = ["--device", device, "--backend", "nccl" if device == "cuda" else "gloo"]
+    rest = ["--ranks", str(ranks), "--batch-size", str(batch), "--gradient-dtype", "bfloat16", "--out", str(out)]
+    return [*backend, *size, *rest, *more]
+
+
+def measure(way: str, target: Path, entries: str, steps: int, options: list[str], ranks: int, seconds: float) -> None:
+    """One launch. Leaves what was measured at `target`; it is ended when the time is over."""
+    asked = [entries, steps, shlex.join(options)]
+    if target.exists() and (found := json.loads(target.read_text()))["complete"] and found["asked"] == asked:
+        click.echo(f"{way}: already measured", err=True)
+        return
+    if seconds <= STOPPING_SECONDS:
+        click.echo(f"{way}: no time left", err=True)
+        return
+    target.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command += [str(ROOT / "benchmarks" / "multigpu_ranks.py"), "--entries", entries, "--steps", str(steps)]
+    command += ["--until", str(time.time() + seconds - STOPPING_SECONDS), "--options", asked[2], "--json", str(target)]
+    command += ["--rate-bytes", str(64 << 20 if "cuda" in options else 1 << 20)]
+    before = dict(os.environ)
+    os.environ |= WAYS[way] | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    try:
+        status = run_for(command, seconds)
+    finally:
+        os.environ.clear()
+        os.environ |= before
+    if status is None or status:
+        click.echo(f"{way}: {'stopped, the time was over' if status is None else f'failed with {status}'}", err=True)
+
+
+def quartiles(values: list[float]) -> list[float] | None:
+    return [round(float(q), 5) for q in np.percentile(values, (25, 50, 75))] if values else None
+
+
+def read(way: str, found: dict[str, Any]) -> list[dict[str, Any]]:
+    """An object an entry: what its counted steps came to."""
+    runs = []
+    for label, records in found["entries"].items():
+        counted = [r for r in records if r["counted"]]
+        if not counted:
+            continue
+        seconds = [r["seconds"] for r in counted]
+        last = [r["seconds"] for r in records[-max(1, len(records) // 3) :] if r["counted"]]
+        sent = float(np.median([sum(r["bytes"].values()) for r in counted]))
+        wire = sent / found["ranks"] / found["bytes_per_second"]
+        run = {
+            "links": way, "recipe": label, "label": label, "steps": len(records), "counted_steps": len(counted),
+            "step_seconds": quartiles(seconds), "settled_seconds": float(np.median(last)),
+            "tokens": float(np.median([r["tokens"] for r in counted])), "bytes": sent, "wire_seconds": wire,
+            "last_loss": records[-1]["loss"], "auto": [r["auto"] for r in records if "auto" in r],
+        }  # fmt: skip
+        if "seconds_split" in counted[0]:
+            phases = {
+                k: float(np.median([r["seconds_split"][k] for r in counted])) for k in counted[0]["seconds_split"]
+            }
+            compute = sum(value for kind, value in phases.items() if kind not in WAITING)
+            run |= {
+                "phase_seconds": phases,
+                "exposed_seconds": quartiles([sum(r["seconds_split"][k] for k in WAITING) for r in counted]),
+                "roofline_seconds": max(compute, wire),
+                "bound": "computation" if compute >= wire else "links",
+            }
+        runs.append(run)
+    for run in runs:
+        for other in runs:
+            if other["recipe"] == BASE:
+                run["over_vanilla_dedup"] = run["step_seconds"][1] / other["step_seconds"][1]
+                run["settled_over_vanilla_dedup"] = run["settled_seconds"] / other["settled_seconds"]
+    return runs
+
+
+def spread(values: list[float] | None) -> str:
+    return "" if values is None else f"{1e3 * values[1]:.1f} ({1e3 * values[0]:.1f}-{1e3 * values[2]:.1f})"
+
+
+def show(found: dict[str, dict[str, Any]], out: Path, target: Path | None) -> None:
+    """Print the table; write the numbers and the picture."""
+    head = ["links", "recipe", "step ms", "of vanilla_dedup", "exposed ms", "roofline ms", "MB a step", "settled ms"]
+    cells = {way: read(way, result) for way, result in found.items()}
+    rows = [
+        [run["links"], run["label"], spread(run["step_seconds"]), f"{run.get('over_vanilla_dedup', float('nan')):.2f}",
+         spread(run.get("exposed_seconds")), f"{1e3 * run['roofline_seconds']:.1f}" if "bound" in run else "",
+         f"{run['bytes'] / 1e6:.0f}", f"{1e3 * run['settled_seconds']:.1f}"]
+        for runs in cells.values() for run in runs
     ]  # fmt: skip
-    return [Cell(way, ENTRIES, options) for way in WAYS]
-
-
-STUDY = Study(
-    "multigpu",
-    "Seconds a step (median) by recipe, ranks with a GPU each over NCCL",
-    cells,
-    lambda found: by_recipe(found, "links", step_seconds, "{:.4f}"),
-    lambda found: bars(found, step_seconds, "Step time with a GPU a rank", "seconds a step"),
-    steps=30,
-)
-
-
-def settled(found: list[dict], folder: Path) -> dict[str, float]:
-    """Median seconds of the last third of each recipe's steps: when `auto` has long chosen."""
-    out = {}
-    for summary in found:
-        records = read_metrics(folder / summary["folders"][0] / "metrics.jsonl")
-        seconds = column(records, "seconds")
-        out[summary["label"]] = float(np.median(seconds[-max(1, len(seconds) // 3) :]))
-    return out
-
-
-def link_rate(rank: int) -> float:
-    """Bytes a second that each rank sends while all do: the median of nine all-to-alls of 64 MB."""
-    import torch
-    import torch.distributed as dist
-
-    n = dist.get_world_size()
-    mine = torch.zeros(n, (64 << 20) // n, dtype=torch.uint8, device="cuda")
-    theirs, seconds = torch.empty_like(mine), []
-    for _ in range(12):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        dist.all_to_all_single(theirs, mine)
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
-    return mine.nbytes * (n - 1) / n / float(np.median(seconds[3:]))
+    click.echo(as_text((head, rows)))
+    for way, result in found.items():
+        click.echo(f"{way}: {result['bytes_per_second'] / 1e9:.2f} GB/s a rank, {result['steps']} steps")
+        for label, why in result["failed"].items():
+            click.echo(f"{way}: {label} left out: {why.strip().splitlines()[-1]}")
+        for run in cells[way]:
+            if run["recipe"] == "auto" and "settled_over_vanilla_dedup" in run:
+                click.echo(f"{way}: auto over {BASE}, settled: {run['settled_over_vanilla_dedup']:.3f}")
+    ways = {
+        way: {k: result[k] for k in ("bytes_per_second", "steps", "complete", "failed", "asked")}
+        for way, result in found.items()
+    }
+    first = next(iter(found.values()))
+    content = {
+        "hardware": first["environment"], "ranks": first["ranks"], "provenance": "measured", "ways": ways,
+        "runs": [run for runs in cells.values() for run in runs],
+    }  # fmt: skip
+    for path in (out / "multigpu.json", *([target] if target else [])):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(path, content)
+    shown = {way: runs for way, runs in cells.items() if runs}
+    if shown:
+        with style.settings():
+            median = bars(
+                shown, lambda run: run["step_seconds"][1], "Step time with a rank a GPU, measured", "seconds a step"
+            )
+            median.savefig(out / "multigpu.png", dpi=220)
 
 
 @click.command(help=__doc__)
 @click.option("--ranks", default=2, show_default=True, help="GPUs.")
-@click.option("--steps", type=int)
+@click.option("--steps", default=40, show_default=True, help="Of each entry.")
+@click.option("--entries", default=ENTRIES, show_default=True, help="As --recipes of luffy compare, and peers by name.")
+@click.option("--ways", default=",".join(WAYS), show_default=True)
 @click.option("--out", default="runs/multigpu", type=click.Path(path_type=Path), show_default=True)
+@click.option("--json", "target", type=click.Path(path_type=Path), help="Write the numbers here too.")
 @click.option("--budget-seconds", default=3600.0, show_default=True)
-@click.option(
-    "--recipes", default=ENTRIES, show_default=True, help="As of luffy compare; vanilla_dedup and auto among them."
-)
-@click.option("--only-rate", is_flag=True, help="Print what an all-to-all carries, bytes a second of each rank.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cuda", show_default=True)
+@click.option("--small", is_flag=True, help="A size for the CPU, to try the benchmark itself.")
+@click.option("--only-report", is_flag=True, help="Measure nothing; show what is in --out.")
 @click.argument("more", nargs=-1, type=click.UNPROCESSED)
-def main(ranks, steps, out, budget_seconds, recipes, only_rate, more):
-    if only_rate:
-        from luffy.testing import run_ranks
-
-        click.echo(float(np.median(run_ranks(link_rate, ranks, backend="nccl"))))
-        return
-    s = settings_of(
-        STUDY, device="cuda", ranks=ranks, link=None, steps=steps, out=out, budget_seconds=budget_seconds, small=False,
-        more=more,
-    )  # fmt: skip
-    found, extra = {}, {}
-    deadline = s.deadline
-    for i, (cell, (way, variables)) in enumerate(zip(cells(s), WAYS.items(), strict=True)):
-        os.environ |= variables
-        # Half of what is left each, so that a slow first way does not leave nothing for the second.
-        left = deadline - time.monotonic()
-        here = s.until(time.monotonic() + left / (len(WAYS) - i))
-        cell = replace(cell, recipes=recipes)
-        summaries = run_cell(cell, here)
-        if summaries is None:
-            click.echo(f"{way}: not finished; call again to continue", err=True)
-            continue
-        found[way] = summaries
-        extra[way] = {"settled_seconds": settled(summaries, folder_of(cell, here)), "bytes_per_second": rate_of(ranks)}
-    if found:
-        report(STUDY, s, found, len(found) == len(WAYS), ways=extra)
-        for way, numbers in extra.items():
-            auto, dedup = (numbers["settled_seconds"][k] for k in ("auto", "vanilla_dedup"))
-            click.echo(f"{way}: {numbers['bytes_per_second'] / 1e9:.1f} GB/s a rank; auto over vanilla_dedup, settled: "
-                       f"{auto / dedup:.3f}")  # fmt: skip
-
-
-def rate_of(ranks: int) -> float:
-    """`link_rate` of fresh processes, which see the environment of the moment."""
-    command = [sys.executable, __file__, "--ranks", str(ranks), "--only-rate"]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+def main(
+    ranks: int, steps: int, entries: str, ways: str, out: Path, target: Path | None, budget_seconds: float, device: str,
+    small: bool, only_report: bool, more: tuple[str, ...],
+) -> None:  # fmt: skip
+    deadline = time.monotonic() + budget_seconds
+    chosen = ways.split(",")
+    if unknown := [way for way in chosen if way not in WAYS]:
+        raise click.ClickException(f"--ways: {', '.join(unknown)} unknown; choose of {', '.join(WAYS)}")
+    out.mkdir(parents=True, exist_ok=True)
+    files = {way: out / f"{way.replace(' ', '-')}.json" for way in WAYS}
+    if not only_report:
+        options = options_of(device, ranks, small, out / "entries", more)
+        for i, way in enumerate(chosen):
+            # A share of what is left each, so that a slow first way leaves something for the second.
+            share = (deadline - time.monotonic()) / (len(chosen) - i)
+            measure(way, files[way], entries, steps, options, ranks, share)
+    found = {way: json.loads(path.read_text()) for way, path in files.items() if path.exists()}
+    if not found:
+        raise click.ClickException(f"nothing has been measured in {out}")
+    show(found, out, target)
 
 
 if __name__ == "__main__":

@@ -27,9 +27,12 @@ from luffy.comm import Comm, Mesh
 from luffy.config import ModelConfig
 from luffy.errors import UserError
 from luffy.lab.place import current_lab
-from luffy.model.transformer import MicroBatch
+from luffy.model import Runtime, build_model
+from luffy.model.transformer import MicroBatch, Transformer
+from luffy.recipes import get_recipe
 from luffy.report.runs import read_metrics, warmup_steps
 from luffy.train.batching import gather_step, make_micro_batch
+from luffy.train.export import load_safetensors
 from luffy.train.metrics import MetricsWriter, RunSummary, describe_machine, write_json_atomic
 from luffy.train.options import TrainOptions, option_name
 from luffy.train.reading import read_data
@@ -41,7 +44,7 @@ _NOT_FOR_PEERS = (
     "resume", "ep_size", "topology", "accumulate", "recompute", "export", "rehome_every", "wire",
     "residency", "fetch_limit", "condense", "condense_warmup", "condense_until", "trace_every", "layout",
     "shared_experts", "moe_every", "memory_length", "router_score", "normalize_topk", "locality_loss",
-    "bias_update_rate", "overlap", "start_weights",
+    "bias_update_rate", "overlap",
 )  # fmt: skip
 
 COUNTED = (
@@ -64,6 +67,14 @@ class ControlComm(Comm):
     def all_reduce_ep(self, tensor: Tensor, direction: str = "control") -> Tensor:
         with self.counter.charging(direction):
             return super().all_reduce_ep(tensor, direction)
+
+
+def luffys_transformer(options: TrainOptions, config: ModelConfig, comm: Comm, dtype: torch.dtype) -> Transformer:
+    """Luffy's model with the weights that Luffy begins with, into which a peer puts its own layers."""
+    model = build_model(config, Runtime.create(comm, get_recipe("vanilla"), config), dtype=dtype, seed=options.seed)
+    if options.start_weights is not None:
+        load_safetensors(model, Path(options.start_weights))
+    return model
 
 
 class Peer(ABC):

@@ -21,18 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers.common import Peer
+from benchmarks.peers.common import Peer, luffys_transformer
 from benchmarks.peers.counting import ByteCounter
 from luffy.comm import Comm
 from luffy.config import ModelConfig
 from luffy.data.batch import TokenBatch
 from luffy.errors import UserError
 from luffy.exchange import Stage
-from luffy.model import Runtime, build_model
 from luffy.model.layers import activate
 from luffy.model.moe_layer import MoELayer
 from luffy.model.transformer import MicroBatch, Transformer
-from luffy.recipes import get_recipe
 from luffy.train.gradients import GradientSync, make_optimizer
 from luffy.train.options import TrainOptions
 
@@ -124,8 +122,7 @@ class DeepSpeedMoE(Peer):
         deepspeed, layer_class = _import()
         with contextlib.redirect_stdout(io.StringIO()):
             deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False)
-            model = build_model(config, Runtime.create(comm, get_recipe("vanilla"), config), dtype=dtype,
-                                seed=options.seed)  # fmt: skip
+            model = luffys_transformer(options, config, comm, dtype)
             self.layers = [self._replace(model, i, layer_class) for i, b in enumerate(model.blocks) if b.moe]
         self.model = model
         self.optimizer = make_optimizer(model, options.lr, options.weight_decay, self.mesh.device.type == "cuda")

@@ -142,6 +142,8 @@ class HuggingFaceEP(Peer):
             raise UserError(f"--model {options.model} has no Mixtral of its shape; use moe-gpt2 or moe-gpt2-tiny")
         if options.gradient_dtype != "model":
             raise UserError("--gradient-dtype: FSDP2 reduces this model's gradients in float32; leave it out")
+        if options.start_weights is not None:
+            raise UserError("--start-weights holds Luffy's model, and this is a Mixtral; use --peer hf_ep_layer")
         if options.dtype == "float64":
             raise UserError("--dtype float64: Mixtral's router works in float32; use float32 or bfloat16")
 

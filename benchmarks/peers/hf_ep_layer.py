@@ -16,19 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from benchmarks.peers.common import Peer
+from benchmarks.peers.common import Peer, luffys_transformer
 from benchmarks.peers.counting import ByteCounter
 from luffy.comm import Comm
 from luffy.config import ModelConfig
 from luffy.data.batch import TokenBatch
 from luffy.errors import UserError
 from luffy.exchange import Stage
-from luffy.model import Runtime, build_model
 from luffy.model.experts import GroupedExperts
 from luffy.model.layers import activate
 from luffy.model.moe_layer import MoELayer
 from luffy.model.transformer import MicroBatch
-from luffy.recipes import get_recipe
 from luffy.train.gradients import GradientSync, make_optimizer
 from luffy.train.options import TrainOptions
 
@@ -109,8 +107,7 @@ class HuggingFaceLayer(Peer):
         super().__init__(options, config, comm, dtype, counter)
         mesh = self.mesh
         alone = init_device_mesh(mesh.device.type, (mesh.world_size, 1), mesh_dim_names=("each", "tp"))["tp"]
-        runtime = Runtime.create(comm, get_recipe("vanilla"), config)
-        self.model: Any = build_model(config, runtime, dtype=dtype, seed=options.seed)
+        self.model: Any = luffys_transformer(options, config, comm, dtype)
         for block in self.model.blocks:
             if block.moe is not None:
                 block.moe = TransformersLayer(block.moe, mesh.device_mesh["ep"], alone)

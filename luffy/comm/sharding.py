@@ -19,6 +19,7 @@ Gradients are summed, not averaged: our losses are divided by the labels of all 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -128,6 +129,8 @@ def shard_units(comm: Comm, units: list[Unit], dtype: torch.dtype, keep_whole: I
     """Cut the parameters of units over the world, in place, but for `keep_whole`. dtype: that they are gathered in."""
     world, ignored = comm.mesh.world_mesh, set(keep_whole)
     root = Units(units)
+    # An identity gives a view. That is dangerous where somebody changes it in place, and nobody does.
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPUnit\) returned a view")
     for unit in units:
         weights = {p.dtype for p in unit.parameters() if p not in ignored}
         wide = weights.pop() if len(weights) == 1 else None  # summed in the weights' own type, as replicated ones are

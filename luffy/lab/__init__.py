@@ -10,6 +10,7 @@ wires.
 * `namespace`  the system calls: network namespaces, and processes that die with their parent
 * `network`    the wires: bridges, virtual Ethernet pairs, token buckets
 * `probe`      what the wires really give, measured before every command
+* `gpus`       ranks that share a GPU, side by side
 * `place`      how a training's ranks find their places: the one part of this that `luffy.train` knows
 * `processes`  starting, stopping and sweeping up
 * `run`, `cli` the command, from its options to its exit status

@@ -37,7 +37,10 @@ def process_identity(pid: int) -> str | None:
 
 @dataclass(frozen=True)
 class Lab:
-    """A running lab, as its command sees it. `namespaces` are paths; `links` is what the probe found."""
+    """A running lab, as its command sees it. `namespaces` are paths; `links` is what the probe found.
+
+    `gpus_shared`: how ranks share GPUs that are fewer than they (`luffy.lab.gpus`); None where they do not.
+    """
 
     identity: str
     ranks: int
@@ -48,6 +51,7 @@ class Lab:
     namespaces: list[str]
     addresses: list[str]
     links: dict[str, dict[str, Any]] = field(default_factory=dict)
+    gpus_shared: str | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -58,8 +62,8 @@ class Lab:
 
     def describe(self) -> dict[str, Any]:
         """For `summary.json`: the cluster that the numbers beside it come from."""
-        whole = asdict(self)
-        return {key: whole[key] for key in ("ranks", "nodes", "nic", "topology", "latency_seconds", "links")}
+        of_this_machine = ("identity", "namespaces", "addresses")
+        return {key: value for key, value in asdict(self).items() if key not in of_this_machine}
 
     @property
     def network(self) -> str:

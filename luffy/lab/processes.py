@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -145,15 +145,20 @@ def _prepare(parent: int, namespace: str | None) -> None:
 
 
 class Command:
-    """The command of a lab: one process, or one for each rank in the rank's own namespace."""
+    """The command of a lab: one process, or one for each rank in the rank's own namespace.
 
-    def __init__(self, command: list[str], lab: Lab, per_rank: bool) -> None:
+    variables: of the environment, beside this process's own.
+    """
+
+    def __init__(
+        self, command: list[str], lab: Lab, per_rank: bool, variables: Mapping[str, str] | None = None
+    ) -> None:
         self.per_rank = per_rank
         self.processes: list[subprocess.Popen[bytes]] = []
         parent = os.getpid()
 
         for rank in range(lab.ranks) if per_rank else [None]:
-            environment = {**QUIET, **os.environ, VARIABLE: lab.to_json()}
+            environment = {**QUIET, **os.environ, **(variables or {}), VARIABLE: lab.to_json()}
             namespace = None
             if rank is not None:
                 environment |= lab.rank_environment(rank)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import click
 
 from luffy.errors import UserError
+from luffy.lab import gpus
 from luffy.lab.namespace import missing_capabilities
 from luffy.lab.network import Network, import_pyroute2
-from luffy.lab.place import Lab, process_identity
+from luffy.lab.place import VARIABLE, Lab, process_identity
 from luffy.lab.probe import measure, table
 from luffy.lab.processes import Command, end_all, resolve, starts_its_own_ranks, stopped_by_signals, sweep, undisturbed
 from luffy.lab.spec import LabSpec
@@ -40,7 +42,11 @@ def run_lab(spec: LabSpec, command: list[str], per_rank: bool | None = None) -> 
         network = Network(spec)
         try:
             lab = _measured(network, identity)
-            return Command(command, lab, per_rank).wait()
+            here = gpus.count_gpus()
+            with gpus.sharing(spec.ranks, here, os.environ | {VARIABLE: lab.to_json()}) as (how, variables):
+                if line := gpus.describe(how, spec.ranks, here):
+                    click.echo(line, err=True)
+                return Command(command, replace(lab, gpus_shared=how), per_rank, variables).wait()
         finally:
             with undisturbed():
                 end_all(identity, patience=1.0)

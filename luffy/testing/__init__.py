@@ -11,11 +11,13 @@ from luffy.testing.oracle_tools import (
 )
 from luffy.testing.oracle_train import OracleStep, oracle_step, oracle_train
 from luffy.testing.ranks import RankFailedError, run_ranks
+from luffy.testing.together import Outcome, run_together
 
 __all__ = [
     "Condensing",
     "OracleOutput",
     "OracleStep",
+    "Outcome",
     "RankFailedError",
     "gather_full",
     "largest_error",
@@ -25,5 +27,6 @@ __all__ = [
     "random_sequences",
     "relative_error",
     "run_ranks",
+    "run_together",
     "vivid_parameters",
 ]

@@ -1,7 +1,7 @@
 """Run a function on several real ranks: forked processes that talk over gloo, or over NCCL with a GPU each.
 
 Forking keeps the start cheap (torch is loaded once), so a test can afford real processes; a test does well to assert
-much in one launch.
+much in one launch. Where a launch is dear, as with a GPU a rank, `run_together` (together.py) shares one among tests.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import queue
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,16 +24,39 @@ class RankFailedError(AssertionError):
     """A rank raised: carries its number and its traceback."""
 
 
-def _child(fn: Callable[..., Any], rank: int, world: int, store: str, args: tuple, results: Any, backend: str) -> None:
+def join(rank: int, world: int, store: str, backend: str) -> None:
+    """Make this process rank `rank` of `world`, which meet at the file `store`."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     torch.set_num_threads(1)
+    device = None
+    if backend == "nccl":
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world, device_id=device)
+
+
+def context_for(backend: str) -> Any:
+    """How ranks are started: forked over gloo; over NCCL forked from a server that has touched no GPU."""
+    if backend == "gloo":
+        return mp.get_context("fork")
+    mp.set_forkserver_preload(["luffy.train.trainer"])
+    return mp.get_context("forkserver")
+
+
+def start_all(children: Sequence[Any]) -> None:
+    """Start processes. What the parent no longer uses must not be destroyed in a child: a destructor that joins a
+    thread (a store's daemon, say) would wait for ever, since a fork takes no threads along."""
+    gc.collect()
+    gc.freeze()
+    for child in children:
+        child.start()
+    gc.unfreeze()
+
+
+def _child(fn: Callable[..., Any], rank: int, world: int, store: str, args: tuple, results: Any, backend: str) -> None:
     try:
-        device = None
-        if backend == "nccl":
-            device = torch.device("cuda", rank)
-            torch.cuda.set_device(device)
-        dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world, device_id=device)
+        join(rank, world, store, backend)
         value = fn(rank, *args)
         dist.barrier()
         results.put((rank, True, value))
@@ -55,9 +78,7 @@ def run_ranks(
     (the oracle's optimizer here does), so `fn` must be importable by its name.
     Raises `RankFailedError` with the traceback of the first rank that failed, or that one did not answer in time.
     """
-    context: Any = mp.get_context("fork" if backend == "gloo" else "forkserver")
-    if backend != "gloo":
-        mp.set_forkserver_preload(["luffy.train.trainer"])
+    context = context_for(backend)
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         store = os.path.join(folder, "store")
@@ -65,13 +86,7 @@ def run_ranks(
             context.Process(target=_child, args=(fn, r, world_size, store, args, results, backend), daemon=True)
             for r in range(world_size)
         ]
-        # What the parent no longer uses must not be destroyed in a child: a destructor that joins a thread (a store's
-        # daemon, say) would wait for ever, since a fork takes no threads along.
-        gc.collect()
-        gc.freeze()
-        for child in children:
-            child.start()
-        gc.unfreeze()
+        start_all(children)
         answers: dict[int, Any] = {}
         deadline = time.monotonic() + timeout_seconds
         try:

@@ -1,6 +1,6 @@
 """The fused decision what to condense, on a GPU: the torch path's answers, in few launches and linear memory.
 
-The parent process never touches CUDA, so that ranks can be forked.
+The parent process never touches CUDA, so that ranks can be forked; one rank does it all.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 from luffy.condensation import parse_condense
 from luffy.exchange import only_sent
-from luffy.testing import run_ranks
+from luffy.testing import run_together
 from luffy.testing.alike import alike_layer, compare_exactly
 from luffy.testing.launches import launches
 
@@ -39,8 +39,8 @@ def _small(rank: int) -> list[int]:
     ]
 
 
-def test_the_kernels_decide_as_torch_does():
-    condensed = run_ranks(_small, 1)[0]
+def test_the_kernels_decide_as_torch_does(outcomes):
+    condensed = outcomes["small"].get()[0]
     assert [n > least for n, least in zip(condensed, (2000, 300, 30), strict=True)] == [True] * 3, condensed
 
 
@@ -55,8 +55,8 @@ def _large(rank: int) -> int:
     return condensed
 
 
-def test_a_layer_of_thousands_of_rows():
-    assert run_ranks(_large, 1)[0] > 500
+def test_a_layer_of_thousands_of_rows(outcomes):
+    assert outcomes["large"].get()[0] > 500
 
 
 def _cost(rank: int) -> dict[str, tuple[dict[str, tuple[int, float]], int]]:
@@ -82,8 +82,13 @@ def _cost(rank: int) -> dict[str, tuple[dict[str, tuple[int, float]], int]]:
     return found
 
 
-def test_a_decision_is_a_handful_of_launches_and_little_memory():
-    for scheme, (found, memory) in run_ranks(_cost, 1)[0].items():
+@pytest.fixture(scope="module")
+def outcomes():
+    return run_together({"small": (_small,), "large": (_large,), "cost": (_cost,)}, 1, case_seconds=300)
+
+
+def test_a_decision_is_a_handful_of_launches_and_little_memory(outcomes):
+    for scheme, (found, memory) in outcomes["cost"].get()[0].items():
         assert found, "the profiler sees no kernels on this machine: launches cannot be counted"
         assert sum(count for count, _ in found.values()) <= 8, (scheme, found)
         assert memory < 16384 * 80, (scheme, memory)  # rows of 1024 bfloat16 would be 2048 bytes each

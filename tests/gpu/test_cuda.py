@@ -1,8 +1,9 @@
 """The same model on a GPU: one rank, and several ranks that share it over gloo, against float64 on the CPU.
 
-The parent process never touches CUDA, so that ranks can be forked.
+The parent process never touches CUDA, so that ranks can be forked. All that a number of ranks does is one launch.
 """
 
+import functools
 import os
 
 import numpy as np
@@ -16,7 +17,7 @@ from luffy.data.loader import Sequence
 from luffy.model import Runtime, build_model, is_expert
 from luffy.model.experts import grouped_linear
 from luffy.recipes import get_recipe
-from luffy.testing import run_ranks
+from luffy.testing import Outcome, run_together
 from luffy.train.batching import gather_step, make_micro_batch
 from luffy.train.rates import measure_experts
 
@@ -72,12 +73,6 @@ def _compare(rank, preset):
     return report
 
 
-@pytest.mark.parametrize("preset", [p for p in PRESETS if p.endswith("tiny")])
-@pytest.mark.parametrize("world", [1, 4])
-def test_loss_and_gradients_agree_with_float64_on_the_cpu(preset, world):
-    print(run_ranks(_compare, world, preset)[0])
-
-
 def _ragged_groups(rank):
     gpu = torch.device("cuda", 0)
     torch.manual_seed(0)
@@ -99,10 +94,6 @@ def _ragged_groups(rank):
     return True
 
 
-def test_grouped_products_of_ragged_and_empty_groups_with_gradients():
-    assert run_ranks(_ragged_groups, 1) == [True]
-
-
 def _rate(rank):
     gpu = torch.device("cuda", 0)
     torch.cuda.set_device(gpu)
@@ -112,5 +103,24 @@ def _rate(rank):
     return measure_experts(model.moe_layers[0].experts, 4096, torch.bfloat16, comm)
 
 
+TINY = [p for p in PRESETS if p.endswith("tiny")]
+
+
+@functools.cache
+def _outcomes(world: int) -> dict[str, Outcome]:
+    alone = {"ragged groups": (_ragged_groups,), "rate": (_rate,)} if world == 1 else {}
+    return run_together(alone | {preset: (_compare, preset) for preset in TINY}, world, case_seconds=300)
+
+
+@pytest.mark.parametrize("preset", TINY)
+@pytest.mark.parametrize("world", [1, 4])
+def test_loss_and_gradients_agree_with_float64_on_the_cpu(preset, world):
+    print(_outcomes(world)[preset].get()[0])
+
+
+def test_grouped_products_of_ragged_and_empty_groups_with_gradients():
+    assert _outcomes(1)["ragged groups"].get() == [True]
+
+
 def test_the_rate_of_experts_can_be_measured():
-    assert 1e9 < run_ranks(_rate, 1)[0] < 1e16
+    assert 1e9 < _outcomes(1)["rate"].get()[0] < 1e16

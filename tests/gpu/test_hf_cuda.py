@@ -1,6 +1,6 @@
 """Hugging Face models on a GPU that two ranks share over gloo, against float64 on the CPU.
 
-The parent process never touches CUDA, so that ranks can be forked.
+The parent process never touches CUDA, so that ranks can be forked; all families share a launch.
 """
 
 import os
@@ -14,7 +14,7 @@ from hf.tiny import collate, random_rows, tiny_config, tiny_model, wide
 
 from luffy.comm import build_mesh
 from luffy.hf import parallelize
-from luffy.testing import gather_full, run_ranks
+from luffy.testing import gather_full, run_together
 
 pytestmark = [
     pytest.mark.gpu,
@@ -52,9 +52,17 @@ def compare(rank, device_name, family):
     return report
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"])
-def test_a_gpu_computes_what_a_cpu_does(family):
-    for (padded, stream), (loss_error, gradient_error) in run_ranks(compare, 2, "cuda:0", family)[0].items():
+FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
+
+
+@pytest.fixture(scope="module")
+def outcomes():
+    return run_together({family: (compare, "cuda:0", family) for family in FAMILIES}, 2, case_seconds=300)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gpu_computes_what_a_cpu_does(family, outcomes):
+    for (padded, stream), (loss_error, gradient_error) in outcomes[family].get()[0].items():
         about = f"{stream}, padded={padded}"
         if stream == "torch.float32":
             assert loss_error < 1e-5 and gradient_error < 1e-3, about

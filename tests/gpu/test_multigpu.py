@@ -1,28 +1,32 @@
 """Ranks with a GPU each, over NCCL: `make test-multigpu`. What holds over gloo on the CPU holds here.
 
-Every number of GPUs that this machine has is tried, of 2, 4 and 8. The parent process never touches CUDA, so that ranks
-can be forked.
+Every number of GPUs that this machine has is tried, of 2, 4 and 8. All cases of a number of ranks share one launch and
+one process group (`run_together`), since to start NCCL takes longer than they do; each test looks at its own outcome.
+The parent process never touches CUDA, so that ranks can be forked.
 """
 
 import glob
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from luffy.comm import build_mesh
 from luffy.recipes import Recipe, get_recipe
-from luffy.testing import run_ranks
+from luffy.testing import run_together
 from luffy.train.metrics import read_metrics
 from luffy.train.options import TrainOptions
 from luffy.train.trainer import Trainer
-from tests.model.cases import Case, assert_exact, shrunk
-from tests.model.condensing import assert_condensed_exact
+from tests.model.cases import Case, check_exact, shrunk, train_on_ranks
+from tests.model.condensing import check_condensed_exact, condensed_step
 
+DEVICE, BACKEND = "cuda", "nccl"
 GPUS = len(glob.glob("/dev/nvidia[0-9]*"))
 WORLDS = [n for n in (2, 4, 8) if n <= GPUS]
 pytestmark = [
@@ -42,60 +46,154 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("world", WORLDS or [2])
-@pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("overlap", [False, True], ids=["", "overlap"])
-def test_five_steps_equal_the_oracle(world, name, overlap):
+@dataclass(frozen=True)
+class Job:
+    """A part of a launch: what each rank does, and what is asserted of what the ranks gave back."""
+
+    work: tuple[Any, ...]
+    check: Callable[[list[Any]], Any]
+
+
+def exact(case: Case) -> Job:
+    return Job((train_on_ranks, case), lambda results: check_exact(case, results))
+
+
+def condensed(case: Case) -> Job:
+    def check(results: list[Any]) -> None:
+        assert check_condensed_exact(case, results) < 0.95
+
+    return Job((condensed_step, case), check)
+
+
+def five_steps(world: int, recipe: Recipe, overlap: bool, rehome: tuple[int, ...]) -> Job:
     config = shrunk("moe-llm-tiny", num_layers=3, num_shared_experts=1)
-    rehome = (1,) if "random" in name else ()
-    assert_exact(
-        Case(config, world=world, recipe=RECIPES[name], batch=8, micro_batches=2, steps=5, overlap=overlap,
-             rehome_after=rehome, expert_flops=1e8, device="cuda")
+    return exact(
+        Case(config, world=world, recipe=recipe, batch=8, micro_batches=2, steps=5, overlap=overlap,
+             rehome_after=rehome, expert_flops=1e8, device=DEVICE)
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("world", [n for n in WORLDS if n > 2] or [4])
-def test_expert_groups_side_by_side(world):
-    if world > GPUS:
-        pytest.skip(f"{GPUS} GPUs here; two groups of two need four")
-    config = shrunk("moe-gpt2-tiny")
-    assert_exact(Case(config, world=world, ep_size=2, batch=8, micro_batches=2, steps=5, device="cuda"))
+def two_groups(world: int) -> Job | None:
+    if world < 4:
+        return None
+    return exact(
+        Case(shrunk("moe-gpt2-tiny"), world=world, ep_size=2, batch=8, micro_batches=2, steps=5, device=DEVICE)
+    )
+
+
+def condensed_recipe(world: int, recipe: Recipe) -> Job:
+    return condensed(Case(shrunk("moe-gpt2-tiny"), world=world, recipe=recipe, batch=8, device=DEVICE))
+
+
+def cases() -> dict[str, Callable[[int], Job | None]]:
+    """By name, what each case is at a number of ranks; None where that is too few."""
+    found: dict[str, Callable[[int], Job | None]] = {}
+    for name, recipe in RECIPES.items():
+        rehome = (1,) if "random" in name else ()
+        for overlap in (False, True):
+            label = f"{name}, overlap" if overlap else name
+            found[label] = lambda world, r=recipe, o=overlap, h=rehome: five_steps(world, r, o, h)
+    found["expert groups side by side"] = two_groups
+    for scheme in ("static:0.5", "static:0.5,correct", "budget:0.5"):
+        stay = Recipe("stay", "", condense=f"{scheme},local")
+        found[f"condensed {scheme}"] = lambda world, r=stay: condensed_recipe(world, r)
+        if "correct" not in scheme:  # which needs sequences to stay
+            moving = replace(RANDOM, condense=scheme)
+            found[f"condensed {scheme}, random moves"] = lambda world, r=moving: condensed_recipe(world, r)
+    return found
+
+
+CASES = cases()
+
+
+# ---------------------------------------------------------------- runs that are continued
+
+
+def train(rank: int, runs: list[TrainOptions]) -> None:
+    for options in runs:
+        Trainer(options, build_mesh(torch.device(DEVICE, rank), options.ep_size)).run()
+
+
+class Resuming:
+    """Runs of 6 steps: whole, and stopped after 3 steps at two ranks and continued at as many and at other numbers."""
+
+    def __init__(self, corpus: dict[str, str], folder: Path) -> None:
+        self.corpus, self.folder = corpus, folder
+
+    def options(self, recipe: str, name: str, steps: int, resume: bool = False) -> TrainOptions:
+        return TrainOptions(
+            **self.corpus, out=str(self.folder / f"{recipe}-{name}"), recipe=recipe, device=DEVICE, dtype="float64",
+            vocab_size=300, layers=2, hidden_size=32, heads=2, experts=8, expert_hidden_size=32, sequence_length=32,
+            batch_size=8, steps=steps, warmup_steps=1, min_lr=1.0, eval_every=0, eval_batches=1, checkpoint_every=3,
+            tensorboard=False, profile_attention=False, resume=resume, rehome_every=2,
+        )  # fmt: skip
+
+    def losses(self, recipe: str, name: str) -> list[float]:
+        return [r["loss"] for r in read_metrics(self.folder / f"{recipe}-{name}" / "metrics.jsonl")]
+
+    def job(self, world: int, recipe: str) -> Job:
+        """At two ranks: what must come before all others."""
+        runs = [self.options(recipe, f"at-{world}", 6, resume=True)]
+        if world == 2:
+            begun = [self.options(recipe, f"at-{n}", 3) for n in RESUMED]
+            runs = [self.options(recipe, "whole", 6), *begun, *runs]
+
+        def check(_: list[Any]) -> None:
+            whole = self.losses(recipe, "whole")
+            assert len(whole) == 6
+            assert self.losses(recipe, f"at-{world}") == pytest.approx(whole, rel=1e-9)
+
+        return Job((train, runs), check)
+
+
+RESUMED = [2, 1, *WORLDS[1:]]
+RESUMING = {f"resume {recipe}": recipe for recipe in ("vanilla_dedup", "luffy")}
+
+
+# ---------------------------------------------------------------- one launch a number of ranks
+
+
+class Launches:
+    """Makes the launch of every number of ranks when the first outcome is asked for; two ranks go first."""
+
+    def __init__(self, wanted: set[tuple[int, str]], resuming: Resuming) -> None:
+        # What is resumed was begun at two ranks.
+        wanted = wanted | {(2, name) for _, name in wanted if name in RESUMING}
+        self.jobs: dict[int, dict[str, Job]] = {}
+        for world in sorted({world for world, _ in wanted}, key=lambda n: (n != 2, n)):
+            jobs = {n: CASES[n](world) for n in CASES if (world, n) in wanted}
+            resumed = {n: resuming.job(world, r) for n, r in RESUMING.items() if (world, n) in wanted}
+            self.jobs[world] = {n: job for n, job in (jobs | resumed).items() if job is not None}
+        self.outcomes = {
+            world: run_together({n: job.work for n, job in jobs.items()}, world, backend=BACKEND)
+            for world, jobs in self.jobs.items()
+        }
+
+    def check(self, world: int, name: str) -> None:
+        job = self.jobs[world].get(name)
+        if job is None:
+            pytest.skip(f"{world} ranks are too few: two groups of two need four")
+        job.check(self.outcomes[world][name].get())
+
+
+@pytest.fixture(scope="module")
+def launches(request, corpus, tmp_path_factory):
+    chosen = [i.callspec.params for i in request.session.items if "launches" in getattr(i, "fixturenames", ())]
+    wanted = {(params["world"], params["name"]) for params in chosen}
+    return Launches(wanted, Resuming(corpus, tmp_path_factory.mktemp("resuming")))
 
 
 @pytest.mark.parametrize("world", WORLDS or [2])
-@pytest.mark.parametrize("condense", ["static:0.5", "static:0.5,correct", "budget:0.5"])
-@pytest.mark.parametrize("moves", [False, True], ids=["stay", "moves"])
-def test_condensed_steps_equal_the_oracle_that_is_told_the_leaders(world, condense, moves):
-    if moves and "correct" in condense:
-        pytest.skip("the correction needs sequences to stay")
-    recipe = replace(RANDOM, condense=condense) if moves else Recipe("stay", "", condense=f"{condense},local")
-    kept = assert_condensed_exact(Case(shrunk("moe-gpt2-tiny"), world=world, recipe=recipe, batch=8, device="cuda"))
-    assert kept < 0.95
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_oracle(world, name, launches):
+    """Five steps; or one that condenses, where the oracle is told the leaders."""
+    launches.check(world, name)
 
 
-def _train(rank, options):
-    trainer = Trainer(options, build_mesh(torch.device("cuda", rank), options.ep_size))
-    trainer.run()
-
-
-@pytest.mark.parametrize("recipe", ["vanilla_dedup", "luffy"])
-def test_resume_continues_at_the_same_and_at_another_number_of_gpus(recipe, corpus, tmp_path):
-    def run(world, out, steps, resume=False):
-        options = TrainOptions(
-            **corpus, out=str(tmp_path / out), recipe=recipe, device="cuda", dtype="float64", vocab_size=300, layers=2,
-            hidden_size=32, heads=2, experts=8, expert_hidden_size=32, sequence_length=32, batch_size=8, steps=steps,
-            warmup_steps=1, min_lr=1.0, eval_every=0, eval_batches=1, checkpoint_every=3, tensorboard=False,
-            profile_attention=False, resume=resume, rehome_every=2,
-        )  # fmt: skip
-        run_ranks(_train, world, options, backend="nccl")
-        return [r["loss"] for r in read_metrics(tmp_path / out / "metrics.jsonl")]
-
-    whole = run(2, "whole", 6)
-    assert run(2, "same", 3) == pytest.approx(whole[:3], rel=1e-9)
-    assert run(2, "same", 6, resume=True) == pytest.approx(whole, rel=1e-9)
-    for world in WORLDS[1:]:
-        run(2, f"at-{world}", 3)
-        assert run(world, f"at-{world}", 6, resume=True) == pytest.approx(whole, rel=1e-9)
+@pytest.mark.parametrize("world", RESUMED)
+@pytest.mark.parametrize("name", RESUMING)
+def test_resume_continues_at_the_same_and_at_another_number_of_gpus(world, name, launches):
+    launches.check(world, name)
 
 
 def test_the_command_uses_nccl_with_a_gpu_each(corpus, tmp_path):

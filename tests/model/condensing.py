@@ -84,7 +84,11 @@ def leader_table(seen: dict[str, np.ndarray], num_experts: int) -> Tensor:
 
 def assert_condensed_exact(case: Case) -> float:
     """Loss and every gradient are those of the oracle with the same leaders; returns the share of copies kept."""
-    results = run_ranks(condensed_step, case.world, case, backend=case.backend)
+    return check_condensed_exact(case, run_ranks(condensed_step, case.world, case, backend=case.backend))
+
+
+def check_condensed_exact(case: Case, results: list[dict[str, Any]]) -> float:
+    """`assert_condensed_exact` of what ranks gave back from `condensed_step`."""
     recipe = case.recipe if isinstance(case.recipe, Recipe) else get_recipe(case.recipe)
     scheme = parse_condense(recipe.condense)
     assert scheme is not None

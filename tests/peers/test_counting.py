@@ -108,6 +108,7 @@ def test_a_missing_package_is_one_line_with_the_command(monkeypatch: pytest.Monk
     [
         ("hf_ep", {"wire": "int8"}, "--wire is Luffy's own"),
         ("deepspeed", {"accumulate": 2}, "--accumulate is Luffy's own"),
+        ("hf_ep", {"start_weights": __file__}, "--start-weights holds Luffy's model"),
         ("hf_ep", {"model": "moe-bert-large-tiny"}, "moe-gpt2"),
         ("hf_ep", {"capacity_factor": 1.5}, "--capacity-factor"),
         ("hf_ep_layer", {"model": "moe-llm-tiny"}, "GELU"),

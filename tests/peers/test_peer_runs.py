@@ -95,3 +95,20 @@ def test_a_peer_beside_vanilla(name: str, common: list[str], vanilla: tuple[list
         assert sum(rows[0]) == pytest.approx(sum(rows[1]), rel=0.01)  # later a tie may fall the other way
     else:
         assert all(a > b for a, b in zip(*rows, strict=True))  # buffers of equal size: padding travels too
+
+
+@pytest.mark.slow
+def test_peers_in_luffys_transformer_begin_with_given_weights(common: list[str], tmp_path: Path) -> None:
+    trained = tmp_path / "trained"
+    ours = ["train", "--recipe", "vanilla", "--no-tensorboard", "--checkpoint-every", "0", *common]
+    run("luffy.train.cli", trained, [*ours, "--export"])
+    begin = ["--start-weights", str(trained / "model.safetensors"), "--steps", "2"]
+    expected = [r["loss"] for r in run("luffy.train.cli", tmp_path / "ours", [*ours, *begin])[0]]
+    assert expected[0] < math.log(VOCAB_SIZE) - 0.1
+    for name in ("hf_ep_layer", "deepspeed"):
+        try:
+            check_package(get_peer(name))
+        except UserError:
+            continue
+        theirs = run("benchmarks.peers", tmp_path / name, ["run", "--peer", name, *common, *begin])[0]
+        assert [r["loss"] for r in theirs] == pytest.approx(expected, rel=2e-5)

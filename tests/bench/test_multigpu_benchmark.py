@@ -1,0 +1,58 @@
+"""The comparison over several GPUs, in small on the CPU: one launch, entries in turn, what it says and keeps."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import multigpu  # noqa: E402
+
+
+def record(seconds, counted, exchange=0.0, num_bytes=8000):
+    split = {"attention": 0.1, "exchange": exchange, "gradients": 0.01}
+    return {"seconds": seconds, "counted": counted, "tokens": 10, "loss": 1.0, "bytes": {"dispatch": num_bytes},
+            "seconds_split": split}  # fmt: skip
+
+
+def test_counted_steps_give_medians_ratios_and_rooflines():
+    base = [record(9.0, False), *(record(s, True, exchange=0.2) for s in (1.0, 2.0, 3.0, 4.0, 5.0))]
+    auto = [record(9.0, False), *(record(s, True) for s in (4.0, 4.0, 4.0, 2.0, 2.0))]
+    found = {"ranks": 2, "bytes_per_second": 1000.0, "entries": {"vanilla_dedup": base, "auto": auto}}
+    dedup, chosen = multigpu.read("as joined", found)
+    assert dedup["step_seconds"] == [2.0, 3.0, 4.0] and dedup["counted_steps"] == 5
+    assert dedup["exposed_seconds"] == pytest.approx([0.21] * 3)
+    assert dedup["wire_seconds"] == pytest.approx(4.0) == dedup["roofline_seconds"] and dedup["bound"] == "links"
+    assert chosen["over_vanilla_dedup"] == pytest.approx(4 / 3)
+    assert chosen["settled_over_vanilla_dedup"] == pytest.approx(2.0 / 4.5)
+
+
+@pytest.mark.slow
+def test_all_entries_share_a_launch_and_lossless_ones_a_loss(corpus, tmp_path):
+    entries = "vanilla;vanilla_dedup;luffy;auto;luffy_max;janus;fastermoe;overlapped=vanilla_dedup --overlap;"
+    command = [
+        sys.executable, str(ROOT / "benchmarks" / "multigpu.py"), "--device", "cpu", "--small", "--ranks", "2",
+        "--steps", "10", "--entries", f"{entries}odd=vanilla --experts 7", "--ways", "as joined",
+        "--out", str(tmp_path), "--json", str(tmp_path / "result.json"),
+        "--", "--data", corpus["data"], "--cache-dir", corpus["cache_dir"], "--vocab-size", "300",
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    runs = {run["recipe"]: run for run in result["runs"]}
+    lossless = ["vanilla", "vanilla_dedup", "luffy", "auto", "janus", "fastermoe"]
+    assert set(runs) == {*lossless, "luffy_max", "overlapped"}
+    assert [runs[name]["last_loss"] for name in lossless] == pytest.approx([runs["vanilla"]["last_loss"]] * 6, rel=1e-3)
+    assert runs["luffy_max"]["bytes"] < runs["vanilla_dedup"]["bytes"] < runs["vanilla"]["bytes"]
+    assert all(run["counted_steps"] == 4 for run in runs.values()) and runs["vanilla_dedup"]["over_vanilla_dedup"] == 1
+    way = result["ways"]["as joined"]
+    assert way["complete"] and way["bytes_per_second"] > 0 and "7" in way["failed"]["odd"]
+    assert "odd left out" in done.stdout and "auto over vanilla_dedup, settled" in done.stdout
+    again = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+    assert "already measured" in again.stderr and again.stdout == done.stdout
