@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import queue
+import re
 import subprocess
 import sys
 import time
@@ -36,9 +37,13 @@ def training(
 
 
 def failure(command: list[str], variables: dict[str, str]) -> str | None:
-    """Run a command to its end: None, or the last it said if it failed."""
+    """Run a command to its end: None, or why it failed: the first error that it named, or the last it said."""
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables)
-    return done.stderr.strip()[-300:] or f"status {done.returncode}" if done.returncode else None
+    if done.returncode == 0:
+        return None
+    # torchrun adds pages about itself behind a rank's own words.
+    named = re.search(r"^.*(?:Error|error): .*$", done.stderr, re.MULTILINE)
+    return named[0].strip() if named else done.stderr.strip()[-300:] or f"status {done.returncode}"
 
 
 def side_by_side(

@@ -40,10 +40,12 @@ def test_trainings_are_spread_over_the_gpus_there_are(monkeypatch, capsys):
         trainings.side_by_side([("n", do)], jobs=1, gpus=3, seconds=60)
 
 
-def test_the_end_of_what_a_failed_training_said_is_kept():
+def test_a_failed_training_says_why():
     assert trainings.failure([sys.executable, "-c", ""], {}) is None
     said = trainings.failure([sys.executable, "-c", "import os, sys; sys.exit(os.environ['WHY'])"], {"WHY": "no disk"})
     assert said == "no disk"
+    words = "import sys; sys.exit('Traceback\\nValueError: too few\\nChildFailedError: pages about the launcher')"
+    assert trainings.failure([sys.executable, "-c", words], {}) == "ValueError: too few"
 
 
 def test_every_wire_scheme_can_train():
