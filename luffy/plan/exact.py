@@ -54,5 +54,8 @@ def assign(benefit: np.ndarray, quotas: np.ndarray) -> np.ndarray:
     if not len(benefit):
         return np.empty(0, dtype=np.int64)
     shift = max(0, int(np.abs(benefit).max()).bit_length() - 44)
+    benefit = benefit >> shift if shift else benefit
+    if (quotas == 1).all():
+        return linear_sum_assignment(benefit, maximize=True)[1]
     slots = np.repeat(np.arange(len(quotas)), quotas)
-    return slots[linear_sum_assignment((benefit >> shift)[:, slots], maximize=True)[1]]
+    return slots[linear_sum_assignment(benefit[:, slots], maximize=True)[1]]

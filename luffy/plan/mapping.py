@@ -20,7 +20,8 @@ import numpy as np
 from luffy.plan.rehoming import RehomingProblem, plan_rehoming
 from luffy.plan.replay import LayerReplay, Wire, replay_step
 from luffy.plan.result import PlanError
-from luffy.plan.trace import TraceStep, membership
+from luffy.plan.trace import TraceStep, first_mentions
+from luffy.plan.traffic import sum_by_rank
 
 ROUNDS = 3
 Homes = list[tuple[np.ndarray, np.ndarray]]  # by layer: before and after it, [sequences of all steps]
@@ -80,7 +81,9 @@ def plan_mapping(
     for start in _starts(_join(replays)):
         mapping, homes = owners, start
         for _ in range(ROUNDS):
-            mapping = remap(homes, mapping)
+            before, mapping = mapping, remap(homes, mapping)
+            if homes is not start and (mapping == before).all():
+                break  # homes follow from the mapping: every further round would be this one
             replays = [replay_step(s, mapping, wire) for s in fit]
             cost = wire.topology.weighted_bytes(_total(replays))
             if cost < best_cost:
@@ -106,11 +109,9 @@ def _remap_layer(
     load_slack: float | None,
 ) -> np.ndarray:
     """One layer's owners [E] for given homes: dispatch counts from where sequences come, combine to where they go."""
-    affinity = np.zeros((wire.topology.world_size, owner.size), dtype=np.int64)
-    for side in homes:
-        np.add.at(affinity, side, by_expert)
+    before, after = (sum_by_rank(by_expert, side, wire.topology.world_size) for side in homes)
     problem = RehomingProblem(
-        affinity=affinity,
+        affinity=before + after,
         coactivation=2 * together,
         owner=owner,
         topology=wire.topology,
@@ -125,15 +126,24 @@ def _remap_layer(
 def _starts(homes: Homes) -> list[Homes]:
     """Homes to begin from: as they are; and those that a layer (first, middle, last) leaves, for all layers."""
     picked = sorted({0, len(homes) // 2, len(homes) - 1})
-    return [homes, *([(homes[i][1], homes[i][1])] * len(homes) for i in picked)]
+    starts = [homes, *([(homes[i][1], homes[i][1])] * len(homes) for i in picked)]
+
+    def alike(a: Homes, b: Homes) -> bool:
+        return all(np.array_equal(x, y) for pair in zip(a, b, strict=True) for x, y in zip(*pair, strict=True))
+
+    return [s for i, s in enumerate(starts) if not any(alike(s, earlier) for earlier in starts[:i])]
 
 
 def _coactivation(step: TraceStep, layer: int, num_experts: int) -> np.ndarray:
-    """int64 [E, E]: tokens that chose both; float32 products of 0 and 1 are exact far beyond a step's tokens."""
-    chosen = membership(step.chosen[layer], num_experts).astype(np.float32)
-    both = np.rint(chosen.T @ chosen).astype(np.int64)
-    np.fill_diagonal(both, 0)
-    return both
+    """int64 [E, E]: tokens that chose both. Counted pair by pair: a product of memberships would take T E^2."""
+    ids, first = step.chosen[layer].astype(np.int64), first_mentions(step.chosen[layer])
+    both = np.zeros(num_experts**2, dtype=np.int64)
+    for a in range(ids.shape[1]):
+        for b in range(a):
+            counted = first[:, a] & first[:, b]
+            both += np.bincount(ids[counted, a] * num_experts + ids[counted, b], minlength=num_experts**2)
+    table = both.reshape(num_experts, num_experts)
+    return table + table.T
 
 
 def _join(replays: Sequence[list[LayerReplay]]) -> Homes:

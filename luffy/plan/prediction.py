@@ -18,6 +18,7 @@ from luffy.plan.mapping import plan_mapping
 from luffy.plan.replay import LayerReplay, Wire, replay_step
 from luffy.plan.topology import LinkClass, Topology
 from luffy.plan.trace import TraceStep
+from luffy.plan.traffic import sum_by_rank
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,7 @@ class Prediction:
 
 def exchange_seconds(rows: np.ndarray, homes: np.ndarray, row_num_bytes: int | float, topology: Topology) -> float:
     """Seconds of one all-to-all between homes [S] and the ranks of rows [S, N]; the way back takes as long."""
-    N = topology.world_size
-    between = np.zeros((N, N), dtype=np.int64)
-    np.add.at(between, homes, rows)
-    return _seconds_between(between, row_num_bytes, topology)
+    return _seconds_between(sum_by_rank(rows, homes, topology.world_size), row_num_bytes, topology)
 
 
 def _seconds_between(between: np.ndarray, row_num_bytes: int | float, topology: Topology) -> float:
@@ -69,17 +67,13 @@ def _seconds_between(between: np.ndarray, row_num_bytes: int | float, topology: 
 def token_seconds(layer: LayerReplay, wire: Wire) -> float:
     """Seconds of one layer's exchanges of rows, forward and backward."""
     sizes, links, N = wire.sizes, wire.topology, wire.topology.world_size
-    there = sum(
-        exchange_seconds(layer.problem.counts, layer.homes_before, n, links)
-        for n in (sizes.dispatch, sizes.dispatch_backward)
-    )
+    out, into = (sum_by_rank(layer.problem.counts, homes, N) for homes in (layer.homes_before, layer.homes_after))
     apart = np.zeros((N, N), dtype=np.int64)
     np.add.at(apart, (layer.homes_after, layer.homes_before), layer.problem.lengths)
-    back = 0.0
-    for n in (sizes.combine, sizes.combine_backward):
-        between = np.zeros((N, N), dtype=np.int64)
-        np.add.at(between, layer.homes_after, layer.problem.counts)
-        back += _seconds_between(between * n + apart * sizes.residual, 1, links)
+    there = sum(_seconds_between(out, n, links) for n in (sizes.dispatch, sizes.dispatch_backward))
+    back = sum(
+        _seconds_between(into * n + apart * sizes.residual, 1, links) for n in (sizes.combine, sizes.combine_backward)
+    )
     return there + back
 
 

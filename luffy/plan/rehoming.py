@@ -27,6 +27,7 @@ from luffy.plan.problem import as_int64, require
 from luffy.plan.rehoming_search import Instance, search
 from luffy.plan.result import PlanError
 from luffy.plan.topology import Topology
+from luffy.plan.traffic import sum_by_rank
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,8 +84,10 @@ class RehomingProblem:
     @cached_property
     def rows_by_class(self) -> np.ndarray:
         """int64 [3, E, N]: rows of expert e that would cross each link class if rank r owned it."""
-        classes = self.topology.link_class_matrix()[self.homes]  # [G, N]
-        return np.stack([self.affinity.T @ (classes == c).astype(np.int64) for c in range(3)])
+        N, width = self.topology.world_size, self.topology.ranks_per_node
+        at_rank = sum_by_rank(self.affinity, self.homes, N)
+        on_node = np.repeat(at_rank.reshape(-1, width, self.owner.size).sum(1), width, axis=0)
+        return np.stack([at_rank.T, (on_node - at_rank).T, (at_rank.sum(0) - on_node).T])
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,9 +135,11 @@ class RehomingPlan:
 
 def predicted_num_bytes(problem: RehomingProblem, owner: np.ndarray) -> tuple[int, int, int]:
     """Bytes a step per link class if owner[e] owned expert e: the formula of the module docstring."""
-    E = owner.size
+    E, N = owner.size, problem.topology.world_size
     rows = problem.rows_by_class[:, np.arange(E), owner]  # [3, E]: each expert's rows by class
-    e, f = np.nonzero(np.triu(owner[:, None] == owner[None, :], k=1))
+    members = np.argsort(owner, kind="stable").reshape(N, E // N)
+    first, second = np.triu_indices(E // N, k=1)
+    e, f = members[:, first].ravel(), members[:, second].ravel()
     both = np.maximum(1, rows[:, e].sum(axis=0) + rows[:, f].sum(axis=0))
     # Products of two counts: Python integers where 64 bits might not do.
     shared = problem.coactivation[e, f].astype(object) * (rows[:, e] + rows[:, f]) // both

@@ -1,13 +1,12 @@
 """The search behind rehoming.py: cluster greedily, match clusters to ranks exactly, swap experts while it helps.
 
 The cost of a mapping is a sum over ranks of what each rank's experts cost there, so two swaps between four different
-ranks do not see each other: every round evaluates all E x E swaps as one matrix and makes the best of them on disjoint
-ranks. Everything is int64; ties go to the lower index.
+ranks do not see each other: every round takes the best of all E x E swaps on disjoint ranks, and counts again only what
+those ranks bear on. Everything is int64; ties go to the lower index.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -49,15 +48,6 @@ class Instance:
         both = np.maximum(1, self.tokens[e] + self.tokens[f])
         return self.coactivation[e, f] * (self.linear[e, rank] + self.linear[f, rank]) // both
 
-    def cost_at(self, owner: np.ndarray) -> np.ndarray:
-        """int64 [E, N]: cost of expert e at rank r beside the experts that r owns now (other than e)."""
-        E, N = self.linear.shape
-        cost = self.linear.copy()
-        members = np.argsort(owner, kind="stable").reshape(N, E // N)
-        for slot in range(E // N):
-            cost -= self.pair(np.arange(E)[:, None], members[None, :, slot], np.arange(N)[None, :])
-        return cost
-
     def max_load(self, owner: np.ndarray) -> int:
         loads = np.zeros(self.linear.shape[1], dtype=np.int64)
         np.add.at(loads, owner, self.tokens)
@@ -90,63 +80,121 @@ def _match(instance: Instance, owner: np.ndarray) -> np.ndarray:
 
 
 def _cluster(instance: Instance, max_load: int) -> np.ndarray | None:
-    """Place experts one by one, always the one that gains most over the average rank; None if loads do not fit."""
+    """Place experts one by one, always the one that gains most over the average rank; None if loads do not fit.
+
+    Placing one changes one column of the table of gains, so the best rank of each expert is kept beside it and only
+    looked for again where that rank closed.
+    """
     E, N = instance.linear.shape
+    experts, never = np.arange(E), np.iinfo(np.int64).min
     owner = np.full(E, -1, dtype=np.int64)
     room, loads = np.full(N, E // N), np.zeros(N, dtype=np.int64)
     gain = instance.linear.sum(axis=1, keepdims=True) // N - instance.linear
-    never = np.iinfo(np.int64).min
+    gain[instance.tokens > max_load] = never
+    favourite = gain.argmax(axis=1)  # the first of equals, here and below
+    most = gain[experts, favourite]
     for _ in range(E):
-        allowed = (room > 0) & (loads + instance.tokens[:, None] <= max_load) & (owner < 0)[:, None]
-        masked = np.where(allowed, gain, never)
-        e, r = divmod(int(masked.argmax()), N)
-        if not allowed[e, r]:
+        e = int(most.argmax())
+        if most[e] == never:
             return None
-        owner[e] = r
+        r = int(favourite[e])
+        owner[e], most[e] = r, never
         room[r] -= 1
         loads[r] += instance.tokens[e]
-        gain[:, r] += instance.pair(np.arange(E), np.array(e), np.array(r))
+        waits, fits = owner < 0, np.zeros(E, dtype=bool)
+        if room[r]:  # what does not fit now never will: loads only grow
+            fits = (gain[:, r] != never) & (loads[r] + instance.tokens <= max_load)
+            gain[:, r] = np.where(fits, gain[:, r] + instance.pair(experts, np.array(e), np.array(r)), never)
+        else:
+            gain[:, r] = never
+        closed = np.flatnonzero(waits & (favourite == r) & ~fits)
+        if closed.size:
+            favourite[closed] = gain[closed].argmax(axis=1)
+            most[closed] = gain[closed, favourite[closed]]
+        if room[r]:
+            column = gain[:, r]
+            better = waits & fits & ((column > most) | ((column == most) & (r < favourite)) | (favourite == r))
+            favourite[better], most[better] = r, column[better]
     return owner
 
 
-class _Swaps(NamedTuple):
-    gain: np.ndarray
-    first: np.ndarray
-    second: np.ndarray
+class _Swaps:
+    """What every swap of two experts gains, kept up as experts trade places.
 
+    replaced [E, E]: cost of e at the rank of f in the place of f. own [E]: of e where it is. A swap changes both ranks'
+    members, hence the columns of `replaced`, and the entries of `own`, of the experts there; nothing else.
+    """
 
-def _improving_swaps(instance: Instance, owner: np.ndarray, max_load: int) -> _Swaps:
-    """All swaps of two experts that gain and keep loads in bounds, best first."""
-    E = owner.size
-    experts = np.arange(E)
-    cost = instance.cost_at(owner)
-    own = cost[experts, owner]
-    elsewhere = cost[:, owner]  # [e, f]: e at the rank of f, beside f; the pair's saving is lost, as f leaves
-    lost = instance.pair(experts[:, None], experts[None, :], owner[None, :])
-    gain = own[:, None] + own[None, :] - elsewhere - elsewhere.T - lost - lost.T
-    loads = np.zeros(cost.shape[1], dtype=np.int64)
-    np.add.at(loads, owner, instance.tokens)
-    after = loads[owner][:, None] - instance.tokens[:, None] + instance.tokens[None, :]  # of e's rank
-    fits = (np.maximum(after, after.T) <= max_load) & (owner[:, None] < owner[None, :])
-    first, second = np.nonzero(fits & (gain > 0))
-    best_first = np.argsort(-gain[first, second], kind="stable")
-    first, second = first[best_first], second[best_first]
-    return _Swaps(gain[first, second], first, second)
+    def __init__(self, instance: Instance, owner: np.ndarray, max_load: int) -> None:
+        E, N = instance.linear.shape
+        self.instance, self.max_load, self.owner = instance, max_load, owner.copy()
+        self.loads = np.zeros(N, dtype=np.int64)
+        np.add.at(self.loads, owner, instance.tokens)
+        self.replaced, self.own = np.empty((E, E), dtype=np.int64), np.empty(E, dtype=np.int64)
+        self.gain = np.empty((E, E), dtype=np.int64)  # 0 where loads would not fit, or the other half of the table says
+        self._refresh(np.arange(N))
+
+    def _refresh(self, ranks: np.ndarray) -> None:
+        """Count again what the members of these ranks bear on."""
+        instance, owner = self.instance, self.owner
+        E, N = instance.linear.shape
+        everyone = np.arange(E)
+        members = np.argsort(owner, kind="stable").reshape(N, E // N)[ranks]  # [R, E / N]
+        if E == N:  # nobody is beside anybody
+            mine = members[:, 0]
+            self.replaced[:, mine] = instance.linear[:, ranks]
+            self.own[mine] = instance.linear[mine, ranks]
+        else:
+            # saved[e, i, j]: by e beside the j-th member of the i-th rank. A pair of e with itself saves nothing: the
+            # diagonal of coactivation is 0.
+            saved = np.stack([instance.pair(everyone[:, None], m[None], ranks[None]) for m in members.T], axis=2)
+            beside = saved.sum(axis=2)
+            for j, mine in enumerate(members.T):
+                self.replaced[:, mine] = instance.linear[:, ranks] - (beside - saved[:, :, j])
+                self.own[mine] = instance.linear[mine, ranks] - beside[mine, np.arange(len(ranks))]
+        changed = everyone if len(ranks) == N else members.ravel()
+        part = self._gains(changed)
+        self.gain[changed] = np.where(owner[changed, None] < owner[None], part, 0)
+        if len(ranks) < N:
+            self.gain[:, changed] = np.where(owner[:, None] < owner[None, changed], part.T, 0)
+
+    def _gains(self, rows: np.ndarray) -> np.ndarray:
+        """int64 [R, E]: what a swap of each of these experts with each other gains; 0 where loads would not fit."""
+        tokens, loads = self.instance.tokens, self.loads[self.owner]
+        gain = self.own[rows, None] + self.own[None] - self.replaced[rows] - self.replaced[:, rows].T
+        moved = tokens[None] - tokens[rows, None]  # onto the rank of the row
+        fits = np.maximum(loads[rows, None] + moved, loads[None] - moved) <= self.max_load
+        return np.where(fits, gain, 0)
+
+    def improving(self) -> tuple[list[int], list[int]]:
+        """Pairs of experts whose swap gains and keeps loads in bounds, the best first, the first of equals first."""
+        first, second = np.nonzero(self.gain > 0)
+        order = np.argsort(-self.gain[first, second], kind="stable")
+        return first[order].tolist(), second[order].tolist()
+
+    def make_the_best(self) -> bool:
+        """Make the best swaps on disjoint ranks; whether there was any."""
+        first, second = self.improving()
+        touched: set[int] = set()
+        for e, f in zip(first, second, strict=True):
+            a, b = int(self.owner[e]), int(self.owner[f])
+            if a not in touched and b not in touched:
+                self.owner[e], self.owner[f] = b, a
+                more = self.instance.tokens[f] - self.instance.tokens[e]
+                self.loads[a] += more
+                self.loads[b] -= more
+                touched |= {a, b}
+                if len(touched) > self.instance.linear.shape[1] - 2:
+                    break
+        if touched:
+            self._refresh(np.array(sorted(touched)))
+        return bool(touched)
 
 
 def _swap(instance: Instance, owner: np.ndarray, max_load: int) -> np.ndarray:
     """Make improving swaps, the best on disjoint ranks each round, until none is left."""
-    owner = owner.copy()
+    swaps = _Swaps(instance, owner, max_load)
     for _ in range(_MAX_ROUNDS):
-        swaps = _improving_swaps(instance, owner, max_load)
-        if not swaps.gain.size:
+        if not swaps.make_the_best():
             break
-        touched: set[int] = set()
-        for e, f in zip(swaps.first.tolist(), swaps.second.tolist(), strict=True):
-            a, b = int(owner[e]), int(owner[f])
-            if a not in touched and b not in touched:
-                owner[e], owner[f] = b, a
-                touched |= {a, b}
-                if len(touched) > instance.linear.shape[1] - 2:
-                    break
-    return owner
+    return swaps.owner

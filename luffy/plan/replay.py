@@ -14,8 +14,9 @@ from luffy.plan.placement import plan_placement
 from luffy.plan.problem import Balance, PlacementProblem
 from luffy.plan.residency import ExpertCosts, expert_traffic, fetched, serving_ranks, shadowed
 from luffy.plan.result import PlacementPlan
-from luffy.plan.topology import Topology
+from luffy.plan.topology import LinkClass, Topology
 from luffy.plan.trace import TraceStep, membership
+from luffy.plan.traffic import sum_by_rank
 from luffy.wire_format import RowBytes
 
 LOOK_AHEAD = ("none", "router", "affinity", "actual")
@@ -89,31 +90,22 @@ class LayerReplay:
 
 def rows_at_ranks(step: TraceStep, ids: np.ndarray, owner: np.ndarray, num_ranks: int, copies: str) -> np.ndarray:
     """int64 [S, N]: copies that each sequence sends to each rank. ids [T, K]; owner [E]."""
-    return _copies_at(step, np.where(ids >= 0, owner[ids], -1), num_ranks, copies)
-
-
-def _copies_at(step: TraceStep, rank: np.ndarray, num_ranks: int, copies: str) -> np.ndarray:
-    """int64 [S, N] of the ranks [T, K] that serve each choice, -1 for none. Takes memory of T K, not of T N."""
-    counted = rank >= 0
-    if copies == "ranks":
-        for k in range(1, rank.shape[1]):  # a later choice on a rank that an earlier one already pays for
-            counted[:, k] &= (rank[:, :k] != rank[:, k : k + 1]).all(1)
-    sequence = np.repeat(np.arange(len(step.lengths)), step.lengths)
-    cells = (sequence[:, None] * num_ranks + rank)[counted]
-    return np.bincount(cells, minlength=len(step.lengths) * num_ranks).reshape(-1, num_ranks)
+    return step.count_by_sequence(np.where(ids >= 0, owner[ids], -1), num_ranks, once=copies == "ranks")
 
 
 def by_class(counts: np.ndarray, homes: np.ndarray, topology: Topology) -> np.ndarray:
     """int64 [3]: rows by the class of the link between where they are (counts [S, N]) and their homes [S]."""
-    classes = topology.link_class_matrix()[homes]  # [S, N]
-    return np.array([int(counts[classes == c].sum()) for c in range(3)])
+    everyone, width = np.arange(len(homes)), topology.ranks_per_node
+    local = int(counts[everyone, homes].sum())
+    on_node = int(counts.reshape(-1, topology.num_nodes, width)[everyone, homes // width].sum())
+    return np.array([local, on_node - local, int(counts.sum()) - on_node])
 
 
-def residual_rows(lengths: np.ndarray, homes: np.ndarray, num_ranks: int) -> np.ndarray:
-    """int64 [S, N]: the tokens of each sequence, at its home: what it takes along if it moves and no row carries it."""
-    out = np.zeros((len(lengths), num_ranks), dtype=np.int64)
-    out[np.arange(len(lengths)), homes] = lengths
-    return out
+def apart_by_class(lengths: np.ndarray, before: np.ndarray, after: np.ndarray, topology: Topology) -> np.ndarray:
+    """int64 [3]: tokens by the class of the link that their sequence crosses, from home before [S] to home after."""
+    same_node = before // topology.ranks_per_node == after // topology.ranks_per_node
+    link = np.where(before == after, LinkClass.LOCAL, np.where(same_node, LinkClass.INTRA_NODE, LinkClass.INTER_NODE))
+    return np.array([int(lengths[link == c].sum()) for c in range(3)])
 
 
 def replay_step(
@@ -135,7 +127,9 @@ def replay_step(
     for layer in range(step.num_layers):
         following = _foresee(step, layer, owners, wire, counts) if layer + 1 < step.num_layers else None
         served, experts, expert_seconds = _served(step, layer, owners[layer], homes, wire)
-        rows = _copies_at(step, served, N, wire.copies)
+        rows = counts[layer]
+        if wire.residency_at(layer) != "static":
+            rows = step.count_by_sequence(served, N, once=wire.copies == "ranks")
         problem = PlacementProblem(
             counts=rows,
             lengths=step.lengths,
@@ -151,7 +145,7 @@ def replay_step(
         )
         plan = plan_placement(wire.strategy, problem)
         sent, returned = (by_class(rows, where, wire.topology) for where in (homes, plan.new_home))
-        apart = by_class(residual_rows(step.lengths, homes, N), plan.new_home, wire.topology) * sizes.residual
+        apart = apart_by_class(step.lengths, homes, plan.new_home, wire.topology) * sizes.residual
         pairs = np.bincount(served[served >= 0], minlength=N)
         out.append(
             LayerReplay(
@@ -179,8 +173,7 @@ def _served(
     N, ids, residency = wire.topology.world_size, step.chosen[layer], wire.residency_at(layer)
     if residency == "static":
         return np.where(ids >= 0, owner[ids], -1), (0, 0, 0), (0.0, 0.0)
-    chosen = np.zeros((N, len(owner)), dtype=np.int64)
-    np.add.at(chosen, homes, step.counts_by_expert(layer, len(owner)))
+    chosen = sum_by_rank(step.counts_by_expert(layer, len(owner)), homes, N)
     if residency == "fetch":
         resident = fetched(chosen, owner)
     else:

@@ -15,6 +15,7 @@ tools read a lower-case ``gbps`` as bytes; here, as on every network card's box,
 import re
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 
 import numpy as np
 
@@ -82,11 +83,8 @@ class Topology:
         return LinkClass.INTRA_NODE if same_node else LinkClass.INTER_NODE
 
     def link_class_matrix(self) -> np.ndarray:
-        """int64 [N, N]: ``link_class(src, dst)`` of every pair."""
-        node = np.arange(self.world_size) // self.ranks_per_node
-        matrix = np.where(node[:, None] == node[None, :], LinkClass.INTRA_NODE, LinkClass.INTER_NODE)
-        np.fill_diagonal(matrix, LinkClass.LOCAL)
-        return matrix.astype(np.int64)
+        """int64 [N, N], not to be written to: ``link_class(src, dst)`` of every pair."""
+        return _link_classes(self.world_size, self.ranks_per_node)
 
     @property
     def class_weights(self) -> tuple[int, int, int]:
@@ -107,6 +105,15 @@ class Topology:
         A Python integer, which cannot overflow.
         """
         return sum(count * weight for count, weight in zip(num_bytes, self.class_weights, strict=True))
+
+
+@lru_cache(maxsize=8)  # a replay asks for each layer
+def _link_classes(world_size: int, ranks_per_node: int) -> np.ndarray:
+    node = np.arange(world_size) // ranks_per_node
+    matrix = np.where(node[:, None] == node[None, :], LinkClass.INTRA_NODE, LinkClass.INTER_NODE).astype(np.int64)
+    np.fill_diagonal(matrix, LinkClass.LOCAL)
+    matrix.flags.writeable = False
+    return matrix
 
 
 def parse_rate(text: str, option: str = "--link") -> float:

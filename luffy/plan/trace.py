@@ -43,19 +43,30 @@ class TraceStep:
         return self.chosen.shape[0]
 
     @cached_property
-    def starts(self) -> np.ndarray:
-        """First token of each sequence, int64 [S]."""
-        return np.cumsum(self.lengths) - self.lengths
+    def sequence_of_token(self) -> np.ndarray:
+        """int64 [T]."""
+        return np.repeat(np.arange(len(self.lengths)), self.lengths)
 
-    def sum_by_sequence(self, per_token: np.ndarray) -> np.ndarray:
-        """[T, n] -> int64 [S, n]; empty sequences give 0."""
-        total = np.zeros((len(per_token) + 1, per_token.shape[1]), dtype=np.int64)
-        np.cumsum(per_token, axis=0, out=total[1:])
-        return total[self.starts + self.lengths] - total[self.starts]
+    def count_by_sequence(self, ids: np.ndarray, size: int, *, once: bool = True) -> np.ndarray:
+        """int64 [S, size]: how often the tokens of each sequence name each of 0..size-1 in their ids [T, K].
+
+        -1 is passed over. once: a token counts once for each that it names. Takes memory of T K, not of T size.
+        """
+        counted = first_mentions(ids) if once else ids >= 0
+        cells = (self.sequence_of_token[:, None] * size + ids)[counted]
+        return np.bincount(cells, minlength=len(self.lengths) * size).reshape(-1, size)
 
     def counts_by_expert(self, layer: int, num_experts: int) -> np.ndarray:
         """int64 [S, E]: tokens of each sequence that chose each expert."""
-        return self.sum_by_sequence(membership(self.chosen[layer], num_experts))
+        return self.count_by_sequence(self.chosen[layer], num_experts)
+
+
+def first_mentions(ids: np.ndarray) -> np.ndarray:
+    """bool [T, K]: ids that are not -1 and do not stand further left in their row too."""
+    first = ids >= 0
+    for k in range(1, ids.shape[1]):
+        first[:, k] &= (ids[:, :k] != ids[:, k : k + 1]).all(1)
+    return first
 
 
 def membership(ids: np.ndarray, size: int) -> np.ndarray:
