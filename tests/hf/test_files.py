@@ -80,7 +80,8 @@ def test_what_goes_in_comes_out(folders: Path, tmp_path: Path) -> None:
         assert old.keys() == new.keys()
         assert [k for k in old if not torch.equal(old[k], new[k])] == [], name
         ids = torch.arange(20)[None]
-        assert torch.equal(before(ids).logits, after(ids).logits), name
+        # Tensors lie in memory as in their file, and products of equal ones that are aligned otherwise round otherwise.
+        assert torch.allclose(before(ids).logits, after(ids).logits, rtol=1e-5, atol=1e-5), name
         assert not (tmp_path / f"{name}.tmp").exists()
         # The same tensors under the same names, if not in the same files (the stacked format becomes the usual one).
         if name != "stacked":
