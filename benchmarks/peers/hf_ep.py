@@ -30,7 +30,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from benchmarks.peers.common import Peer
 from benchmarks.peers.counting import ByteCounter
-from benchmarks.peers.reduce_scatter import SwappedReduceScatter
+from benchmarks.peers.reduce_scatter import sum_over_gloo
 from luffy.comm import Comm
 from luffy.config import ModelConfig
 from luffy.data.batch import Layout
@@ -205,11 +205,7 @@ class HuggingFaceEP(Peer):
         if ranks == 1:
             model = model.to(self.mesh.device)
         elif dist.get_backend() == "gloo":
-            # gloo has no average: sum, and divide afterwards. (Experts have nobody to average with.)
-            for name, module in model.named_modules():
-                if isinstance(module, FSDPModule) and not name.endswith(".experts"):
-                    module.set_force_sum_reduction_for_comms(True)
-                    module.set_custom_reduce_scatter(SwappedReduceScatter(self.counter))
+            sum_over_gloo(model, self.counter)
         dist.barrier()
         if self.mesh.rank == 0:
             shutil.rmtree(folder)

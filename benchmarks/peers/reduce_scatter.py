@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
 from benchmarks.peers.counting import ByteCounter
@@ -39,3 +40,14 @@ class SwappedReduceScatter(ReduceScatter):
         with self.counter.charging("gradients"):
             dist.all_to_all_single(received, input_tensor, group=group)
         torch.sum(received.view(group.size(), -1), dim=0, out=output_tensor)
+
+
+def sum_over_gloo(model: nn.Module, counter: ByteCounter) -> None:
+    """Have a transformers model that is sharded by FSDP2 sum over gloo, which has no average, and divide afterwards.
+
+    (Experts have nobody to average with.)
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, FSDPModule) and not name.endswith(".experts"):
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_custom_reduce_scatter(SwappedReduceScatter(counter))

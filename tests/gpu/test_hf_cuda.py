@@ -1,8 +1,9 @@
-"""Hugging Face models on a GPU that two ranks share over gloo, against float64 on the CPU.
+"""Hugging Face models on GPUs: against float64 on the CPU, and sharded dense weights against replicated ones.
 
-The parent process never touches CUDA, so that ranks can be forked; all families share a launch.
+The parent process never touches CUDA, so that ranks can be forked; all that two ranks on one GPU do is one launch.
 """
 
+import glob
 import os
 
 import pytest
@@ -14,7 +15,9 @@ from hf.tiny import collate, random_rows, tiny_config, tiny_model, wide
 
 from luffy.comm import build_mesh
 from luffy.hf import parallelize
-from luffy.testing import gather_full, run_together
+from luffy.recipes import get_recipe
+from luffy.testing import gather_full, run_ranks, run_together
+from tests.hf import test_dense as dense
 
 pytestmark = [
     pytest.mark.gpu,
@@ -52,12 +55,17 @@ def compare(rank, device_name, family):
     return report
 
 
+SHARDED = [
+    dense.Case("deepseek_v3", get_recipe("luffy"), recompute=True),
+    dense.Case("qwen2_moe", dense.RANDOM, tied=True),
+]
 FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
 
 
 @pytest.fixture(scope="module")
 def outcomes():
-    return run_together({family: (compare, "cuda:0", family) for family in FAMILIES}, 2, case_seconds=300)
+    cases = {family: (compare, "cuda:0", family) for family in FAMILIES}
+    return run_together(cases | {"sharded": (dense.compare, SHARDED, "cuda:0")}, 2, case_seconds=300)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -69,3 +77,16 @@ def test_a_gpu_computes_what_a_cpu_does(family, outcomes):
         else:
             # A token that chooses another expert by a hair changes gradients a lot, and the loss little.
             assert loss_error < 0.02, about
+
+
+def test_sharded_dense_weights_on_a_gpu_that_two_ranks_share(outcomes):
+    """FSDP's streams, and gloo's copies from and to the device."""
+    for shares in outcomes["sharded"].get()[0]:
+        dense.check_memory(shares, 2)
+
+
+@pytest.mark.multigpu
+@pytest.mark.skipif(len(glob.glob("/dev/nvidia[0-9]*")) < 2, reason="needs two GPUs")
+def test_sharded_dense_weights_with_a_gpu_a_rank():
+    for shares in run_ranks(dense.compare, 2, SHARDED, "cuda", backend="nccl")[0]:
+        dense.check_memory(shares, 2)

@@ -92,13 +92,15 @@ def memory(parallel: ParallelModel, optimizer: torch.optim.Optimizer) -> dict[st
     }
 
 
-def compare(rank: int, cases: list[Case]) -> list[dict[str, float]]:
-    """For each case: the worst relative error and shares of memory, sharded over replicated."""
+def compare(rank: int, cases: list[Case], device: str = "cpu") -> list[dict[str, float]]:
+    """For each case: shares of memory, sharded over replicated, once all else is the same."""
+    if device == "cuda":
+        device = f"cuda:{torch.cuda.current_device()}"
     meshes: dict[int | None, Mesh] = {}
     out = []
     for case in cases:
         if case.ep_size not in meshes:
-            meshes[case.ep_size] = build_mesh(torch.device("cpu"), case.ep_size)
+            meshes[case.ep_size] = build_mesh(torch.device(device), case.ep_size)
         with wide():
             plain, sharded = (train(case, meshes[case.ep_size], how) for how in ("replicated", "sharded"))
         assert plain.keys() == sharded.keys()
