@@ -223,8 +223,9 @@ class AutoControl:
             self._learn_condensing()
             if duel.challenger.condenses:  # the table knew neither what is kept nor what finding it takes
                 self.table[duel.challenger] = self._condensed(self.table[replace(duel.challenger, condenses=False)])
-            modelled = self.table[duel.challenger] - self.table[duel.holder]
-            self.offsets[duel.challenger] = self._offset(duel.holder) + theirs - ours - modelled
+            if duel.challenger in self.table:  # another EP group's mixture may not be: then rank 0 knows its offset
+                modelled = self.table[duel.challenger] - self.table[duel.holder]
+                self.offsets[duel.challenger] = self._offset(duel.holder) + theirs - ours - modelled
         out = {
             "mode": duel.holder.name,
             "got_seconds": ours,

@@ -87,6 +87,7 @@ class Fake(AutoControl):
         table = dict(self.modelled)
         if self.may_condense:
             table[ALIKE] = self._condensed(table[STAY])
+        table.setdefault(self.mode, table[STAY])  # the mode at hand is always weighed
         return table
 
     def run(
@@ -218,6 +219,21 @@ def test_condensation_keeps_to_its_part_of_the_run() -> None:
     auto = Fake({STAY: 1.0, ALIKE: 0.5}, {STAY: 0.6}, kept=0.1, scheduled=range(10))
     auto.run(300)
     assert [step for step, m in enumerate(auto.ran) if m == ALIKE] == [8, 9] and auto.duel is None
+
+
+def test_a_rank_follows_rank_0_into_a_mixture_that_it_would_not_have_weighed() -> None:
+    """Ranks of another EP group recorded other routing."""
+    foreign = replace(STAY, residency=("fetch", "static", "static", "shadow"))
+
+    class Led(Fake):
+        def _agree(self, numbers: list[int]) -> list[int]:
+            if len(numbers) == 1:
+                return [2 * (not self.duel.turns)] if self.duel else numbers  # go on, then take the challenger
+            return [*self._encode(foreign), numbers[-1]] if self.mode == STAY else numbers
+
+    led = Led({STAY: 1.0, foreign: 2.0}, {STAY: 0.6, MOVE: 0.6})
+    led.run(60)
+    assert led.mode == foreign and foreign in led.offsets and led.ran[8:24].count(foreign) == 8
 
 
 def test_what_was_learnt_goes_through_a_checkpoint() -> None:
