@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -57,20 +58,49 @@ def options_of(device: str, ranks: int, small: bool, out: Path, more: tuple[str,
     return [*backend, *size, *rest, *more]
 
 
-def measure(way: str, target: Path, entries: str, steps: int, options: list[str], ranks: int, seconds: float) -> None:
-    """One launch. Leaves what was measured at `target`; it is ended when the time is over."""
+def measure(
+    way: str,
+    target: Path,
+    entries: str,
+    steps: int,
+    options: list[str],
+    ranks: int,
+    turn_seconds: float,
+    seconds: float,
+) -> None:
+    """Launch until what is left of the entries has been measured, or the time is over. Leaves it at `target`."""
     asked = [entries, steps, shlex.join(options)]
-    if target.exists() and (found := json.loads(target.read_text()))["complete"] and found["asked"] == asked:
+    if target.exists() and (found := json.loads(target.read_text()))["complete"] and found.get("whole") == asked:
         click.echo(f"{way}: already measured", err=True)
         return
-    if seconds <= STOPPING_SECONDS:
-        click.echo(f"{way}: no time left", err=True)
-        return
     target.unlink(missing_ok=True)
+    deadline = time.monotonic() + seconds
+    while (seconds := deadline - time.monotonic()) > STOPPING_SECONDS:
+        asked[0] = ";".join(e for e in entries.split(";") if e.split("=")[0].strip() not in left_out)
+        culprit = launch(way, target, asked, ranks, turn_seconds, seconds)
+        if culprit is None:
+            break
+        click.echo(f"{way}: again, without {culprit[0]}", err=True)
+        left_out[culprit[0]] = culprit[1]
+    else:
+        click.echo(f"{way}: no time left", err=True)
+    if target.exists():
+        found = json.loads(target.read_text())
+        found["failed"] |= left_out
+        write_json_atomic(target, found | {"whole": [entries, steps, shlex.join(options)]})
+
+
+def launch(
+    way: str, target: Path, asked: list[Any], ranks: int, turn_seconds: float, seconds: float
+) -> tuple[str, str] | None:
+    """One launch. The entry that ended it, and why, if one did."""
+    notes = target.with_suffix(".notes")
+    shutil.rmtree(notes, ignore_errors=True)
+    notes.mkdir(parents=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command += [str(ROOT / "benchmarks" / "multigpu_ranks.py"), "--entries", entries, "--steps", str(steps)]
+    command += [str(ROOT / "benchmarks" / "multigpu_ranks.py"), "--entries", asked[0], "--steps", str(asked[1])]
     command += ["--until", str(time.time() + seconds - STOPPING_SECONDS), "--options", asked[2], "--json", str(target)]
-    command += ["--rate-bytes", str(64 << 20 if "cuda" in options else 1 << 20)]
+    command += ["--rate-bytes", str(64 << 20 if "cuda" in asked[2] else 1 << 20), "--turn-seconds", str(turn_seconds)]
     before = dict(os.environ)
     os.environ |= WAYS[way] | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     try:
@@ -78,8 +108,16 @@ def measure(way: str, target: Path, entries: str, steps: int, options: list[str]
     finally:
         os.environ.clear()
         os.environ |= before
-    if status is None or status:
-        click.echo(f"{way}: {'stopped, the time was over' if status is None else f'failed with {status}'}", err=True)
+    if status is None:
+        click.echo(f"{way}: stopped, the time was over", err=True)
+    elif status:
+        # Where one failed and another waited for it, what failed says more.
+        found = [json.loads(path.read_text()) for path in sorted(notes.glob("*.json"))]
+        if found:
+            said = max(found, key=lambda note: len(note["why"]))
+            return said["label"], said["why"]
+        click.echo(f"{way}: failed with {status}", err=True)
+    return None
 
 
 def quartiles(values: list[float]) -> list[float] | None:
@@ -176,11 +214,14 @@ def show(found: dict[str, dict[str, Any]], out: Path, target: Path | None) -> No
 @click.option("--budget-seconds", default=3600.0, show_default=True)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cuda", show_default=True)
 @click.option("--small", is_flag=True, help="A size for the CPU, to try the benchmark itself.")
+@click.option(
+    "--turn-seconds", default=60.0, show_default=True, help="An entry that takes longer for a turn is left out."
+)
 @click.option("--only-report", is_flag=True, help="Measure nothing; show what is in --out.")
 @click.argument("more", nargs=-1, type=click.UNPROCESSED)
 def main(
     ranks: int, steps: int, entries: str, ways: str, out: Path, target: Path | None, budget_seconds: float, device: str,
-    small: bool, only_report: bool, more: tuple[str, ...],
+    small: bool, only_report: bool, turn_seconds: float, more: tuple[str, ...],
 ) -> None:  # fmt: skip
     deadline = time.monotonic() + budget_seconds
     chosen = ways.split(",")
@@ -190,10 +231,11 @@ def main(
     files = {way: out / f"{way.replace(' ', '-')}.json" for way in WAYS}
     if not only_report:
         options = options_of(device, ranks, small, out / "entries", more)
+        left_out: dict[str, str] = {}
         for i, way in enumerate(chosen):
             # A share of what is left each, so that a slow first way leaves something for the second.
             share = (deadline - time.monotonic()) / (len(chosen) - i)
-            measure(way, files[way], entries, steps, options, ranks, share)
+            measure(way, files[way], entries, steps, options, ranks, turn_seconds, share, left_out)
     found = {way: json.loads(path.read_text()) for way, path in files.items() if path.exists()}
     if not found:
         raise click.ClickException(f"nothing has been measured in {out}")

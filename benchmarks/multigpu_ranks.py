@@ -5,14 +5,22 @@ side in memory, and then take turns, round after round: a machine that slows dow
 whenever the time is over all have made as many steps. The first step of a turn follows another entry's last optimizer
 step, which a GPU may still be busy with, and the first turn compiles and allocates; neither is counted.
 
-An entry that cannot be made, or fails on all ranks alike, is left out, and the report says why. After every round
-rank 0 writes what has been measured, so that a job which is ended loses no more than a round.
+An entry that cannot be made, or fails on all ranks alike, is left out, and the report says why. One that fails on some
+ranks alone, or takes longer than --turn-seconds for a turn, leaves others waiting for ever: then the ranks note which
+it was and end, and benchmarks/multigpu.py begins again without it. After every round rank 0 writes what has been
+measured, so that a job which is ended loses no more than a round.
 """
 
 from __future__ import annotations
 
+import faulthandler
+import os
+import sys
+import threading
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,11 +73,34 @@ def _settle(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class Contest:
-    """All entries on this rank."""
+@contextmanager
+def bounded(label: str, seconds: float, note: Path) -> Iterator[None]:
+    """End this process if the block takes longer, with a word at `note` and where each thread was on stderr."""
 
-    def __init__(self, entries: list[Entry], shared: TrainOptions, mesh: Mesh, counter: ByteCounter) -> None:
+    def end() -> None:
+        if not note.exists():
+            write_json_atomic(note, {"label": label, "why": f"not over after {seconds:.0f} s"})
+        faulthandler.dump_traceback(file=sys.stderr)
+        os._exit(3)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+class Contest:
+    """All entries on this rank. notes: where ranks leave word of what ended them."""
+
+    def __init__(
+        self, entries: list[Entry], shared: TrainOptions, mesh: Mesh, counter: ByteCounter, notes: Path,
+        turn_seconds: float,
+    ) -> None:  # fmt: skip
         self.mesh, self.counter = mesh, counter
+        self.note, self.turn_seconds = notes / f"rank{mesh.rank}.json", turn_seconds
         self.runners: dict[str, Runner] = {}
         self.records: dict[str, list[dict[str, Any]]] = {}
         self.failed: dict[str, str] = {}
@@ -109,21 +140,34 @@ class Contest:
     def _attempt(self, label: str, do: Any) -> None:
         """Do a thing with an entry; leave the entry out, everywhere, if it fails anywhere."""
         error = ""
-        try:
-            do()
-        except UserError as mistake:
-            error = str(mistake)
-        except Exception:
-            error = traceback.format_exc()[-1500:]
-        ill = torch.tensor(int(bool(error)), device=self.mesh.device)
-        dist.all_reduce(ill)
-        if int(ill):
+        with bounded(label, self.turn_seconds, self.note):
+            try:
+                do()
+            except UserError as mistake:
+                error = str(mistake)
+            except Exception:
+                error = traceback.format_exc()[-1500:]
+            if error:
+                write_json_atomic(self.note, {"label": label, "why": error})
+            ill = torch.tensor(int(bool(error)), device=self.mesh.device)
+            dist.all_reduce(ill)
+            alike = int(ill)
+        self.note.unlink(missing_ok=True)
+        if alike:
             self.failed[label] = error or "it failed on another rank"
             self.runners.pop(label, None)
 
     def round(self) -> None:
         for label in list(self.runners):
+            began = time.monotonic()
             self._attempt(label, lambda label=label: self._turn(label))
+            if len(self.records[label]) == TURN:
+                held = (
+                    f", {torch.cuda.memory_reserved() / 1e9:.0f} GB held by all"
+                    if self.mesh.device.type == "cuda"
+                    else ""
+                )
+                self.say(f"{label}: its first {TURN} steps in {time.monotonic() - began:.1f} s{held}")
 
     def _turn(self, label: str) -> None:
         runner = self.runners[label]
@@ -145,14 +189,17 @@ class Contest:
 )
 @click.option("--options", required=True, help="Of luffy train, in one string.")
 @click.option("--rate-bytes", type=int, required=True)
+@click.option("--turn-seconds", default=60.0, show_default=True)
 @click.option("--json", "target", required=True, type=click.Path(path_type=Path))
-def main(entries: str, steps: int, until: float, options: str, rate_bytes: int, target: Path) -> None:
+def main(
+    entries: str, steps: int, until: float, options: str, rate_bytes: int, turn_seconds: float, target: Path
+) -> None:
     fixed = {"steps": steps, "eval_every": 0, "tensorboard": False}
     shared = TrainOptions(**parse_options(options, tuple(fixed), "multigpu"), **fixed)
     counter = ByteCounter().install()
     mesh = join_world(shared.device, shared.backend, None, None, 600.0)
     rate = link_rate(mesh, rate_bytes)
-    contest = Contest(entries_of(entries), shared, mesh, counter)
+    contest = Contest(entries_of(entries), shared, mesh, counter, target.with_suffix(".notes"), turn_seconds)
     done, took = 0, 0.0
     while done < steps:
         began = time.time()

@@ -32,6 +32,49 @@ def test_counted_steps_give_medians_ratios_and_rooflines():
     assert chosen["settled_over_vanilla_dedup"] == pytest.approx(2.0 / 4.5)
 
 
+def test_an_entry_that_ends_a_launch_is_left_out_of_the_next(tmp_path, monkeypatch):
+    target, asked = tmp_path / "way.json", []
+
+    def launch(command: list[str], seconds: float) -> int:
+        entries = command[command.index("--entries") + 1]
+        asked.append(entries)
+        if "luffy" not in entries:
+            target.write_text(json.dumps({"complete": True, "failed": {}, "asked": [entries]}))
+            return 0
+        # One rank failed, the other waited for it until its time was over.
+        (tmp_path / "way.notes" / "rank0.json").write_text(json.dumps({"label": "l", "why": "not over"}))
+        (tmp_path / "way.notes" / "rank1.json").write_text(json.dumps({"label": "l", "why": "out of memory on a GPU"}))
+        return 1
+
+    monkeypatch.setattr(multigpu, "run_for", launch)
+    multigpu.measure(
+        "as joined", target, "vanilla;l=luffy --overlap;janus", 10, ["--device", "cpu"], 2, 60.0, 100.0, {}
+    )
+    assert asked == ["vanilla;l=luffy --overlap;janus", "vanilla;janus"]
+    assert json.loads(target.read_text())["failed"] == {"l": "out of memory on a GPU"}
+    multigpu.measure(
+        "as joined", target, "vanilla;l=luffy --overlap;janus", 10, ["--device", "cpu"], 2, 60.0, 100.0, {}
+    )
+    assert len(asked) == 2, "what is complete is not measured again"
+
+
+def test_a_block_that_takes_too_long_ends_its_process_and_says_where(tmp_path):
+    note = tmp_path / "rank0.json"
+    code = f"""
+import time
+from pathlib import Path
+from benchmarks.multigpu_ranks import bounded
+with bounded("quick", 5.0, Path({str(note)!r})):
+    pass
+with bounded("slow", 0.2, Path({str(note)!r})):
+    time.sleep(60)
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, env=environment)
+    assert done.returncode == 3 and "line 8" in done.stderr
+    assert json.loads(note.read_text())["label"] == "slow"
+
+
 @pytest.mark.slow
 def test_all_entries_share_a_launch_and_lossless_ones_a_loss(corpus, tmp_path):
     entries = "vanilla;vanilla_dedup;luffy;auto;luffy_max;janus;fastermoe;overlapped=vanilla_dedup --overlap;"
