@@ -59,16 +59,13 @@ def options_of(device: str, ranks: int, small: bool, out: Path, more: tuple[str,
 
 
 def measure(
-    way: str,
-    target: Path,
-    entries: str,
-    steps: int,
-    options: list[str],
-    ranks: int,
-    turn_seconds: float,
-    seconds: float,
-) -> None:
-    """Launch until what is left of the entries has been measured, or the time is over. Leaves it at `target`."""
+    way: str, target: Path, entries: str, steps: int, options: list[str], ranks: int, turn_seconds: float,
+    seconds: float, left_out: dict[str, str],
+) -> None:  # fmt: skip
+    """Launch until what is left of the entries has been measured, or the time is over. Leaves it at `target`.
+
+    left_out: entries that have ended a launch, and why; what ends one here is added.
+    """
     asked = [entries, steps, shlex.join(options)]
     if target.exists() and (found := json.loads(target.read_text()))["complete"] and found.get("whole") == asked:
         click.echo(f"{way}: already measured", err=True)
