@@ -10,10 +10,12 @@ an untrained model flatter whoever follows locality. Recipes run as they are and
 a neglected schedule; tables show both. Runs of other systems (docs/peers.md) join with `--also` of `luffy compare`.
 """
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import click
-from compare_tools import Cell, Study, bars, options, report, run_study, settings_of, step_seconds
+from compare_tools import Cell, Study, bars, communication, options, report, run_study, settings_of, step_seconds
 
 from luffy.report.runs import read_run
 from luffy.report.summaries import set_side_by_side, summarise
@@ -65,7 +67,8 @@ def table(found):
                 x["label"],
                 f"{step_seconds(x):.3f} ({x['step_seconds'][0]:.3f}-{x['step_seconds'][2]:.3f})",
                 f"{x['speedup_over'].get('vanilla', 1.0):.2f}x",
-                f"{x['phase_seconds']['exchange'] + x['phase_seconds'].get('gradients', 0):.3f}",
+                # Other systems' runs do not say where their seconds went.
+                _number(communication(x) if roof else None),
                 _number(x.get("exchange_hidden_seconds")),
                 _number(roof.get("seconds")),
                 f"{sum(x['step_bytes'].values()) / 1e6:.0f}",
@@ -96,17 +99,22 @@ STUDY = Study(
 
 @click.command(help=__doc__)
 @options
+@click.option("--also", multiple=True, type=click.Path(path_type=Path), help="A peer's run, to stand in the table too.")
 @click.option(
     "--collect", type=click.Path(path_type=Path), help="Run nothing: report on the finished runs in this folder."
 )
-def main(collect, out, **values):
+def main(collect, also, out, **values):
     s = settings_of(STUDY, out=out, **values)
     if collect is None:
-        run_study(STUDY, s)
+        study = replace(
+            STUDY, cells=lambda s: [replace(c, extra=[w for f in also for w in ("--also", str(f))]) for c in cells(s)]
+        )
+        run_study(study, s)
         return
     found = {}
     for cell in cells(s)[:1]:
         folders = {e.label: collect / e.folder for e in parse_entries(cell.recipes)}
+        folders |= {json.loads((f / "summary.json").read_text())["recipe"]: f for f in also}
         finished = {label: read_run(f) for label, f in folders.items() if (f / "summary.json").exists()}
         summaries = [summarise(label, [run]) for label, run in finished.items()]
         set_side_by_side(summaries, [[run] for run in finished.values()])

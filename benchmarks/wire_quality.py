@@ -31,7 +31,7 @@ from typing import Any
 
 import click
 from matplotlib.figure import Figure
-from trainings import LEARNING_RATE, LUFFY, MODEL, failure, side_by_side, training
+from trainings import LEARNING_RATE, LUFFY, MODEL, failure, fingerprint, side_by_side, training
 
 from luffy.recipes import RECIPES, Recipe
 from luffy.train.metrics import describe_machine, read_metrics, write_json_atomic
@@ -125,7 +125,7 @@ def train(
     seconds: float, out: Path,
 ) -> None:  # fmt: skip
     """Train every scheme with every seed."""
-    lock = threading.Lock()
+    lock, corpus = threading.Lock(), fingerprint(data)
     size, length = (SMALL, 64) if small else (MODEL, 512)
     content = json.loads(out.read_text()) if out.exists() else {"environment": describe_machine(device), "runs": []}
     settings = {"model": size, "steps": steps, "batch_size": batch_size, "sequence_length": length, "lr": LEARNING_RATE}
@@ -137,7 +137,7 @@ def train(
     out.parent.mkdir(parents=True, exist_ok=True)
 
     def one(seed: int, scheme: str, variables: dict[str, str]) -> str:
-        if any((r["scheme"], r["seed"]) == (scheme, seed) for r in content["runs"]):
+        if any((r["scheme"], r["seed"], r["corpus"]) == (scheme, seed, corpus) for r in content["runs"]):
             return "done before"
         target = out.with_suffix("") / f"{scheme.replace(' ', '-')}-seed{seed}"
         wire, condense = (SCHEMES | MORE)[scheme]
@@ -152,7 +152,8 @@ def train(
             command = [*LUFFY, "train", "--recipe", "vanilla", "--ranks", "1", *options]
         if (problem := failure(command, variables)) is not None:
             return problem
-        result = {"scheme": scheme, "seed": seed, "wire": wire, "condense": condense} | outcome(target)
+        about = {"scheme": scheme, "seed": seed, "corpus": corpus, "wire": wire, "condense": condense}
+        result = about | outcome(target)
         with lock:
             content["runs"].append(result)
             write_json_atomic(out, content)
@@ -179,17 +180,32 @@ def by_scheme(path: Path) -> Runs:
     return {s: sorted((r for r in runs if r["scheme"] == s), key=lambda r: r["seed"]) for s in order}
 
 
-def gaps_to(base: str, scheme: str, runs_of: Runs) -> list[float]:
-    """Held-out loss of each run of a scheme above that of scheme `base` and the same seed."""
-    losses = {r["seed"]: r["valid_loss"] for r in runs_of.get(base, [])}
-    return [r["valid_loss"] - losses[r["seed"]] for r in runs_of[scheme] if r["seed"] in losses]
+Pair = tuple[str, int]  # runs of one corpus and one seed read the same sequences, and may be compared
+
+
+def pair_of(run: dict[str, Any]) -> Pair:
+    return run["corpus"], run["seed"]
+
+
+def bases(runs_of: Runs) -> dict[Pair, dict[str, Any]]:
+    """For each pair the run that rounds nothing: none, or else bf16, as the stream is bfloat16."""
+    return {pair_of(r): r for scheme in ("bf16", "none") for r in runs_of.get(scheme, [])}
+
+
+def gaps_to(base: dict[Pair, dict[str, Any]], runs: list[dict[str, Any]]) -> list[float]:
+    """Held-out loss of each run above that of its pair's base, if that is another run."""
+    return [
+        r["valid_loss"] - base[pair_of(r)]["valid_loss"]
+        for r in runs
+        if pair_of(r) in base and base[pair_of(r)] is not r
+    ]
 
 
 def byte_share(run: dict[str, Any], runs_of: Runs) -> float | None:
     """Bytes of rows over those of rows as they are: by count of bits, or as metered beside `moves` of the seed."""
     if not moves(run["scheme"]):
         return bits_per_value(run["scheme"]) * run["kept"] / 16
-    whole = [r["row_bytes"] for r in runs_of.get(MOVES.name, []) if r["seed"] == run["seed"]]
+    whole = [r["row_bytes"] for r in runs_of.get(MOVES.name, []) if pair_of(r) == pair_of(run)]
     return run["row_bytes"] / whole[0] if whole else None
 
 
@@ -200,11 +216,12 @@ def as_gap(gaps: list[float]) -> str:
 @main.command()
 @click.argument("results", type=click.Path(path_type=Path, exists=True))
 def table(results: Path) -> None:
-    """Markdown: means over seeds."""
+    """Markdown: means over runs, gaps within pairs of the same corpus and seed."""
     runs_of = by_scheme(results)
+    base, moved = bases(runs_of), {pair_of(r): r for r in runs_of.get(MOVES.name, [])}
     click.echo(
-        "| scheme | seeds | bits a value | copies sent | moved | bytes, share | held-out loss | above none, paired | "
-        "above moves, paired |"
+        "| scheme | runs | bits a value | copies sent | moved | bytes, share | pairs | held-out loss above none | "
+        "above moves |"
     )
     click.echo("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for scheme, runs in runs_of.items():
@@ -216,9 +233,9 @@ def table(results: Path) -> None:
             f"{mean(r['kept'] for r in runs):.2f}",
             f"{mean(r['moved'] for r in runs):.2f}" if moves(scheme) else "",
             f"{mean(shares):.2f}" if shares else "",
-            f"{mean(r['valid_loss'] for r in runs):.3f}",
-            as_gap(gaps_to("none", scheme, runs_of)) if scheme != "none" else "",
-            as_gap(gaps_to(MOVES.name, scheme, runs_of)) if moves(scheme) and scheme != MOVES.name else "",
+            str(len(gaps_to(base, runs)) or ""),
+            as_gap(gaps_to(base, runs)),
+            as_gap(gaps_to(moved, runs)) if moves(scheme) else "",
         ]
         click.echo(f"| {' | '.join(cells)} |")
 
@@ -229,21 +246,21 @@ def table(results: Path) -> None:
 def figure(results: Path, png: Path) -> None:
     """Left: bytes against loss gap, a point a seed and the mean. Right: held-out loss above that of none, by step."""
     runs_of = by_scheme(results)
-    if "none" not in runs_of:
+    base = {(pair, step): loss for pair, r in bases(runs_of).items() for step, loss in r["curve"]}
+    if not base:
         raise click.ClickException("the file has no runs of scheme none to compare with")
     picture = Figure(figsize=(11, 4.4), layout="constrained")
     left, right = picture.subplots(1, 2)
-    base = {(r["seed"], step): loss for r in runs_of["none"] for step, loss in r["curve"]}
     for i, (scheme, runs) in enumerate(runs_of.items()):
         colour, marker = f"C{i % 10}", "os^Dv"[i // 10]
-        found = [(share, r["valid_loss"] - base[r["seed"], r["steps"]]) for r in runs
-                 if (r["seed"], r["steps"]) in base and (share := byte_share(r, runs_of)) is not None]  # fmt: skip
+        found = [(share, r["valid_loss"] - base[pair_of(r), r["steps"]]) for r in runs
+                 if (pair_of(r), r["steps"]) in base and (share := byte_share(r, runs_of)) is not None]  # fmt: skip
         if not found:
             continue
         share, gaps = zip(*found, strict=True)
         left.scatter(share, gaps, s=12, color=colour, alpha=0.4, marker=marker)
         left.scatter(mean(share), mean(gaps), s=55, color=colour, label=scheme, marker=marker)
-        curves = [[(step, loss - base[r["seed"], step]) for step, loss in r["curve"] if (r["seed"], step) in base]
+        curves = [[(step, loss - base[pair_of(r), step]) for step, loss in r["curve"] if (pair_of(r), step) in base]
                   for r in runs]  # fmt: skip
         points = list(zip(*[c for c in curves if c], strict=False))
         right.plot([at[0][0] for at in points], [mean(gap for _, gap in at) for at in points], color=colour,

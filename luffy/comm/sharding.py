@@ -43,8 +43,19 @@ def local_part(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor in full, sharded or not; every rank calls it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    """A tensor in full, sharded or not; every rank calls it.
+
+    Not by `full_tensor`: over gloo its collective takes a GPU's memory for the host's, and crashes (torch 2.11).
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    group, part = tensor.device_mesh.get_group(), tensor.to_local()
+    share = -(-tensor.shape[0] // group.size())  # rows of a rank; the last ones may have fewer, or none
+    mine = part.new_zeros(share, *tensor.shape[1:])
+    mine[: part.shape[0]] = part
+    every = part.new_empty(group.size() * share, *tensor.shape[1:])
+    all_gather_flat(every, mine, group=group)
+    return every[: tensor.shape[0]]
 
 
 class Unit(nn.Module):

@@ -64,15 +64,39 @@ def test_the_recorded_wire_runs_can_be_continued():
         assert (run["wire"], run["condense"]) == (wire_quality.SCHEMES | wire_quality.MORE)[run["scheme"]]
 
 
-def test_moving_schemes_are_compared_with_moves_of_their_seed():
-    def run(scheme, seed, loss, row_bytes):
-        return {"scheme": scheme, "seed": seed, "valid_loss": loss, "kept": 1.0, "row_bytes": row_bytes}
+def run(scheme, seed, loss, row_bytes, corpus="texts (12 bytes)"):
+    content = {"scheme": scheme, "seed": seed, "corpus": corpus, "valid_loss": loss}
+    return content | {"kept": 1.0, "row_bytes": row_bytes}
 
+
+def test_moving_schemes_are_compared_with_moves_of_their_seed():
     runs_of = {
         "moves": [run("moves", 0, 4.0, 100), run("moves", 1, 4.2, 200)],
         "moves int8": [run("moves int8", 1, 4.3, 90), run("moves int8", 2, 9.9, 90)],
     }
-    assert wire_quality.gaps_to("moves", "moves int8", runs_of) == [pytest.approx(0.1)]
+    moved = {wire_quality.pair_of(r): r for r in runs_of["moves"]}
+    assert wire_quality.gaps_to(moved, runs_of["moves int8"]) == [pytest.approx(0.1)]
+    assert wire_quality.gaps_to(moved, runs_of["moves"]) == []
     shares = [wire_quality.byte_share(r, runs_of) for r in runs_of["moves int8"]]
     assert shares == [0.45, None]
     assert wire_quality.byte_share(run("int8", 0, 4.0, 0), {}) == pytest.approx(8.5 / 16)
+
+
+def test_runs_are_compared_within_a_corpus_and_a_seed():
+    runs_of = {
+        "none": [run("none", 0, 4.0, 0)],
+        "bf16": [run("bf16", 0, 4.1, 0), run("bf16", 0, 5.0, 0, corpus="others (13 bytes)")],
+        "int8": [run("int8", 0, 4.2, 0), run("int8", 0, 5.5, 0, corpus="others (13 bytes)"), run("int8", 1, 9.0, 0)],
+    }
+    base = wire_quality.bases(runs_of)
+    assert wire_quality.gaps_to(base, runs_of["int8"]) == pytest.approx([0.2, 0.5])
+    assert wire_quality.gaps_to(base, runs_of["bf16"]) == pytest.approx([0.1])
+    assert wire_quality.gaps_to(base, runs_of["none"]) == []
+
+
+def test_a_corpus_is_known_by_its_files(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{}")
+    one = trainings.fingerprint(str(tmp_path))
+    assert one == trainings.fingerprint(str(tmp_path / "a.jsonl")) == "a.jsonl (2 bytes)"
+    (tmp_path / "valid.jsonl").write_text("{}")
+    assert trainings.fingerprint(str(tmp_path)) != one and trainings.fingerprint("stdlib") == "stdlib"
