@@ -200,7 +200,6 @@ def test_rehoming_changes_where_experts_live_and_nothing_else(small, tmp_path):
             assert r["bytes"]["experts"] > moves[r["step"]]["move_num_bytes"]  # the recording is counted too
     home = _run(settings | {"out": str(tmp_path / "home"), "rehome_every": 0}, 4)
     assert whole == pytest.approx(home, rel=1e-10)
-    assert whole != home  # another order of summation
     for name in ("run", "home"):
         with safe_open(str(tmp_path / name / "model.safetensors"), "pt") as f:
             exported = f.get_tensor("blocks.1.moe.experts.w_in")
