@@ -40,7 +40,7 @@ def command_of(cell: str, steps: int, device: str, target: Path, more: tuple[str
     options += ["--vocab-size", "2048", "--sequence-length", "128", "--batch-size", str(int(ranks) * int(sequences))]
     options += ["--rehome-every", "0", "--no-profile-attention", "--out", str(target.with_suffix("")), *more]
     inside = [sys.executable, str(RANKS_FILE), "--entries", ";".join((*FIXED, "auto")), "--steps", str(steps)]
-    inside += ["--until", str(time.time() + 1e6), "--options", shlex.join(options), "--rate-bytes", str(1 << 20)]
+    inside += ["--options", shlex.join(options), "--rate-bytes", str(1 << 20)]
     inside += ["--turn-seconds", "300", "--json", str(target)]
     return [*LUFFY, "lab", "--ranks", ranks, "--link", link, "--per-rank", "--", *inside]
 
@@ -115,7 +115,6 @@ def main(
             seconds = deadline - STOPPING_SECONDS - time.monotonic()
             if seconds <= 0:
                 break
-            path.with_suffix(".notes").mkdir(exist_ok=True)
             status = run_for(command_of(cell, steps, device, path, more), seconds)
             if status is None:
                 break

@@ -30,6 +30,8 @@ from luffy.train.metrics import describe_machine, write_json_atomic
 
 LUFFY = [sys.executable, "-m", "luffy.train.cli"]
 HATCHES = (None, "///", "...")
+# NCCL past NVLink and shared memory: every byte through the loopback interface, as a slow link.
+SOCKETS = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo"}
 STOPPING_SECONDS = 15.0  # left for a cell to end its ranks and its links
 MODELS = ("moe-gpt2", "moe-bert-large", "moe-transformer-xl")
 

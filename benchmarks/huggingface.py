@@ -31,6 +31,7 @@ import click
 import numpy as np
 import torch
 import torch.distributed as dist
+from compare_tools import SOCKETS
 from peers.counting import ByteCounter
 from peers.reduce_scatter import sum_over_gloo
 from transformers import AutoModelForCausalLM, OlmoeConfig
@@ -55,7 +56,6 @@ SYSTEMS = {
 }
 ROWS = ("dispatch", "combine", "dispatch_backward", "combine_backward", "experts")
 LINK = "1gbit"
-SOCKETS = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo"}
 
 
 @dataclass(frozen=True)

@@ -30,13 +30,12 @@ from typing import Any
 
 import click
 import numpy as np
-from compare_tools import STOPPING_SECONDS, bars, run_for
+from compare_tools import SOCKETS, STOPPING_SECONDS, bars, run_for
 
 from luffy.report import style
 from luffy.report.compare_table import as_text
 from luffy.train.metrics import write_json_atomic
 
-SOCKETS = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo"}
 WAYS: dict[str, dict[str, str]] = {"as joined": {}, "sockets": SOCKETS}
 BASE = "vanilla_dedup"
 ENTRIES = (
@@ -93,7 +92,6 @@ def launch(
     """One launch. The entry that ended it, and why, if one did."""
     notes = target.with_suffix(".notes")
     shutil.rmtree(notes, ignore_errors=True)
-    notes.mkdir(parents=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command += [str(ROOT / "benchmarks" / "multigpu_ranks.py"), "--entries", asked[0], "--steps", str(asked[1])]
     command += ["--until", str(time.time() + seconds - STOPPING_SECONDS), "--options", asked[2], "--json", str(target)]

@@ -100,6 +100,7 @@ class Contest:
         turn_seconds: float,
     ) -> None:  # fmt: skip
         self.mesh, self.counter = mesh, counter
+        notes.mkdir(parents=True, exist_ok=True)
         self.note, self.turn_seconds = notes / f"rank{mesh.rank}.json", turn_seconds
         self.runners: dict[str, Runner] = {}
         self.records: dict[str, list[dict[str, Any]]] = {}
@@ -184,9 +185,7 @@ class Contest:
 @click.command()
 @click.option("--entries", required=True)
 @click.option("--steps", type=int, required=True)
-@click.option(
-    "--until", type=float, required=True, help="Seconds since the epoch: begin no round that would end later."
-)
+@click.option("--until", default=float("inf"), help="Seconds since the epoch: begin no round that would end later.")
 @click.option("--options", required=True, help="Of luffy train, in one string.")
 @click.option("--rate-bytes", type=int, required=True)
 @click.option("--turn-seconds", default=60.0, show_default=True)

@@ -50,7 +50,7 @@ def whole(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor.detach()
     group, part = tensor.device_mesh.get_group(), tensor.to_local()
-    share = -(-tensor.shape[0] // group.size())  # rows of a rank; the last ones may have fewer, or none
+    share = _rows_per_rank(tensor.shape[0], group.size())
     mine = part.new_zeros(share, *tensor.shape[1:])
     mine[: part.shape[0]] = part
     every = part.new_empty(group.size() * share, *tensor.shape[1:])
@@ -159,10 +159,15 @@ def shard_units(comm: Comm, units: list[Unit], dtype: torch.dtype, keep_whole: I
     return root
 
 
+def _rows_per_rank(rows: int, world_size: int) -> int:
+    """As torch's `Shard(0)` divides: so many for each rank but the last ones, which may have fewer or none."""
+    return -(-rows // world_size)
+
+
 def rows_of(parameter: Tensor, comm: Comm) -> tuple[int, int]:
     """Which rows of a sharded parameter this rank has, from and up to."""
     rows, rank = parameter.shape[0], comm.mesh.rank
-    share = -(-rows // comm.mesh.world_size)
+    share = _rows_per_rank(rows, comm.mesh.world_size)
     return min(rank * share, rows), min((rank + 1) * share, rows)
 
 

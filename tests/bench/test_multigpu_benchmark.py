@@ -42,6 +42,7 @@ def test_an_entry_that_ends_a_launch_is_left_out_of_the_next(tmp_path, monkeypat
             target.write_text(json.dumps({"complete": True, "failed": {}, "asked": [entries]}))
             return 0
         # One rank failed, the other waited for it until its time was over.
+        (tmp_path / "way.notes").mkdir()
         (tmp_path / "way.notes" / "rank0.json").write_text(json.dumps({"label": "l", "why": "not over"}))
         (tmp_path / "way.notes" / "rank1.json").write_text(json.dumps({"label": "l", "why": "out of memory on a GPU"}))
         return 1

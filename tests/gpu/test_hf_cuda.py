@@ -3,7 +3,6 @@
 The parent process never touches CUDA, so that ranks can be forked; all that two ranks on one GPU do is one launch.
 """
 
-import glob
 import os
 
 import pytest
@@ -15,6 +14,7 @@ from hf.tiny import collate, random_rows, tiny_config, tiny_model, wide
 
 from luffy.comm import build_mesh
 from luffy.hf import parallelize
+from luffy.lab.gpus import count_gpus
 from luffy.recipes import get_recipe
 from luffy.testing import gather_full, run_ranks, run_together
 from tests.hf import test_dense as dense
@@ -86,7 +86,7 @@ def test_sharded_dense_weights_on_a_gpu_that_two_ranks_share(outcomes):
 
 
 @pytest.mark.multigpu
-@pytest.mark.skipif(len(glob.glob("/dev/nvidia[0-9]*")) < 2, reason="needs two GPUs")
+@pytest.mark.skipif(count_gpus() < 2, reason="needs two GPUs")
 def test_sharded_dense_weights_with_a_gpu_a_rank():
     for shares in run_ranks(dense.compare, 2, SHARDED, "cuda", backend="nccl")[0]:
         dense.check_memory(shares, 2)

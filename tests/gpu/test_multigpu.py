@@ -5,7 +5,6 @@ one process group (`run_together`), since to start NCCL takes longer than they d
 The parent process never touches CUDA, so that ranks can be forked.
 """
 
-import glob
 import json
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import pytest
 import torch
 
 from luffy.comm import build_mesh
+from luffy.lab.gpus import count_gpus
 from luffy.recipes import Recipe, get_recipe
 from luffy.testing import run_together
 from luffy.train.metrics import read_metrics
@@ -27,7 +27,7 @@ from tests.model.cases import Case, check_exact, shrunk, train_on_ranks
 from tests.model.condensing import check_condensed_exact, condensed_step
 
 DEVICE, BACKEND = "cuda", "nccl"
-GPUS = len(glob.glob("/dev/nvidia[0-9]*"))
+GPUS = count_gpus()
 WORLDS = [n for n in (2, 4, 8) if n <= GPUS]
 pytestmark = [
     pytest.mark.gpu,
