@@ -18,8 +18,9 @@ def return_rows(partial: Tensor, copies: Copies, wire: WireCodecs = AS_THEY_ARE)
     sent them, so their tokens are known without being told.
     """
     n = copies.num_local
+    own, away = partial.split([n, partial.shape[0] - n])
     under_way = depart(
-        [partial[n:]],
+        [away],
         copies.exchange.reversed(),
         directions=("combine",),
         backward_directions=("combine_backward",),
@@ -27,7 +28,7 @@ def return_rows(partial: Tensor, copies: Copies, wire: WireCodecs = AS_THEY_ARE)
     )
     yield
     (remote,) = arrive(under_way)
-    return torch.cat([wire.staying(partial[:n]), remote])
+    return torch.cat([wire.staying(own), remote])
 
 
 def combine(hidden: Tensor, partial: Tensor, copies: Copies, wire: WireCodecs = AS_THEY_ARE) -> Stage[Tensor]:
@@ -43,8 +44,9 @@ def combine(hidden: Tensor, partial: Tensor, copies: Copies, wire: WireCodecs = 
 def _combine_coded(hidden: Tensor, partial: Tensor, copies: Copies, wire: WireCodecs) -> Stage[Tensor]:
     """The same, where what decodes the rows adds them up by token."""
     n, T = copies.num_local, hidden.shape[0]
+    own, away = partial.split([n, partial.shape[0] - n])
     under_way = depart(
-        [partial[n:]],
+        [away],
         copies.exchange.reversed(),
         directions=("combine",),
         backward_directions=("combine_backward",),
@@ -53,4 +55,4 @@ def _combine_coded(hidden: Tensor, partial: Tensor, copies: Copies, wire: WireCo
     yield
     (remote,) = arrive(under_way)  # [T, D]
     out = hidden.to(remote.dtype) + remote
-    return out.index_add(0, copies.token[:n], wire.staying(partial[:n]).to(remote.dtype)).to(hidden.dtype)
+    return out.index_add(0, copies.token[:n], wire.staying(own).to(remote.dtype)).to(hidden.dtype)

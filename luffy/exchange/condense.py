@@ -22,7 +22,7 @@ Condensation is for training only: evaluation never condenses.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -270,16 +270,6 @@ def _with_history(
     return torch.cat(places), SimilarityHistory(layout.global_token, table[:-1].unflatten(0, (T, T)))
 
 
-def only_sent(keys: CopyKeys, condensed: Condensed, *, kernel: bool | None = None) -> CopyKeys:
-    """The keys without the copies that do not travel. kernel: as for `condense`."""
-    if kernel or (kernel is None and keys.keys.is_cuda and fused.triton is not None):
-        new_keys, new_rank = fused.drop(keys.keys, keys.rank, keys.is_copy, condensed.sent)
-        return replace(keys, keys=new_keys, is_copy=condensed.sent, rank=new_rank)
-    dropped = keys.is_copy & ~condensed.sent
-    last = keys.keys.new_full((), torch.iinfo(torch.int64).max)
-    return replace(
-        keys,
-        keys=torch.where(dropped.flatten(), last, keys.keys),
-        is_copy=condensed.sent,
-        rank=keys.rank.masked_fill(dropped, -1),
-    )
+def only_sent(keys: CopyKeys, condensed: Condensed) -> CopyKeys:
+    """The keys without the copies that do not travel."""
+    return CopyKeys(condensed.sent, keys.rank.masked_fill(keys.is_copy > condensed.sent, -1))

@@ -13,12 +13,14 @@ One read-back from the device is needed, the split sizes; all other shapes follo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from luffy.comm import Comm, RowExchange
+from luffy.exchange.order import stable_order
 
 
 @dataclass(frozen=True)
@@ -80,48 +82,55 @@ class ExpertMap:
 
 @dataclass(frozen=True)
 class CopyKeys:
-    """Sortable keys of all possible copies, int64 [T * K]; `is_copy` marks real ones, `rank` their destination."""
+    """All possible copies [T, K]: `is_copy` (bool) marks real ones; `rank` (int64) serves the choice, -1 for none."""
 
-    keys: Tensor
     is_copy: Tensor
     rank: Tensor
 
 
-def copy_keys(topk_expert_ids: Tensor, experts: ExpertMap, ep_rank: int, ep_size: int, per: str) -> CopyKeys:
+def copy_keys(topk_expert_ids: Tensor, experts: ExpertMap, ep_rank: int, per: str) -> CopyKeys:
     """Decide the copies of [T, K] choices. `per` is "ranks" (deduplicated) or "pairs"."""
-    T, K = topk_expert_ids.shape
+    K = topk_expert_ids.shape[1]
     rank = experts.rank_of(topk_expert_ids, ep_rank)  # [T, K]
     is_copy = rank >= 0
     if per == "ranks":
         for k in range(1, K):  # a later choice on a rank that an earlier one already pays for
             is_copy[:, k] &= (rank[:, :k] != rank[:, k : k + 1]).all(1)
-    order = torch.where(rank == ep_rank, 0, rank + 1)  # own copies first, then by rank
-    flat = torch.arange(T * K, device=rank.device).unflatten(0, (T, K))
-    keys = torch.where(is_copy, order * (T * K) + flat, (ep_size + 1) * T * K)
-    return CopyKeys(keys.flatten(), is_copy, rank)
+    return CopyKeys(is_copy, rank)
+
+
+def in_order(keys: CopyKeys, ep_rank: int, ep_size: int) -> Tensor:
+    """token * K + slot of the copies, own ones first, then by rank, then by token; others behind: int64 [T * K]."""
+    destination = torch.where(keys.rank == ep_rank, 0, keys.rank + 1)
+    destination = torch.where(keys.is_copy, destination, ep_size + 1)
+    return stable_order(destination.flatten(), ep_size + 2)
 
 
 @dataclass(frozen=True)
 class Copies:
     """The rows that leave this rank's tokens.
 
-    token: int64 [C], row in the batch; own copies first, then by destination rank, then by token.
-    slot: int64 [C], which of the token's K choices the copy stands for (its first on that rank).
+    flat: int64 [C], token * K + slot, the name of each copy among all that are possible; own copies first, then by
+    destination rank, then by token. slot: which of the token's K choices it stands for (its first on that rank).
     num_local: copies that stay. exchange: split sizes for the others.
     num_pairs: (row, expert) pairs this rank's experts will compute, from all sources.
     """
 
-    token: Tensor
-    slot: Tensor
+    flat: Tensor
     num_local: int
     exchange: RowExchange
     num_pairs: int
     top_k: int
 
-    @property
-    def flat(self) -> Tensor:
-        """token * K + slot, the name of each copy among all that are possible: int64 [C]."""
-        return self.token * self.top_k + self.slot
+    @cached_property
+    def token(self) -> Tensor:
+        """The row of each copy in the batch, int64 [C]."""
+        return self.flat // self.top_k
+
+    @cached_property
+    def slot(self) -> Tensor:
+        """Which of its token's choices each copy stands for, int64 [C]."""
+        return self.flat % self.top_k
 
     def places(self, num_possible: int) -> Tensor:
         """Where each possible copy stands among these, C for those that are not: int64 [num_possible]."""
@@ -134,7 +143,8 @@ def all_local(keys: CopyKeys, topk_expert_ids: Tensor, comm: Comm) -> Copies:
     """The copies where every rank holds whatever its tokens chose: none leaves, and nobody needs to be told."""
     num_copies, num_pairs = torch.stack([keys.is_copy.sum(), (keys.rank >= 0).sum()]).tolist()
     none = (0,) * comm.mesh.ep_size
-    return _in_order(keys, topk_expert_ids, num_copies, num_copies, num_pairs, RowExchange(comm, none, none, idle=True))
+    exchange = RowExchange(comm, none, none, idle=True)
+    return _copies(keys, topk_expert_ids.shape[1], num_copies, num_copies, num_pairs, exchange)
 
 
 def exchange_counts(
@@ -160,12 +170,9 @@ def exchange_counts(
     num_local, num_copies = out[me], sum(out)
     out[me] = into[me] = 0
     exchange, num_pairs = RowExchange(comm, tuple(out), tuple(into)), int(gathered[:, 1, me].sum())
-    return _in_order(keys, topk_expert_ids, num_copies, num_local, num_pairs, exchange), gathered[:, 2:]
+    return _copies(keys, topk_expert_ids.shape[1], num_copies, num_local, num_pairs, exchange), gathered[:, 2:]
 
 
-def _in_order(
-    keys: CopyKeys, topk_expert_ids: Tensor, num_copies: int, num_local: int, num_pairs: int, exchange: RowExchange
-) -> Copies:
-    K = topk_expert_ids.shape[1]
-    index = keys.keys.sort().values[:num_copies] % max(topk_expert_ids.numel(), 1)
-    return Copies(index // K, index % K, num_local, exchange, num_pairs, K)
+def _copies(keys: CopyKeys, K: int, num_copies: int, num_local: int, num_pairs: int, exchange: RowExchange) -> Copies:
+    mesh = exchange.comm.mesh
+    return Copies(in_order(keys, mesh.ep_rank, mesh.ep_size)[:num_copies], num_local, exchange, num_pairs, K)

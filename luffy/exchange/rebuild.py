@@ -29,6 +29,7 @@ from luffy.exchange.condense import Condensed
 from luffy.exchange.copies import CopyKeys, ExpertMap
 from luffy.exchange.dispatch import Received
 from luffy.exchange.migrate import Migration, transfer
+from luffy.exchange.order import stable_order
 from luffy.exchange.shared import take_shared
 from luffy.exchange.stage import Stage
 from luffy.exchange.wire import AS_THEY_ARE, WireCodecs
@@ -46,7 +47,7 @@ def own_shared(received: Received, experts: ExpertMap, ep_rank: int) -> Tensor |
     """Whether the answer of each received row is shared: bool [R]; None where nothing is condensed."""
     if received.shared is None:
         return None
-    return (received.shared & (experts.rank_of(received.expert_ids, received.source) == ep_rank)).any(1)
+    return (received.shared & (experts.rank_of(received.expert_ids, received.source_for(experts)) == ep_rank)).any(1)
 
 
 def carries_residual(
@@ -56,7 +57,7 @@ def carries_residual(
     assert received.global_token is not None
     sequence, new_home, _ = migration.place_of(received.global_token)
     moved = migration.on_device(migration.moved)[sequence].bool()
-    ranks = experts.rank_of(received.expert_ids, received.source)  # [R, K], -1 where no row was sent
+    ranks = experts.rank_of(received.expert_ids, received.source_for(experts))  # [R, K], -1 where no row was sent
     home_has_it = (ranks == new_home[:, None]).any(1)
     plain = ranks if received.shared is None else ranks.masked_fill(received.shared, -1)
     first = plain.gather(1, (plain >= 0).to(torch.int8).argmax(1, keepdim=True)).squeeze(1)
@@ -113,7 +114,7 @@ def move_residuals(
     """
     leaving, coming, exchange = migration.moving_rows(comm)
     under_way = depart(
-        [own[leaving]],
+        [own.index_select(0, leaving)],
         exchange,
         directions=("combine",),
         backward_directions=("combine_backward",),
@@ -148,19 +149,20 @@ def combine_at_new_home(
     is_shared = None if shared is None else shared.own
     if orphans is not None:
         tokens = torch.cat([tokens, migration.old.global_token[orphans]])
-        rows = torch.cat([rows, base(hidden[orphans])])
+        rows = torch.cat([rows, base(hidden.index_select(0, orphans))])
         if is_shared is not None:
             is_shared = torch.cat([is_shared, is_shared.new_zeros(len(orphans))])
     _, new_home, slot = migration.place_of(tokens)
     order = torch.where(new_home == me, 0, new_home + 1)
-    by_home = torch.argsort(order, stable=True)
+    by_home = stable_order(order, comm.mesh.ep_size + 1)
     exchange = migration.exchange(comm)
     n = rows.shape[0] - sum(exchange.input_splits)  # those that are at their new home already
     if is_shared is not None:
         slot = torch.where(is_shared, -1 - slot, slot)
-    rows, slot = rows[by_home], slot[by_home].to(torch.int32)
+    rows, slot = rows.index_select(0, by_home), slot[by_home].to(torch.int32)
+    here, away = rows.split([n, rows.shape[0] - n])
     under_way = depart(
-        [rows[n:], slot[n:]],
+        [away, slot[n:]],
         exchange,
         directions=("combine", "control"),
         backward_directions=("combine_backward", "control"),
@@ -170,19 +172,19 @@ def combine_at_new_home(
     moving = None if own is None or residual is None else move_residuals(own, migration, comm, residual)
     yield
     remote, remote_slot = arrive(under_way)
-    here = wire.staying(rows[:n])
+    here = wire.staying(here)
     before, after = migration.stayed_rows()
     wide = torch.promote_types(hidden.dtype, torch.float32)
     out = torch.zeros(T_new, hidden.shape[1], dtype=wide, device=hidden.device)
     if own is None or moving is None:
-        out = out.index_add(0, after, base(hidden[before]).to(wide))
+        out = out.index_add(0, after, base(hidden.index_select(0, before)).to(wide))
     else:
-        out = out.index_add(0, after, own[before].to(wide))
+        out = out.index_add(0, after, own.index_select(0, before).to(wide))
         (arrived,) = arrive(moving[0])
         out = out.index_add(0, moving[1], arrived.to(wide))
     if apart is not None:
         index = apart.nonzero().squeeze(1)
-        taken = base(received.rows[index]).to(wide)
+        taken = base(received.rows.index_select(0, index)).to(wide)
         out = out.index_add(0, migration.place_of(received.global_token[index])[2], taken)
     if shared is None:
         out = out.index_add(0, slot[:n].long(), here.to(wide))

@@ -18,7 +18,7 @@ from luffy.exchange.wire import AS_THEY_ARE, WireCodecs
 
 def rows_to_send(x: Tensor, copies: Copies, condensed: Condensed) -> Tensor:
     """x [T, D] -> the rows that travel, [C, D]: of one token each, or the mean of all that a row stands for."""
-    rows, scheme = x[copies.token], condensed.scheme
+    rows, scheme = x.index_select(0, copies.token), condensed.scheme
     if scheme.representative == "member" and scheme.gradient == "exact":
         return rows
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -43,10 +43,10 @@ def take_shared(out: Tensor, answers: Tensor, place: Tensor, takes: Tensor, weig
     # Whoever takes nothing takes some row zero times. Spread over all rows: were it one and the same, the backward
     # pass would add T gradients of nothing into it, one after the other.
     own = torch.arange(place.shape[0], device=place.device) % len(answers)
-    for k in range(place.shape[1]):
-        row = torch.where(takes[:, k], place[:, k], own)
-        weight = weights[:, k, None].to(out.dtype) * takes[:, k, None]
-        out = out + weight * answers.index_select(0, row).to(out.dtype)
+    row = torch.where(takes, place, own[:, None])  # [T, K]
+    weight = weights.to(out.dtype) * takes
+    for r, w in zip(row.unbind(1), weight.split(1, dim=1), strict=True):
+        out = out + w * answers.index_select(0, r).to(out.dtype)
     return out
 
 

@@ -47,7 +47,8 @@ class FinetuneOptions(TrainOptions):
         _one_of("--dense", self.dense, ("replicated", "sharded"))
         _require(
             self.dense == "replicated" or self.gradient_dtype == "model",
-            "--gradient-dtype bfloat16 cannot be combined with --dense sharded: its gradients are summed as they are",
+            f"--gradient-dtype {self.gradient_dtype} cannot be combined with --dense sharded, which sums gradients "
+            "as they are; leave it out",
         )
         _require(self.lora >= 0, f"--lora {self.lora} must not be negative")
         _require(0 < self.valid_fraction < 1, f"--valid-fraction {self.valid_fraction} must lie between 0 and 1")

@@ -29,8 +29,6 @@ try:
 except ImportError:  # no Triton for this platform: the torch path serves
     triton = None
 
-_LAST_KEY = 2**63 - 1
-
 
 def available(x: Tensor, window: int) -> bool:
     """Whether the kernels decide for rows such as x [T, D]."""
@@ -62,19 +60,6 @@ def choose(
         K=q.ids.shape[1], W=W, BLOCK=block, CAUSAL=q.causal, NEAREST=q.nearest, AUDIT=q.audit is not None,
         num_warps=num_warps or (8 if W > 64 else 4), num_stages=stages, maxnreg=registers,
     )  # fmt: skip
-
-
-def drop(keys: Tensor, rank: Tensor, is_copy: Tensor, sent: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys int64 [T * K] and ranks [T, K] without the copies that do not travel; one launch."""
-    keys, rank, is_copy, sent = (t.contiguous() for t in (keys, rank, is_copy, sent))
-    new_keys, new_rank = torch.empty_like(keys), torch.empty_like(rank)
-    if keys.numel():
-        launch: Any = _drop[(triton.cdiv(keys.numel(), 1024),)]
-        launch(
-            keys, rank, is_copy.view(torch.uint8), sent.view(torch.uint8), new_keys, new_rank, keys.numel(),
-            LAST=_LAST_KEY, BLOCK=1024,
-        )  # fmt: skip
-    return new_keys, new_rank
 
 
 if triton is not None:
@@ -155,11 +140,3 @@ if triton is not None:
             tl.store(sent + row, (picked | ~condensed).to(tl.uint8), mask=real)
             tl.store(shared + row, (picked | stands).to(tl.uint8), mask=real)
             tl.store(audited + row, tl.where(picked, other, -1).to(tl.int64), mask=real)
-
-    @triton.jit(do_not_specialize=["num_copies"])
-    def _drop(keys, rank, is_copy, sent, new_keys, new_rank, num_copies, LAST: tl.constexpr, BLOCK: tl.constexpr):
-        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        mask = at < num_copies
-        gone = (tl.load(is_copy + at, mask=mask, other=0) != 0) & (tl.load(sent + at, mask=mask, other=0) == 0)
-        tl.store(new_keys + at, tl.where(gone, LAST, tl.load(keys + at, mask=mask, other=0)), mask=mask)
-        tl.store(new_rank + at, tl.where(gone, -1, tl.load(rank + at, mask=mask, other=0)), mask=mask)

@@ -92,7 +92,7 @@ class Attention(nn.Module):
             outputs.append(self._equal(q[index], k[index], v[index], length))
             rows.append(index)
         # Put the groups back in row order: a permutation, so a plain gather with its inverse.
-        return torch.cat(outputs)[torch.argsort(torch.cat(rows))]
+        return torch.cat(outputs).index_select(0, torch.argsort(torch.cat(rows)))
 
     def _equal(self, q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
         """Sequences of one length: [n*L, H, hd] -> [n*L, H, hd]."""
@@ -107,7 +107,7 @@ class Attention(nn.Module):
         # Padding stands behind the tokens, so a causal mask already hides it from them.
         mask = None if self.causal else layout.key_mask[:, None, None, :]
         y = self._attend(q, k, v, mask).transpose(1, 2).flatten(2)  # [S, L, D]
-        return self.out(y).flatten(0, 1)[layout.padded_index]
+        return self.out(y).flatten(0, 1).index_select(0, layout.padded_index)
 
     def _with_memory(self, x: Tensor, layout: Layout, memory: Tensor) -> Tensor:
         """Segment recurrence: keys and values also cover the M states before the segment; equal lengths only."""

@@ -8,6 +8,8 @@ that of its copies on other ranks.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -47,8 +49,9 @@ class Experts(nn.Module):
         guests: [F, W] as `flat` gives them, experts of other ranks that take part behind this rank's own.
         """
         w_in, w_out, b_in, b_out = self._with(guests)
-        hidden = self.activate(self._linear(x, w_in, b_in, num_tokens_per_expert))
-        return self._linear(hidden, w_out, b_out, num_tokens_per_expert)
+        groups = Groups(num_tokens_per_expert, x.shape[0])
+        hidden = self.activate(grouped_linear(x, w_in.to(x.dtype), groups, b_in))
+        return grouped_linear(hidden, w_out.to(x.dtype), groups, b_out)
 
     def flat(self) -> Tensor:
         """All weights of each expert end to end: [num_local, W]."""
@@ -66,12 +69,6 @@ class Experts(nn.Module):
         w_in, w_out, b_in, b_out = (None if p is None else joined(p) for p in own)
         assert w_in is not None and w_out is not None
         return w_in, w_out, b_in, b_out
-
-    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
-        y = grouped_linear(x, weight.to(x.dtype), counts)
-        if bias is None:
-            return y
-        return y + torch.repeat_interleave(bias.to(x.dtype), counts, dim=0, output_size=x.shape[0])
 
 
 class GroupedExperts(Experts):
@@ -94,9 +91,64 @@ class GroupedExperts(Experts):
         return activate(x, self.activation)
 
 
-def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """x: [P, in] sorted by group, weight: [groups, in, out], counts: int64 [groups] -> [P, out]."""
-    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and x.shape[0] > 0:
-        return F.grouped_mm(x, weight, offs=counts.cumsum(0).to(torch.int32))
-    groups = x.split(counts.tolist())
-    return torch.cat([g @ w for g, w in zip(groups, weight.unbind(0), strict=True)])
+class Groups:
+    """How `num_rows` rows, sorted by group, divide into groups of counts, int64 [n] on their device."""
+
+    def __init__(self, counts: Tensor, num_rows: int) -> None:
+        self.counts, self.num_rows = counts, num_rows
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """Where each group ends, int32 [n]."""
+        return self.counts.cumsum(0, dtype=torch.int32)
+
+    @cached_property
+    def of_row(self) -> Tensor:
+        """The group of each row, int64 [num_rows]."""
+        groups = torch.arange(len(self.counts), device=self.counts.device)
+        return groups.repeat_interleave(self.counts, output_size=self.num_rows)
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """The counts on the host, which has to wait for them."""
+        return [int(n) for n in self.counts.tolist()]
+
+    def multiplies(self, x: Tensor) -> bool:
+        """Whether one kernel multiplies all groups of x [num_rows, ..]."""
+        return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and self.num_rows > 0
+
+
+def grouped_linear(x: Tensor, weight: Tensor, groups: Groups, bias: Tensor | None = None) -> Tensor:
+    """x [P, in], weight [n, in, out] of x's dtype, bias [n, out] of any -> [P, out], each group by its own."""
+    if groups.multiplies(x):
+        y = F.grouped_mm(x, weight, offs=groups.ends)
+    else:
+        parts = zip(x.split(groups.sizes), weight.unbind(0), strict=True)
+        y = torch.cat([g @ w for g, w in parts])
+    return y if bias is None else _AddBias.apply(y, bias, groups)
+
+
+class _AddBias(torch.autograd.Function):
+    """y [P, out] plus its group's row of bias [n, out].
+
+    The bias's gradient, a sum over each group's rows, is a product with a row of ones: gathering rows of the bias
+    would have its backward add thousands of rows into n, one atomic addition after the other, each rounded.
+    """
+
+    @staticmethod
+    def forward(ctx, y: Tensor, bias: Tensor, groups: Groups) -> Tensor:
+        ctx.groups, ctx.dtype = groups, bias.dtype
+        return y + bias.to(y.dtype).index_select(0, groups.of_row)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        groups: Groups = ctx.groups
+        if groups.multiplies(grad):
+            ones = grad.new_ones(grad.shape[0], _ROWS_OF_ONES).t()  # so that they lie as the kernel asks
+            summed = F.grouped_mm(ones, grad.contiguous(), offs=groups.ends)[:, 0]
+        else:
+            summed = torch.stack([g.sum(0) for g in grad.split(groups.sizes)])
+        return grad, summed.to(ctx.dtype), None
+
+
+_ROWS_OF_ONES = 16  # as many as the kernel wants at least; one would do

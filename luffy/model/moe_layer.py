@@ -237,7 +237,7 @@ class MoELayer(nn.Module):
                 moves=self.planner is not None,
             )  # fmt: skip
             rt.clock.switch("other")
-        keys = copy_keys(ids, experts, mesh.ep_rank, mesh.ep_size, self.recipe.copies)
+        keys = copy_keys(ids, experts, mesh.ep_rank, self.recipe.copies)
         stats = replace(stats, rows=rows_at_favourite(keys, layout, mesh.ep_size).to(stats.rows.dtype))
         condensed, history, forecast = self._foresight(normed, ids, keys, experts, batch, predict_next)
         if rt.recorder.active:
@@ -301,7 +301,7 @@ class MoELayer(nn.Module):
         with torch.no_grad():
             ids = self.router.choose(norm(hidden))[2]
             experts = ExpertMap(self.slot_of_expert, self.experts.num_local)
-            return Forecast(ids, copy_keys(ids, experts, mesh.ep_rank, mesh.ep_size, self.recipe.copies))
+            return Forecast(ids, copy_keys(ids, experts, mesh.ep_rank, self.recipe.copies))
 
     # ---------------------------------------------------------------- before anything is sent
 
@@ -393,10 +393,10 @@ class MoELayer(nn.Module):
     ) -> Tensor:
         """Partial sums [R, D] over the experts of this rank and its guests [F, W], one for each received row."""
         ep_rank = self.runtime.comm.mesh.ep_rank
-        pairs = pairs_by_expert(received.expert_ids, experts, ep_rank, num_pairs, received.source)
+        pairs = pairs_by_expert(received.expert_ids, experts, ep_rank, num_pairs, received.source_for(experts))
 
         def local_work(rows: Tensor, weights: Tensor) -> Tensor:
-            answers = self.experts(norm(rows)[pairs.row], pairs.num_tokens_per_expert, guests)
+            answers = self.experts(norm(rows).index_select(0, pairs.row), pairs.num_tokens_per_expert, guests)
             return weighted_sum(answers, weights, pairs, rows.shape[0])
 
         if self.runtime.recompute and torch.is_grad_enabled():
@@ -438,7 +438,7 @@ class MoELayer(nn.Module):
             partial = partial + received.rows * carried.added[:, None]
         else:
             index = carried.added.nonzero().squeeze(1)  # a read-back: cheaper than the shared experts on every row
-            rows = received.rows[index]
+            rows = received.rows.index_select(0, index)
             partial = partial.index_add(0, index, base(rows))
         partial = boundary(partial, rt.clock, "experts", "exchange")
         condensed = None if shared is None else shared.condensed

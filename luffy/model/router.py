@@ -112,7 +112,7 @@ def router_stats(
     return RouterStats(
         probability_sum=by_sequence.sum(0),
         assigned=scores.new_zeros(E).index_add_(0, topk_expert_ids.flatten(), scores.new_ones(topk_expert_ids.numel())),
-        z_sum=logits.logsumexp(-1).square().sum(),
+        z_sum=_SquaredLogNormaliser.apply(logits),
         sequence_entropy=entropy_of_sums(by_sequence).sum(),
         dropped=scores.new_zeros(()) if dropped is None else dropped,
         rows=scores.new_zeros(2),
@@ -128,8 +128,41 @@ def sequence_sums(probabilities: Tensor, layout: Layout) -> Tensor:
 
 def entropy_of_sums(sums: Tensor) -> Tensor:
     """n * H(sums / n) in nats, n being the sum over the last axis: [.., E] -> [..]; 0 where n is 0."""
-    total = sums.sum(-1)
-    return torch.xlogy(total, total) - torch.xlogy(sums, sums).sum(-1)
+    return _EntropyOfSums.apply(sums)
+
+
+class _SquaredLogNormaliser(torch.autograd.Function):
+    """Sum over tokens of logsumexp(logits)^2, [T, E] -> []; its derivative is 2 logsumexp(logits) softmax(logits)."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor) -> Tensor:
+        log_normaliser = logits[:, 0] - logits.log_softmax(-1)[:, 0]  # two kernels where logsumexp takes nine
+        ctx.save_for_backward(logits, log_normaliser)
+        return log_normaliser.square().sum()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        logits, log_normaliser = ctx.saved_tensors
+        return logits.softmax(-1) * (log_normaliser * (2 * grad))[:, None]
+
+
+class _EntropyOfSums(torch.autograd.Function):
+    """n log n - sum_e x_e log x_e, whose derivative is log(n / x_e); taken as 0 where x_e is 0.
+
+    A function of its own, since autograd makes thirty small kernels a layer of what are five.
+    """
+
+    @staticmethod
+    def forward(ctx, sums: Tensor) -> Tensor:
+        total = sums.sum(-1)
+        ctx.save_for_backward(sums, total)
+        return torch.xlogy(total, total) + torch.special.entr(sums).sum(-1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        sums, total = ctx.saved_tensors
+        slope = (total[..., None] / sums).log_()
+        return slope.masked_fill_(sums <= 0, 0.0) * grad[..., None]
 
 
 def within_capacity(ids: Tensor, layout: Layout, num_experts: int, factor: float) -> Tensor:

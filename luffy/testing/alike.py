@@ -49,7 +49,7 @@ class AlikeLayer:
 
     @cached_property
     def keys(self) -> CopyKeys:
-        return copy_keys(self.ids, self.experts, 0, self.ep_size, "pairs" if self.pairs else "ranks")
+        return copy_keys(self.ids, self.experts, 0, "pairs" if self.pairs else "ranks")
 
     def decide(
         self, scheme: Condensation, threshold: float, *, causal: bool, by_sequence: bool, kernel: bool | None
@@ -104,8 +104,8 @@ def compare_exactly(
     expected = layer.decide(scheme, threshold, kernel=False, **flags)
     got = there.decide(scheme, threshold, kernel=True, **flags)
     problems = [_difference(n, getattr(expected, n), getattr(got, n)) for n in ("leader", "sent", "shared", "audited")]
-    keys, new_keys = only_sent(layer.keys, expected, kernel=False), only_sent(there.keys, got, kernel=True)
-    problems += [_difference(n, getattr(keys, n), getattr(new_keys, n)) for n in ("keys", "is_copy", "rank")]
+    keys, new_keys = only_sent(layer.keys, expected), only_sent(there.keys, got)
+    problems += [_difference(n, getattr(keys, n), getattr(new_keys, n)) for n in ("is_copy", "rank")]
     assert not any(problems), "\n".join([_name(layer, scheme, threshold, flags, device), *filter(None, problems)])
     return int((expected.copy & ~expected.sent).sum())
 

@@ -5,7 +5,8 @@ Sharded weights (luffy.comm.sharding) have been summed by the backward pass itse
 Replicated parameters go through DistributedDataParallel: buckets, overlapped with the backward pass. Its hook sums
 instead of averaging, because the loss is already divided by the labels of all ranks. Experts of an EP group received
 their rows' gradients from every rank of the group, so only their copies in other data-parallel groups are added,
-each stacked tensor being a bucket of its own, as soon as its gradient is complete.
+each stacked tensor being a bucket of its own, as soon as its gradient is complete. `form`: how gradients are written
+on the wire while they are summed (luffy.comm.sums).
 """
 
 import contextlib
@@ -21,16 +22,17 @@ from torch.nn.parallel import DistributedDataParallel
 from luffy.comm import Comm
 from luffy.comm.clock import PhaseClock
 from luffy.comm.sharding import is_sharded, local_part
+from luffy.comm.sums import GradientSums
 from luffy.model import is_expert
 
 
 class GradientSync:
     """Wraps a model for training. Call it for a forward pass; call `finish` after the last backward of a step."""
 
-    def __init__(self, model: nn.Module, comm: Comm, compress: bool = False, clock: PhaseClock | None = None) -> None:
+    def __init__(self, model: nn.Module, comm: Comm, form: str = "model", clock: PhaseClock | None = None) -> None:
         self.model, self.comm = model, comm
         self.clock, self._marked = clock, False
-        self._works: list[Any] = []
+        self._under_way: list[torch.futures.Future[Tensor]] = []
         self._last = True
         self.module: nn.Module = model
         mesh = comm.mesh
@@ -52,8 +54,10 @@ class GradientSync:
                     init_sync=False,  # every rank initialised the same weights from (seed, name)
                     gradient_as_bucket_view=True,
                 )
-            self.module.register_comm_hook(compress, self._sum_bucket)
-        if mesh.dp_size > 1:
+            sums = GradientSums(comm, mesh.world_group, range(mesh.world_size), form)
+            self.module.register_comm_hook(sums, self._sum_bucket)
+        if mesh.dp_size > 1 and experts:
+            self._expert_sums = GradientSums(comm, mesh.dp_group, mesh.dp_ranks, form)
             for p in (p for _, p in experts if p.requires_grad):
                 p.register_post_accumulate_grad_hook(self._sum_expert)
 
@@ -71,19 +75,9 @@ class GradientSync:
         else:
             yield
 
-    def _sum_bucket(self, compress: bool, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def _sum_bucket(self, sums: GradientSums, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         self._mark_end_of_backward()
-        buffer = bucket.buffer()
-        sent = buffer.to(torch.bfloat16) if compress else buffer
-        mesh = self.comm.mesh
-        self.comm.meter.all_reduce("gradients", range(mesh.world_size), sent.nbytes)
-        future = dist.all_reduce(sent, group=mesh.world_group, async_op=True).get_future()
-
-        def done(fut: torch.futures.Future[Any]) -> Tensor:
-            value = fut.value()[0]
-            return buffer.copy_(value) if compress else value
-
-        return future.then(done)
+        return sums.start(bucket.buffer())
 
     def _mark_end_of_backward(self) -> None:
         """Let the phase "gradients" begin when the backward pass is over and only sums are waited for.
@@ -98,15 +92,14 @@ class GradientSync:
     def _sum_expert(self, parameter: Tensor) -> None:
         if not self._last:
             return
-        mesh, grad = self.comm.mesh, parameter.grad
+        grad = parameter.grad
         assert grad is not None
-        self.comm.meter.all_reduce("gradients", mesh.dp_ranks, grad.nbytes)
-        self._works.append(dist.all_reduce(grad, group=mesh.dp_group, async_op=True))
+        self._under_way.append(self._expert_sums.start(grad))
 
     def finish(self) -> None:
-        for work in self._works:
-            work.wait()
-        self._works.clear()
+        for future in self._under_way:
+            future.wait()
+        self._under_way.clear()
         if self.clock is not None:
             self.clock.switch("other")
 

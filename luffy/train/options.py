@@ -10,6 +10,7 @@ from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from luffy.comm.sums import SUM_FORMATS
 from luffy.config import DTYPES, ModelConfig, _one_of, _require, model_preset
 from luffy.plan.topology import Topology, parse_topology
 from luffy.recipes import Recipe, check_recipe, get_recipe
@@ -69,7 +70,9 @@ class TrainOptions:
     clip_norm: float = option(1.0, "Largest global gradient norm; 0 turns clipping off.", "Training")
     dtype: str = option("auto", "bfloat16, float32, float64; auto: bfloat16 on GPUs.", "Training")
     recompute: bool = option(False, "Recompute attention and experts in the backward pass.", "Training")
-    gradient_dtype: str = option("model", "model, or bfloat16: halves gradient traffic.", "Training")
+    gradient_dtype: str = option(
+        "model", f"How gradients travel while ranks sum them: {', '.join(SUM_FORMATS)} (32, 16, 8.5 bits).", "Training"
+    )
     eval_every: int = option(50, "Steps between held-out evaluations; 0: only at the end.", "Training")
     eval_batches: int = option(8, "Batches of an evaluation.", "Training")
     checkpoint_every: int = option(100, "Steps between checkpoints; 0: only at the end.", "Training")
@@ -142,7 +145,7 @@ class TrainOptions:
         _one_of("--device", self.device, ("auto", "cpu", "cuda"))
         _one_of("--backend", self.backend, ("auto", "nccl", "gloo"))
         _one_of("--dtype", self.dtype, ("auto", *DTYPES))
-        _one_of("--gradient-dtype", self.gradient_dtype, ("model", "bfloat16"))
+        _one_of("--gradient-dtype", self.gradient_dtype, SUM_FORMATS)
         _one_of("--layout", self.layout, ("packed", "padded"))
         _one_of("--sequence-mode", self.sequence_mode, ("documents", "fixed", "streams"))
         for name in ("ranks", "steps", "batch_size", "accumulate", "eval_batches", "auto_every"):

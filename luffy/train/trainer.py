@@ -82,7 +82,7 @@ class Trainer:
         self.clock = self.runtime.clock
         fused = mesh.device.type == "cuda"
         self.optimizer = make_optimizer(self.model, options.lr, options.weight_decay, fused)
-        self.sync = GradientSync(self.model, self.comm, options.gradient_dtype == "bfloat16", self.clock)
+        self.sync = GradientSync(self.model, self.comm, options.gradient_dtype, self.clock)
         self.memory = self._empty_memory(self.micro_size // mesh.world_size)
         self.step = 0
         self.valid_loss: float | None = None

@@ -50,11 +50,11 @@ def pass_through(
     work: [P, D] rows and int64 [P] ids of their experts -> [P, D].
     """
     mesh = comm.mesh
-    keys = copy_keys(ids, experts, mesh.ep_rank, mesh.ep_size, per)
+    keys = copy_keys(ids, experts, mesh.ep_rank, per)
     copies, _ = exchange_counts(keys, ids, comm)
     received = finish(dispatch(hidden, ids, weights, copies, per))
     pairs = pairs_by_expert(received.expert_ids, experts, mesh.ep_rank, copies.num_pairs)
-    answers = work(received.rows[pairs.row], received.expert_ids[pairs.row, pairs.choice])
+    answers = work(received.rows[pairs.row], received.expert_ids.flatten()[pairs.flat])
     partial = weighted_sum(answers, received.weights, pairs, received.rows.shape[0])
     return finish(combine(hidden, partial, copies)), copies
 

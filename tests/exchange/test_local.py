@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from luffy.exchange import copy_keys, pairs_by_expert, weighted_sum
+from luffy.exchange.copies import in_order
 
 from .routes import expert_map, random_routing
 
@@ -33,7 +34,7 @@ def test_copies_are_those_of_a_loop(routing: Routing, me: int, per: str) -> None
     ids, num_experts, ep_size, seed = routing
     me %= ep_size
     experts = expert_map(num_experts, ep_size, seed)
-    keys = copy_keys(torch.from_numpy(ids), experts, me, ep_size, per)
+    keys = copy_keys(torch.from_numpy(ids), experts, me, per)
     slots = experts.slot_of_expert.tolist()
     expected = []
     for token, choices in enumerate(ids.tolist()):
@@ -46,7 +47,7 @@ def test_copies_are_those_of_a_loop(routing: Routing, me: int, per: str) -> None
             visited.add(rank)
             if copy:
                 expected.append((rank != me, rank, token, k))
-    order = keys.keys.sort().values[: len(expected)] % max(ids.size, 1)
+    order = in_order(keys, me, ep_size)[: len(expected)]
     assert order.tolist() == [token * ids.shape[1] + k for _, _, token, k in sorted(expected)]
 
 
@@ -63,7 +64,8 @@ def test_pairs_are_those_of_a_loop(routing: Routing, me: int) -> None:
         expected += rows
         counts.append(len(rows))
     pairs = pairs_by_expert(torch.from_numpy(ids), experts, me, len(expected))
-    assert list(zip(pairs.row.tolist(), pairs.choice.tolist(), strict=True)) == expected
+    assert pairs.row.tolist() == [row for row, _ in expected]
+    assert pairs.flat.tolist() == [row * ids.shape[1] + k for row, k in expected]
     assert pairs.num_tokens_per_expert.tolist() == counts
 
 
@@ -81,7 +83,7 @@ def test_weighted_sum_is_that_of_a_loop(routing: Routing, seed: int) -> None:
     expected = torch.zeros(len(ids), 3, dtype=torch.float64)
     upstream = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
     to_answers, to_weights = torch.zeros_like(answers), torch.zeros_like(weights)
-    for p, (row, choice) in enumerate(zip(pairs.row.tolist(), pairs.choice.tolist(), strict=True)):
+    for p, (row, choice) in enumerate(divmod(flat, ids.shape[1]) for flat in pairs.flat.tolist()):
         expected[row] += (weights[row, choice] * answers[p]).detach()
         to_answers[p] += (weights[row, choice] * upstream[row]).detach()
         to_weights[row, choice] += (answers[p] @ upstream[row]).detach()

@@ -86,7 +86,7 @@ def counts_job(rank: int) -> tuple[tuple[int, ...], tuple[int, ...], int, int, n
     comm = Comm.create(build_mesh(torch.device("cpu")))
     world = comm.mesh.ep_size
     ids = torch.from_numpy(random_routing(rank, 6, 8, 2, seed=3))
-    keys = copy_keys(ids, expert_map(8, world), rank, world, "ranks")
+    keys = copy_keys(ids, expert_map(8, world), rank, "ranks")
     wishes = torch.arange(3 * (world + 1)).view(3, world + 1) + 100 * rank  # may be wider than there are ranks
     copies, gathered = exchange_counts(keys, ids, comm, wishes)
     exchange = copies.exchange

@@ -15,7 +15,7 @@ from luffy.comm import Comm, build_mesh
 from luffy.config import PRESETS, model_preset
 from luffy.data.loader import Sequence
 from luffy.model import Runtime, build_model, is_expert
-from luffy.model.experts import grouped_linear
+from luffy.model.experts import Groups, grouped_linear
 from luffy.recipes import get_recipe
 from luffy.testing import Outcome, run_together
 from luffy.train.batching import gather_step, make_micro_batch
@@ -79,18 +79,19 @@ def _ragged_groups(rank):
     for counts in ([0, 1, 0, 5], [3, 129, 64, 7], [0, 0, 0, 1], [17, 0, 255, 1]):
         x = torch.randn(sum(counts), 64, device=gpu, dtype=torch.bfloat16, requires_grad=True)
         w = torch.randn(4, 64, 96, device=gpu, dtype=torch.bfloat16, requires_grad=True)
-        got = grouped_linear(x, w, torch.tensor(counts, device=gpu))
+        bias = torch.randn(4, 96, device=gpu, requires_grad=True)
+        got = grouped_linear(x, w, Groups(torch.tensor(counts, device=gpu), sum(counts)), bias)
         seed = torch.randn_like(got)
         got.backward(seed)
-        exact_x, exact_w = x.detach().double().requires_grad_(), w.detach().double().requires_grad_()
+        exact_x, exact_w, exact_b = (t.detach().double().requires_grad_() for t in (x, w, bias))
         groups = exact_x.split(counts)
-        want = torch.cat([g @ m for g, m in zip(groups, exact_w, strict=True)])
+        want = torch.cat([g @ m + b for g, m, b in zip(groups, exact_w, exact_b, strict=True)])
         want.backward(seed.double())
-        for a, b in ((got, want), (x.grad, exact_x.grad), (w.grad, exact_w.grad)):
+        for a, b in ((got, want), (x.grad, exact_x.grad), (w.grad, exact_w.grad), (bias.grad, exact_b.grad)):
             assert torch.isfinite(a).all(), counts
             assert (a.double() - b).norm() <= 1e-2 * b.norm(), counts
         idle = [i for i, n in enumerate(counts) if n == 0]
-        assert not w.grad[idle].any()
+        assert not w.grad[idle].any() and not bias.grad[idle].any()
     return True
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from luffy.comm import build_mesh
+from luffy.comm import Comm, build_mesh
+from luffy.comm.sums import GradientSums
 from luffy.lab.gpus import count_gpus
 from luffy.recipes import Recipe, get_recipe
 from luffy.testing import run_together
@@ -85,6 +86,30 @@ def condensed_recipe(world: int, recipe: Recipe) -> Job:
     return condensed(Case(shrunk("moe-gpt2-tiny"), world=world, recipe=recipe, batch=8, device=DEVICE))
 
 
+def _coded_sums(rank: int) -> list[bytes]:
+    """Many sums under way at once on a stream of their own, beside other work and collectives of the main one."""
+    comm = Comm.create(build_mesh(torch.device(DEVICE, rank)))
+    world = comm.mesh.world_size
+    sums = GradientSums(comm, comm.mesh.world_group, range(world), "int8")
+    parts = [torch.randn(3_000_000, generator=torch.Generator().manual_seed(r)) for r in range(world)]
+    exact, work = torch.stack(parts).sum(0), torch.ones(500, 500, device=comm.mesh.device)
+    pending = []
+    for _ in range(8):
+        doubled = 2 * parts[rank].to(comm.mesh.device)
+        pending.append(sums.start(doubled))
+        work = comm.all_reduce(work @ work / 500) / world
+    found = [future.wait().cpu() for future in pending]
+    assert all((f - 2 * exact).abs().max() < (world + 1) * 2 * 6 / 125 for f in found)
+    return [f.numpy().tobytes() for f in found]
+
+
+def coded_sums(world: int) -> Job:
+    def check(results: list[list[bytes]]) -> None:
+        assert all(each == results[0][0] for result in results for each in result)
+
+    return Job((_coded_sums,), check)
+
+
 def cases() -> dict[str, Callable[[int], Job | None]]:
     """By name, what each case is at a number of ranks; None where that is too few."""
     found: dict[str, Callable[[int], Job | None]] = {}
@@ -94,6 +119,7 @@ def cases() -> dict[str, Callable[[int], Job | None]]:
             label = f"{name}, overlap" if overlap else name
             found[label] = lambda world, r=recipe, o=overlap, h=rehome: five_steps(world, r, o, h)
     found["expert groups side by side"] = two_groups
+    found["coded sums of gradients"] = coded_sums
     for scheme in ("static:0.5", "static:0.5,correct", "budget:0.5"):
         stay = Recipe("stay", "", condense=f"{scheme},local")
         found[f"condensed {scheme}"] = lambda world, r=stay: condensed_recipe(world, r)

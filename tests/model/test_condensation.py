@@ -12,10 +12,12 @@ import pytest
 import torch
 
 import luffy.model.moe_layer as moe_layer
+from luffy.comm import RowExchange
 from luffy.condensation import parse_condense
 from luffy.data.batch import Layout, SequenceTable
 from luffy.errors import UserError
 from luffy.exchange import Condensed, CondenseState, ExpertMap, Received, condense, copy_keys, tally
+from luffy.exchange.copies import Copies
 from luffy.exchange.planning import kept_off_the_wire
 from luffy.plan.condensation import cosines, filtered, representatives, similarity_edges
 from luffy.recipes import Recipe, check_recipe, get_recipe
@@ -154,11 +156,12 @@ def test_the_planner_prices_the_residuals_that_no_row_carries():
 def test_the_audit_measures_the_error_of_what_would_have_been_shared():
     rows = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     ids = torch.zeros(5, 1, dtype=torch.int64)
+    idle = RowExchange(None, (), (), idle=True)  # type: ignore[arg-type]  # one rank, nothing to exchange
     received = Received(
         rows,
         ids,
         ids.double(),
-        torch.zeros(5, dtype=torch.int64),
+        Copies(torch.arange(5), 5, idle, 5, 1),
         shared=ids > 0,
         audit=torch.tensor([0, -1, 0, -3, 0]),
     )
@@ -205,7 +208,7 @@ def test_the_history_filter_is_the_references():
     layout = Layout(SequenceTable(np.array([12, 8]), np.zeros(2, dtype=np.int64)), 0, torch.device("cpu"))
     ids = torch.zeros(20, 1, dtype=torch.int64)
     experts = ExpertMap(torch.arange(2), 1)
-    keys = copy_keys(ids, experts, 0, 2, "ranks")
+    keys = copy_keys(ids, experts, 0, "ranks")
     state, rest = CondenseState(parse_condense("paper"), [0.6, 0.6]), {"causal": True, "by_sequence": False}
     _, history = condense(state, 0, first, ids, keys, layout, experts, 0, pairs=False, **rest)
     got, _ = condense(state, 1, second, ids, keys, layout, experts, 0, pairs=False, history=history, **rest)

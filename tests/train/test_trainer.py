@@ -68,9 +68,11 @@ def test_the_mesh_and_the_number_of_ranks_do_not_change_the_run(small, tmp_path)
     one = run(1)
     assert run(4, ep_size=2) == pytest.approx(one, rel=1e-10)
     assert run(4, recipe="vanilla", layout="padded", recompute=True) == pytest.approx(one, rel=1e-10)
-    compressed = run(2, gradient_dtype="bfloat16")
-    assert compressed == pytest.approx(one, rel=2e-3)
-    assert compressed != pytest.approx(one, rel=1e-9)
+    for form in ("bfloat16", "int8"):
+        for ep_size in (None, 1):  # 1: experts have copies, whose gradients are summed as well
+            compressed = run(2, gradient_dtype=form, ep_size=ep_size)
+            assert compressed == pytest.approx(one, rel=2e-3)
+            assert compressed != pytest.approx(one, rel=1e-9)
 
 
 def test_recurrence_and_masked_models_resume_exactly(small, tmp_path):
