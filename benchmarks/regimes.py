@@ -106,7 +106,8 @@ STUDY = Study(
 @click.option(
     "--collect", type=click.Path(path_type=Path), help="Run nothing: report on the finished runs in this folder."
 )
-def main(collect, also, out, **values):
+@click.option("--target-loss", type=float, help="With --collect: time to this held-out loss, not to vanilla's last.")
+def main(collect, also, target_loss, out, **values):
     s = settings_of(STUDY, out=out, **values)
     if collect is None:
         study = replace(
@@ -120,7 +121,7 @@ def main(collect, also, out, **values):
         folders |= {json.loads((f / "summary.json").read_text())["recipe"]: f for f in also}
         finished = {label: read_run(f) for label, f in folders.items() if (f / "summary.json").exists()}
         summaries = [summarise(label, [run]) for label, run in finished.items()]
-        set_side_by_side(summaries, [[run] for run in finished.values()])
+        set_side_by_side(summaries, [[run] for run in finished.values()], target_loss)
         found[cell.key] = summaries
     # The machine is that of the runs, not this one.
     report(STUDY, s, found, False, hardware=next(iter(found.values()))[0].get("environment"))

@@ -249,10 +249,14 @@ def figure(results: Path, png: Path) -> None:
     base = {(pair, step): loss for pair, r in bases(runs_of).items() for step, loss in r["curve"]}
     if not base:
         raise click.ClickException("the file has no runs of scheme none to compare with")
-    picture = Figure(figsize=(11, 4.4), layout="constrained")
+    picture = Figure(figsize=(11, 5), layout="constrained")
     left, right = picture.subplots(1, 2)
-    for i, (scheme, runs) in enumerate(runs_of.items()):
-        colour, marker = f"C{i % 10}", "os^Dv"[i // 10]
+    seen = {marker: 0 for marker in "o^s"}
+    for scheme, runs in runs_of.items():
+        # Squares move sequences, triangles condense, circles only round.
+        marker = "s" if moves(scheme) else "^" if "condensed" in scheme or scheme == "luffy_max" else "o"
+        colour = f"C{seen[marker]}"
+        seen[marker] += 1
         found = [(share, r["valid_loss"] - base[pair_of(r), r["steps"]]) for r in runs
                  if (pair_of(r), r["steps"]) in base and (share := byte_share(r, runs_of)) is not None]  # fmt: skip
         if not found:
@@ -270,7 +274,7 @@ def figure(results: Path, png: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     left.set(xlabel="bytes of rows, share of bfloat16 rows", ylabel="held-out loss above none (nats)",
              title="What is spared, and what it costs")  # fmt: skip
-    left.legend(frameon=False, fontsize=7)
+    picture.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=8)
     right.set(xlabel="step", ylabel="held-out loss above none (nats)", title="In the course of training")
     png.parent.mkdir(parents=True, exist_ok=True)
     picture.savefig(png, dpi=150)

@@ -48,13 +48,17 @@ def rank_loads(problem: PlacementProblem, new_home: np.ndarray) -> RankLoads:
 
 
 def budgets(problem: PlacementProblem) -> Budgets:
-    """(1 + slack) * max(mean over ranks, busiest rank now), of tokens and of attention operations.
+    """(1 + slack) times the mean over ranks, or what the busiest rank holds now if that is more: staying always fits.
 
-    The busiest rank is never below the mean, so the maximum is the busiest rank; it is spelled out in `Balance`
-    because that is how people think of it. Staying is therefore always within budget.
+    The mean is of sequences alone, whatever their homes (attention without its padding), so that budgets are the same
+    in all layers of a step. Slack granted on top of the busiest rank would be granted anew by every layer: a tenth a
+    layer is three times the mean after twelve, and every exchange waits for the rank with the most rows.
     """
     now = rank_loads(problem, problem.home_rank)
-    slack = problem.balance.slack
-    # Slack is added to the integer, not multiplied in: a float product could round below what stay already uses.
-    tokens, flops = (int(load.max(initial=0)) for load in (now.tokens, now.attention_flops))
-    return Budgets(tokens + int(tokens * slack), flops + int(flops * slack))
+    N, slack = max(1, problem.num_ranks), problem.balance.slack
+    means = int(problem.lengths.sum()) // N, int(problem.attention.sequence_flops(problem.lengths).sum()) // N
+    tokens, flops = (
+        max(int(load.max(initial=0)), mean + int(mean * slack))
+        for load, mean in zip((now.tokens, now.attention_flops), means, strict=True)
+    )
+    return Budgets(tokens, flops)

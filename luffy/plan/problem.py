@@ -37,8 +37,8 @@ class Balance:
     """What every rank is held to.
 
     mode "sequences": each rank keeps exactly as many sequences as `home_rank` gives it now.
-    mode "tokens": no rank may exceed (1 + slack) * max(mean over ranks, what the busiest rank has now), in tokens and
-    likewise in attention operations. Slack is ignored in mode "sequences".
+    mode "tokens": no rank may exceed (1 + slack) times the mean over ranks, or what the busiest rank has now where that
+    is more, in tokens and likewise in attention operations. Slack is ignored in mode "sequences".
     """
 
     mode: Literal["sequences", "tokens"] = "sequences"

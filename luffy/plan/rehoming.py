@@ -38,8 +38,8 @@ class RehomingProblem:
     e and f (symmetric; the diagonal is ignored). owner [E]: the rank of each expert now. group_rank [G]: where each
     group lives (None: group g on rank g). row_num_bytes: one row on the wire; passes: how often a step moves each
     row (4: dispatch, combine, and both backward). expert_num_bytes: weights plus optimizer state of one expert.
-    load_slack: no rank may be asked for more than (1 + load_slack) * the tokens of the busiest rank now; None: no
-    limit.
+    load_slack: no rank may be asked for more than (1 + load_slack) times the mean in tokens, or what the busiest rank
+    has now where that is more (slack on top of that would be granted anew every time); None: no limit.
 
     Raises ValueError when shapes disagree, the present mapping is not even, or a number is out of range.
     """
@@ -53,7 +53,7 @@ class RehomingProblem:
     group_rank: np.ndarray | None = None
     steps_until_next: int = 500
     passes: int = 4
-    load_slack: float | None = 0.1
+    load_slack: float | None = 0.2
 
     def __post_init__(self) -> None:
         for name in ("affinity", "coactivation", "owner", "group_rank"):

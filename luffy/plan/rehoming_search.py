@@ -49,12 +49,12 @@ class Instance:
         return self.coactivation[e, f] * (self.linear[e, rank] + self.linear[f, rank]) // both
 
     def max_load(self, owner: np.ndarray) -> int:
-        loads = np.zeros(self.linear.shape[1], dtype=np.int64)
-        np.add.at(loads, owner, self.tokens)
-        busiest = int(loads.max())
         if self.max_load_slack is None:
             return int(self.tokens.sum())
-        return busiest + int(busiest * self.max_load_slack)
+        loads = np.zeros(self.linear.shape[1], dtype=np.int64)
+        np.add.at(loads, owner, self.tokens)
+        mean = int(self.tokens.sum()) // len(loads)
+        return max(int(loads.max()), mean + int(mean * self.max_load_slack))
 
 
 def search(instance: Instance, owner: np.ndarray) -> Iterator[np.ndarray]:

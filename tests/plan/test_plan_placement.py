@@ -77,6 +77,27 @@ def test_budgets_hold_at_any_slack_and_any_start(name, S, N, seed, slack, padded
         assert weighted_bytes(problem, plan.new_home) <= weighted_bytes(problem, problem.home_rank)
 
 
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("name", ["best", "luffy_paper", "random"])
+def test_slack_is_not_granted_anew_by_every_layer(name, layout):
+    """All sequences want the same two ranks, layer after layer: loads stay where the first layer may bring them."""
+    rng, N, slack = np.random.default_rng(0), 8, 0.1
+    lengths, home = rng.integers(100, 300, 96), np.arange(96) % N
+    counts = rng.integers(0, 20, (96, N)) + np.array([200, 100, 0, 0, 0, 0, 0, 0])
+    fullest = []
+    for layer in range(12):
+        problem = PlacementProblem(
+            counts, lengths, home, topology(N), 8, layout=layout, balance=Balance("tokens", slack)
+        )
+        loads = rank_loads(problem, home)
+        fullest.append((loads.tokens.max(), loads.attention_flops.max()))
+        home = plan_placement(name, problem, **({"seed": layer} if name == "random" else {})).new_home
+    mean = lengths.sum() / N
+    assert max(tokens for tokens, _ in fullest) <= max(fullest[0][0], (1 + slack) * mean)
+    attention = problem.attention.sequence_flops(lengths).sum() / N
+    assert max(flops for _, flops in fullest) <= max(fullest[0][1], (1 + slack) * attention)
+
+
 def test_only_the_strategies_that_say_so_weigh_attention():
     changed = set()
     for seed in range(8):

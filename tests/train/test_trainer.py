@@ -75,6 +75,15 @@ def test_the_mesh_and_the_number_of_ranks_do_not_change_the_run(small, tmp_path)
             assert compressed != pytest.approx(one, rel=1e-9)
 
 
+def test_micro_batches_do_not_change_what_is_held_out(small, tmp_path):
+    found = []
+    for name, changes in {"whole": {}, "two": {"accumulate": 2}, "halves": {"overlap": True}}.items():
+        settings = small(checkpoint_every=0, steps=2, balance_loss=0.0, **changes) | {"out": str(tmp_path / name)}
+        _run(settings, 2)
+        found.append(json.loads((tmp_path / name / "summary.json").read_text())["valid_loss"])
+    assert found[1:] == pytest.approx([found[0]] * 2, rel=1e-10)
+
+
 def test_recurrence_and_masked_models_resume_exactly(small, tmp_path):
     for model, extra in (
         (
