@@ -110,9 +110,8 @@ STUDY = Study(
 def main(collect, also, target_loss, out, **values):
     s = settings_of(STUDY, out=out, **values)
     if collect is None:
-        study = replace(
-            STUDY, cells=lambda s: [replace(c, extra=[w for f in also for w in ("--also", str(f))]) for c in cells(s)]
-        )
+        extra = ["--also", ",".join(map(str, also))] if also else []
+        study = replace(STUDY, cells=lambda s: [replace(c, extra=extra) for c in cells(s)])
         run_study(study, s)
         return
     found = {}

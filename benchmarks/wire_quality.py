@@ -251,7 +251,7 @@ def figure(results: Path, png: Path) -> None:
         raise click.ClickException("the file has no runs of scheme none to compare with")
     picture = Figure(figsize=(11, 5), layout="constrained")
     left, right = picture.subplots(1, 2)
-    seen = {marker: 0 for marker in "o^s"}
+    seen = dict.fromkeys("o^s", 0)
     for scheme, runs in runs_of.items():
         # Squares move sequences, triangles condense, circles only round.
         marker = "s" if moves(scheme) else "^" if "condensed" in scheme or scheme == "luffy_max" else "o"

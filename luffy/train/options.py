@@ -74,7 +74,7 @@ class TrainOptions:
         "model", f"How gradients travel while ranks sum them: {', '.join(SUM_FORMATS)} (32, 16, 8.5 bits).", "Training"
     )
     eval_every: int = option(50, "Steps between held-out evaluations; 0: only at the end.", "Training")
-    eval_batches: int = option(8, "Batches of an evaluation.", "Training")
+    eval_batches: int = option(8, "Batches, of --batch-size, of an evaluation.", "Training")
     checkpoint_every: int = option(100, "Steps between checkpoints; 0: only at the end.", "Training")
     keep_checkpoints: int = option(2, "Checkpoints to keep; 0: write none.", "Training")
     start_weights: str | None = option(
