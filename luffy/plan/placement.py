@@ -63,15 +63,19 @@ def random_plan(problem: PlacementProblem, *, seed: int = 0) -> PlacementPlan:
     """A random placement that keeps the problem's balance; the same for the same seed.
 
     By sequences: a random permutation of the present homes. By tokens: every sequence in turn, in random order,
-    moves to a random rank if that keeps all ranks within budget.
+    moves to a random rank, or else trades places with a random sequence there, if that keeps all ranks within budget.
     """
     rng = np.random.default_rng(seed)
     if problem.balance.mode == "sequences":
         return make_plan(problem, "random", rng.permutation(problem.home_rank))
     limit, new_home = budgets(problem), problem.home_rank
     for s in rng.permutation(problem.num_sequences):
+        there = rng.integers(problem.num_ranks)
         trial = new_home.copy()
-        trial[s] = rng.integers(problem.num_ranks)
+        trial[s] = there
+        others = np.flatnonzero(new_home == there)
+        if others.size and not limit.admit(rank_loads(problem, trial)).all():
+            trial[rng.choice(others)] = new_home[s]
         if limit.admit(rank_loads(problem, trial)).all():
             new_home = trial
     return make_plan(problem, "random", new_home)

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -138,3 +139,13 @@ def _figure():
     from luffy.report.style import new_figure
 
     return new_figure()[0]
+
+
+def test_all_peers_stand_in_every_cell_of_the_regimes(tmp_path, monkeypatch):
+    regimes, seen = importlib.import_module("regimes"), []
+    monkeypatch.setattr(regimes, "run_study", lambda study, s: seen.extend(study.cells(s)))
+    peers = ["--also", str(tmp_path / "one"), "--also", str(tmp_path / "two")]
+    arguments = ["--ranks", "4", "--link", "1gbit,2gbit", "--small", "--out", str(tmp_path / "out"), *peers]
+    done = CliRunner().invoke(regimes.main, arguments)
+    assert done.exit_code == 0, done.output
+    assert [cell.extra for cell in seen] == [["--also", f"{tmp_path / 'one'},{tmp_path / 'two'}"]] * 2
