@@ -30,6 +30,7 @@ from torch import Tensor
 
 from luffy.comm.collectives import Comm, all_gather_flat
 from luffy.kernels.wire_rows import decode_rows, encode_rows
+from luffy.wire_format import row_num_bytes
 
 SUM_FORMATS = ("model", "bfloat16", "int8")
 _WIDTH = 1024  # values of a row, as which a flat tensor is coded; a multiple of a block
@@ -61,16 +62,20 @@ class GradientSums:
         sent = tensor.to(torch.bfloat16) if self.form == "bfloat16" else tensor
         self.comm.meter.all_reduce("gradients", self.ranks, sent.nbytes)
         future = dist.all_reduce(sent, group=self.group, async_op=True).get_future()
-        return future.then(lambda done: tensor if sent is tensor else tensor.copy_(done.value()[0]))
+
+        def finish(done: torch.futures.Future[Any]) -> Tensor:
+            value = done.value()[0]  # asked for even where it is `tensor` itself: this raises if the sum failed
+            return value if sent is tensor else tensor.copy_(value)
+
+        return future.then(finish)
 
     # ---------------------------------------------------------------- int8
 
     def _start_coded(self, tensor: Tensor) -> torch.futures.Future[Tensor]:
         n = len(self.ranks)
         rows = -(-tensor.numel() // (_WIDTH * n))  # of each rank's part
-        width = encode_rows(tensor.new_empty(0, _WIDTH), None, "int8").shape[1]
         for _ in range(2):  # the parts, and then the sums
-            self.comm.meter.all_gather("gradients", self.ranks, rows * width)
+            self.comm.meter.all_gather("gradients", self.ranks, rows * row_num_bytes("int8", _WIDTH, 0))
         stream = self._stream
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream())

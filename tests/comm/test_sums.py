@@ -116,6 +116,30 @@ def test_a_rank_can_end_while_a_sum_is_under_way() -> None:
         run_ranks(_one_fails, 2)
 
 
+class _FailedWork:
+    def get_future(self) -> torch.futures.Future[list[Tensor]]:
+        future: torch.futures.Future[list[Tensor]] = torch.futures.Future()
+        future.set_exception(RuntimeError("peer is gone"))
+        return future
+
+
+def _failing(rank: int) -> bool:
+    """A sum that failed must never pass for one that was made."""
+    comm = Comm.create(build_mesh(torch.device("cpu")))
+    for form in SUM_FORMATS:
+        sums = GradientSums(comm, comm.mesh.world_group, range(comm.mesh.world_size), form)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("luffy.comm.sums.dist.all_reduce", lambda *_, **__: _FailedWork())
+            patch.setattr(sums, "_sum", lambda *_: _FailedWork().get_future().value())
+            with pytest.raises(RuntimeError, match="peer is gone"):
+                sums.start(torch.ones(10)).wait()
+    return True
+
+
+def test_a_sum_that_failed_raises_in_every_format() -> None:
+    assert run_ranks(_failing, 2) == [True, True]
+
+
 def test_an_unknown_format_is_refused() -> None:
     with pytest.raises(ValueError, match="no format 'int2' of sums: one of model, bfloat16, int8"):
         GradientSums(None, None, [0], "int2")  # type: ignore[arg-type]
