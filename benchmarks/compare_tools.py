@@ -267,7 +267,7 @@ def bars(
     labels = list(dict.fromkeys(s["label"] for summaries in cells.values() for s in summaries))
     figure, axes = style.new_figure(height=3.0 + 0.14 * len(labels))
     width = 0.84 / len(labels)
-    small = len(labels) * len(cells) > 14
+    small = len(labels) * len(cells) > 12  # as many numbers as stand side by side without touching
     for i, label in enumerate(labels):
         points = [
             (g + (i - (len(labels) - 1) / 2) * width, found)

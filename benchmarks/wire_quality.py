@@ -254,7 +254,7 @@ def figure(results: Path, png: Path) -> None:
     seen = dict.fromkeys("o^s", 0)
     for scheme, runs in runs_of.items():
         # Squares move sequences, triangles condense, circles only round.
-        marker = "s" if moves(scheme) else "^" if "condensed" in scheme or scheme == "luffy_max" else "o"
+        marker = "s" if moves(scheme) else "^" if (SCHEMES | MORE)[scheme][1] != "none" else "o"
         colour = f"C{seen[marker]}"
         seen[marker] += 1
         found = [(share, r["valid_loss"] - base[pair_of(r), r["steps"]]) for r in runs

@@ -214,8 +214,7 @@ class PeerRun:
         """Mean held-out loss over `eval_batches` batches, each weighted by its labels."""
         total, labels = 0.0, 0
         o, mesh = self.options, self.mesh
-        count = o.eval_batches * o.num_micro_batches
-        for sequences in self.valid_loader.eval_batches(count, mesh.rank, mesh.world_size):
+        for sequences in self.valid_loader.eval_batches(o.num_eval_micro_batches, mesh.rank, mesh.world_size):
             micro = self._micro_batch(sequences)
             self.counter.begin(backward=False)
             loss = self.comm.all_reduce(self.peer.evaluation_loss(micro).to(torch.float64).clone())

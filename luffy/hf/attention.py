@@ -59,7 +59,8 @@ class Frames:
             if layout.equal_lengths:
                 return self._on_grid(attention, index, x.unflatten(0, shape)).flatten(0, 1)
             grid = x.new_zeros(shape[0] * shape[1], x.shape[1]).index_copy(0, layout.padded_index, x)
-            return self._on_grid(attention, index, grid.unflatten(0, shape)).flatten(0, 1)[layout.padded_index]
+            answers = self._on_grid(attention, index, grid.unflatten(0, shape)).flatten(0, 1)
+            return answers.index_select(0, layout.padded_index)
         positions, name = layout.positions, self.config._attn_implementation
         masks = {n: self.mask(index, n, x) for n in set(layout.lengths)}
         packed = Packed(layout, masks, ALL_ATTENTION_FUNCTIONS.get_interface(name, _own_function(attention)))

@@ -47,18 +47,25 @@ def rank_loads(problem: PlacementProblem, new_home: np.ndarray) -> RankLoads:
     return RankLoads(sequences, tokens, longest, flops)
 
 
-def budgets(problem: PlacementProblem) -> Budgets:
-    """(1 + slack) times the mean over ranks, or what the busiest rank holds now if that is more: staying always fits.
+def budget(loads: np.ndarray, total: int, slack: float) -> int:
+    """The most that a rank may hold: (1 + slack) times the mean of `total`, or what the busiest holds now if more.
 
-    The mean is of sequences alone, whatever their homes (attention without its padding), so that budgets are the same
-    in all layers of a step. Slack granted on top of the busiest rank would be granted anew by every layer: a tenth a
-    layer is three times the mean after twelve, and every exchange waits for the rank with the most rows.
+    loads: int64 [N], what ranks hold now, so that staying always fits. Slack granted on top of the busiest rank would
+    be granted anew by every plan that starts from the last one's: a tenth a layer is three times the mean after twelve.
     """
-    now = rank_loads(problem, problem.home_rank)
-    N, slack = max(1, problem.num_ranks), problem.balance.slack
-    means = int(problem.lengths.sum()) // N, int(problem.attention.sequence_flops(problem.lengths).sum()) // N
-    tokens, flops = (
-        max(int(load.max(initial=0)), mean + int(mean * slack))
-        for load, mean in zip((now.tokens, now.attention_flops), means, strict=True)
+    mean = total // len(loads)
+    return max(int(loads.max()), mean + int(mean * slack))
+
+
+def budgets(problem: PlacementProblem) -> Budgets:
+    """Budgets of tokens and of attention operations.
+
+    Means are of sequences alone, whatever their homes (attention without its padding), so that budgets are the same
+    in all layers of a step.
+    """
+    now, slack = rank_loads(problem, problem.home_rank), problem.balance.slack
+    flops = problem.attention.sequence_flops(problem.lengths)
+    return Budgets(
+        budget(now.tokens, int(problem.lengths.sum()), slack),
+        budget(now.attention_flops, int(flops.sum()), slack),
     )
-    return Budgets(tokens, flops)

@@ -58,7 +58,7 @@ def plan_mapping(
     expert_num_bytes: int,
     steps_until_next: int,
     micro_batches: int = 1,
-    load_slack: float | None = 0.2,
+    load_slack: float | None = RehomingProblem.load_slack,
 ) -> MappingPlan:
     """Search a better mapping than `owners` [layers, E]. Deterministic: every rank gets the same from the same steps.
 

@@ -69,14 +69,18 @@ def random_plan(problem: PlacementProblem, *, seed: int = 0) -> PlacementPlan:
     if problem.balance.mode == "sequences":
         return make_plan(problem, "random", rng.permutation(problem.home_rank))
     limit, new_home = budgets(problem), problem.home_rank
+
+    def fits(homes: np.ndarray) -> bool:
+        return bool(limit.admit(rank_loads(problem, homes)).all())
+
     for s in rng.permutation(problem.num_sequences):
         there = rng.integers(problem.num_ranks)
         trial = new_home.copy()
         trial[s] = there
         others = np.flatnonzero(new_home == there)
-        if others.size and not limit.admit(rank_loads(problem, trial)).all():
+        if others.size and not fits(trial):
             trial[rng.choice(others)] = new_home[s]
-        if limit.admit(rank_loads(problem, trial)).all():
+        if fits(trial):
             new_home = trial
     return make_plan(problem, "random", new_home)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from luffy.plan.balance import budget
 from luffy.plan.topology import Topology
 
 _MAX_ROUNDS = 200
@@ -53,8 +54,7 @@ class Instance:
             return int(self.tokens.sum())
         loads = np.zeros(self.linear.shape[1], dtype=np.int64)
         np.add.at(loads, owner, self.tokens)
-        mean = int(self.tokens.sum()) // len(loads)
-        return max(int(loads.max()), mean + int(mean * self.max_load_slack))
+        return budget(loads, int(self.tokens.sum()), self.max_load_slack)
 
 
 def search(instance: Instance, owner: np.ndarray) -> Iterator[np.ndarray]:

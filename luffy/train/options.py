@@ -183,6 +183,11 @@ class TrainOptions:
         """Forward passes of a step."""
         return self.accumulate * (2 if self.overlap else 1)
 
+    @property
+    def num_eval_micro_batches(self) -> int:
+        """Forward passes of an evaluation: how a batch is divided must not change which sequences are read."""
+        return self.eval_batches * self.num_micro_batches
+
     def get_recipe(self) -> Recipe:
         recipe = get_recipe(self.recipe)
         recipe = recipe if self.wire is None else replace(recipe, wire=self.wire)

@@ -345,14 +345,12 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """Mean held-out loss over `eval_batches` batches, each weighted by its labels.
-
-        In micro-batches as in training, whose number must not change which sequences are read.
-        """
+        """Mean held-out loss over `eval_batches` batches, each weighted by its labels."""
         total, labels = 0.0, 0
         memory = self._empty_memory(self.loader.global_batch_size // self.mesh.world_size)
-        count = self.options.eval_batches * self.options.num_micro_batches
-        batches = self.valid_loader.eval_batches(count, self.mesh.rank, self.mesh.world_size)
+        batches = self.valid_loader.eval_batches(
+            self.options.num_eval_micro_batches, self.mesh.rank, self.mesh.world_size
+        )
         for batch in batches:
             sequences = [self._mask(s) for s in batch]
             announced = gather_step([sequences], self.comm)

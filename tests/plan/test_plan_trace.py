@@ -94,11 +94,12 @@ def test_learnt_following_is_a_share_of_what_was_seen():
 def test_a_planted_mapping_is_found_priced_on_other_steps_and_never_worse():
     owners, links = spread_evenly(3, 8, 4), topology(4)
     wire = Wire(links, 100, "best", "router")
-    fit, held_out = [planted_step(i) for i in range(3)], [planted_step(i) for i in range(10, 13)]
+    # Sequences enough for domains to be about as large as each other: budgets then hardly bind.
+    fit, held_out = ([planted_step(i, num_sequences=96) for i in part] for part in (range(3), range(10, 13)))
     plan = plan_mapping(fit, held_out, owners, wire, expert_num_bytes=1000, steps_until_next=100)
     plan.check(4)
     assert plan.pays
-    assert sum(plan.num_bytes[1:]) < 0.65 * sum(plan.present_num_bytes[1:])
+    assert sum(plan.num_bytes[1:]) < 0.6 * sum(plan.present_num_bytes[1:])
     # What it says of the held-out steps is what a replay counts there, forward and backward, a step.
     replays = [replay_step(s, plan.owners, wire) for s in held_out]
     counted = sum(sum(x.dispatch[1:]) + sum(x.combine[1:]) for r in replays for x in r)
