@@ -35,7 +35,7 @@ SMALL = (
 )
 
 
-def cells(s):
+def cells(s, entries=None):
     model = ["--gradient-dtype", "bfloat16", "--locality-loss", "0.02"]
     if s.on_gpu:
         model += ["--model", "moe-gpt2", "--vocab-size", "8192", "--sequence-length", "512", "--keep-checkpoints", "0"]
@@ -44,7 +44,7 @@ def cells(s):
     else:
         model += s.model("moe-gpt2")
         model += ["--batch-size", str(8 * s.ranks)]
-    entries = SMALL if s.small else ENTRIES
+    entries = entries or (SMALL if s.small else ENTRIES)
     return [Cell(f"{s.ranks} ranks, {link or 'not shaped'}", entries, model, link=link) for link in s.links]
 
 
@@ -102,20 +102,21 @@ STUDY = Study(
 
 @click.command(help=__doc__)
 @options
+@click.option("--entries", help="Only these, separated by semicolons, as for `luffy compare --recipes`.")
 @click.option("--also", multiple=True, type=click.Path(path_type=Path), help="A peer's run, to stand in the table too.")
 @click.option(
     "--collect", type=click.Path(path_type=Path), help="Run nothing: report on the finished runs in this folder."
 )
 @click.option("--target-loss", type=float, help="With --collect: time to this held-out loss, not to vanilla's last.")
-def main(collect, also, target_loss, out, **values):
+def main(collect, entries, also, target_loss, out, **values):
     s = settings_of(STUDY, out=out, **values)
     if collect is None:
         extra = ["--also", ",".join(map(str, also))] if also else []
-        study = replace(STUDY, cells=lambda s: [replace(c, extra=extra) for c in cells(s)])
+        study = replace(STUDY, cells=lambda s: [replace(c, extra=extra) for c in cells(s, entries)])
         run_study(study, s)
         return
     found = {}
-    for cell in cells(s)[:1]:
+    for cell in cells(s, entries)[:1]:
         folders = {e.label: collect / e.folder for e in parse_entries(cell.recipes)}
         folders |= {json.loads((f / "summary.json").read_text())["recipe"]: f for f in also}
         finished = {label: read_run(f) for label, f in folders.items() if (f / "summary.json").exists()}

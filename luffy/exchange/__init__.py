@@ -2,7 +2,7 @@
 
 from luffy.exchange.audit import tally
 from luffy.exchange.combine import combine
-from luffy.exchange.condense import Condensed, CondenseState, SimilarityHistory, condense, only_sent
+from luffy.exchange.condense import Condensed, CondenseState, History, condense, only_sent
 from luffy.exchange.copies import Copies, ExpertMap, all_local, copy_keys, exchange_counts
 from luffy.exchange.dispatch import Received, dispatch
 from luffy.exchange.migrate import (
@@ -27,6 +27,7 @@ __all__ = [
     "Copies",
     "Draws",
     "ExpertMap",
+    "History",
     "Migration",
     "Pairs",
     "PlanTally",
@@ -35,7 +36,6 @@ __all__ = [
     "Received",
     "Recorder",
     "SharedAnswers",
-    "SimilarityHistory",
     "Stage",
     "all_local",
     "alone_per_sequence",

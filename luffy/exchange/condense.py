@@ -14,8 +14,9 @@ Decided from what the sender knows, before anything is sent:
     audit      a few condensed copies are sent all the same; where both answers are computed they are compared
                (luffy.exchange.audit)
 
-Written twice: below with torch operations, which is what is meant, and fused (luffy.kernels.condense), which is what
-GPUs run where similarity is looked for in windows. Both give the same answer, and the tests hold one to the other.
+Written twice: below with torch operations, which is what is meant, and fused, which is what GPUs run
+(luffy.kernels.condense; luffy.kernels.graph for the paper's whole graph). Both give the same answer, and the tests hold
+one to the other.
 
 Condensation is for training only: evaluation never condenses.
 """
@@ -33,10 +34,12 @@ from luffy.errors import UserError
 from luffy.exchange.copies import CopyKeys, ExpertMap
 from luffy.exchange.hashing import same_bucket
 from luffy.kernels import condense as fused
+from luffy.kernels import graph
 from luffy.kernels.representatives import choose_representatives, settle
 from luffy.plan.condensation import ALIKE, UNLIKE
 
 LARGEST_GRAPH = 1 << 28  # pairs of tokens of one layer on one rank
+LARGEST_FUSED_GRAPH = (1 << 31) - 1  # pairs of copies that may meet, a byte each
 _GRAPH_CHUNK = 1 << 24  # pairs looked at at once
 
 
@@ -78,7 +81,7 @@ class Condensed:
 @dataclass(frozen=True)
 class SimilarityHistory:
     """What one block found of pairs of tokens, for the paper's filter: uint8 [T, T], rows and columns in the order of
-    `global_token`; 0 unknown, 1 below S2, 2 between, 3 above S1."""
+    `global_token`; 0 unknown, 1 below S2, 2 between, 3 above S1. The fused path has luffy.kernels.graph.Graph."""
 
     global_token: Tensor
     code: Tensor
@@ -90,6 +93,9 @@ class SimilarityHistory:
         known = ordered[at] == global_token
         row = index[at]
         return self.code[row][:, row] * (known[:, None] & known[None, :])
+
+
+History = SimilarityHistory | graph.Graph
 
 
 def find_groups(
@@ -157,9 +163,9 @@ def condense(
     causal: bool,
     by_sequence: bool,
     pairs: bool,
-    history: SimilarityHistory | None = None,
+    history: History | None = None,
     kernel: bool | None = None,
-) -> tuple[Condensed, SimilarityHistory | None]:
+) -> tuple[Condensed, History | None]:
     """Decide for one layer. x [T, D]: the experts' inputs. Without gradient: the choice is discrete.
 
     kernel: force the fused kernels or torch; None: the kernels on a GPU.
@@ -171,23 +177,30 @@ def condense(
         # would tell a token of its future, and let results depend on where it lives.
         local = scheme.local or by_sequence
         if kernel is None:
-            kernel = fused.available(x, scheme.window) and not scheme.hashed and not scheme.history
+            kernel = (graph.available(x) if scheme.history else fused.available(x, scheme.window)) and not scheme.hashed
+        found: History | None = None
         if kernel:
             audit = (scheme.audit_share, state.step, layer) if scheme.audits else None
-            answer = fused.decide(fused.Question(
+            question = fused.Question(
                 x, ids, keys.rank, keys.is_copy, layout, E, ep_rank, state.thresholds[layer], scheme.window,
                 causal, scheme.nearest, local, by_sequence, pairs, audit,
-            ))  # fmt: skip
-            return Condensed(scheme, answer.leader, keys.is_copy, answer.sent, answer.shared, answer.audited), None
+            )  # fmt: skip
+            if scheme.history:
+                assert history is None or isinstance(history, graph.Graph)
+                _check_graph(graph.num_pairs(question), LARGEST_FUSED_GRAPH, T, scheme)
+                answer, found = graph.decide(question, history)
+            else:
+                answer = fused.decide(question)
+            return Condensed(scheme, answer.leader, keys.is_copy, answer.sent, answer.shared, answer.audited), found
         group, G = find_groups(ids, keys, layout, E, ep_rank, local=local, by_sequence=by_sequence, pairs=pairs)
-        found = None
         if scheme.hashed:
             leader = same_bucket(x, group, G, layout, int(scheme.level), layer)
         else:
-            unit = _unit_rows(x, narrow=scheme.history and x.is_cuda)
+            unit = _unit_rows(x)
             rows = make_windows(group, G, layout, scheme.window)
             threshold, token = state.thresholds[layer], torch.where(rows >= 0, rows // K, -1)
             if scheme.history:
+                assert history is None or isinstance(history, SimilarityHistory)
                 place, found = _with_history(unit, token, threshold, causal, scheme, history, layout)
             else:
                 place = choose_representatives(unit, token, threshold, causal=causal, nearest=scheme.nearest)
@@ -195,15 +208,18 @@ def condense(
         return _settle_copies(leader.unflatten(0, (T, K)), keys, state, layer, layout), found
 
 
-def _unit_rows(x: Tensor, narrow: bool = False) -> Tensor:
-    """[T, D] scaled to length one, zeros left as they are; in float32 at least.
-
-    narrow: in the dtype of x, for whole graphs, whose tiles would be twice as large; bfloat16 then rounds a cosine by
-    up to 0.004.
-    """
+def _unit_rows(x: Tensor) -> Tensor:
+    """[T, D] scaled to length one, zeros left as they are; in float32 at least."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    scale = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide).clamp_min(1e-12).reciprocal()
-    return x * scale.to(x.dtype) if narrow else x.to(wide) * scale
+    return x.to(wide) * torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide).clamp_min(1e-12).reciprocal()
+
+
+def _check_graph(pairs: int, most: int, num_tokens: int, scheme: Condensation) -> None:
+    if pairs > most:
+        raise UserError(
+            f"--condense {scheme.policy}: a graph over {num_tokens} tokens does not fit; its memory is quadratic, as "
+            "published: lower --batch-size, or add ,window=128"
+        )
 
 
 def _settle_copies(leader: Tensor, keys: CopyKeys, state: CondenseState, layer: int, layout: Layout) -> Condensed:
@@ -248,11 +264,7 @@ def _with_history(
 ) -> tuple[Tensor, SimilarityHistory]:
     """The paper's filter: pairs that the previous block settled are not looked at again. n^2 memory, as published."""
     T, W = unit.shape[0], token.shape[1]
-    if max(T, W) ** 2 > LARGEST_GRAPH:
-        raise UserError(
-            f"--condense {scheme.policy}: a graph over {T} tokens, {W} copies to one expert, does not fit; its memory "
-            "is quadratic, as published: lower --batch-size, or add ,window=128"
-        )
+    _check_graph(max(T, W) ** 2, LARGEST_GRAPH, T, scheme)
     known = None if history is None else history.codes_for(layout.global_token).flatten()
     table = torch.zeros(T * T + 1, dtype=torch.uint8, device=unit.device)
     places = []

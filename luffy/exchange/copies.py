@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from luffy.comm import Comm, RowExchange
-from luffy.exchange.order import stable_order
+from luffy.kernels.order import stable_order
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from luffy.exchange.copies import ExpertMap
-from luffy.exchange.order import stable_order
+from luffy.kernels.order import stable_order
 
 
 @dataclass(frozen=True)

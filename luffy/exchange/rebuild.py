@@ -29,10 +29,10 @@ from luffy.exchange.condense import Condensed
 from luffy.exchange.copies import CopyKeys, ExpertMap
 from luffy.exchange.dispatch import Received
 from luffy.exchange.migrate import Migration, transfer
-from luffy.exchange.order import stable_order
 from luffy.exchange.shared import take_shared
 from luffy.exchange.stage import Stage
 from luffy.exchange.wire import AS_THEY_ARE, WireCodecs
+from luffy.kernels.order import stable_order
 
 
 @dataclass(frozen=True)

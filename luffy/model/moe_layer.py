@@ -30,13 +30,13 @@ from luffy.exchange import (
     CondenseState,
     Draws,
     ExpertMap,
+    History,
     Migration,
     Planned,
     Planner,
     Received,
     Recorder,
     SharedAnswers,
-    SimilarityHistory,
     Stage,
     all_local,
     alone_per_sequence,
@@ -313,7 +313,7 @@ class MoELayer(nn.Module):
         experts: ExpertMap,
         batch: TokenBatch,
         predict_next: Predictor | None,
-    ) -> tuple[Condensed | None, SimilarityHistory | None, Forecast | None]:
+    ) -> tuple[Condensed | None, History | None, Forecast | None]:
         """What is condensed, and what the next layer will want: on a GPU beside each other, on streams of their own."""
         rt = self.runtime
 
@@ -323,7 +323,7 @@ class MoELayer(nn.Module):
         if rt.condense is None or not rt.condense.on or not self.training or not torch.is_grad_enabled():
             return None, None, forecast()
 
-        def decide() -> tuple[Condensed, SimilarityHistory | None]:
+        def decide() -> tuple[Condensed, History | None]:
             assert rt.condense is not None
             return condense(
                 rt.condense, self.layer_of_moe, normed.detach(), ids, keys, batch.layout, experts,

@@ -18,7 +18,7 @@ from torch import Tensor
 from luffy.condensation import Condensation
 from luffy.data.batch import Layout, SequenceTable
 from luffy.exchange import Condensed, CondenseState, ExpertMap, condense, copy_keys, only_sent
-from luffy.exchange.condense import find_groups, make_windows
+from luffy.exchange.condense import History, find_groups, make_windows
 from luffy.exchange.copies import CopyKeys
 
 ROUNDING = 2e-5  # of a cosine: sums of up to 4096 products in float32, in another order
@@ -34,13 +34,14 @@ class AlikeLayer:
     num_experts: int
     ep_size: int
     pairs: bool = False
+    elsewhere: int = 7  # tokens of an earlier sequence, which lives on another rank
 
     def to(self, device: torch.device) -> AlikeLayer:
         return replace(self, x=self.x.to(device), ids=self.ids.to(device))
 
     @cached_property
     def layout(self) -> Layout:
-        first = np.array([7, *self.lengths])  # an earlier sequence lives elsewhere: global tokens are not local rows
+        first = np.array([self.elsewhere, *self.lengths])  # so global tokens are not local rows
         return Layout(SequenceTable(first, np.array([1] + [0] * len(self.lengths))), 0, self.x.device)
 
     @cached_property
@@ -54,11 +55,24 @@ class AlikeLayer:
     def decide(
         self, scheme: Condensation, threshold: float, *, causal: bool, by_sequence: bool, kernel: bool | None
     ) -> Condensed:
+        return self.decide_after(None, scheme, threshold, causal=causal, by_sequence=by_sequence, kernel=kernel)[0]
+
+    def decide_after(
+        self,
+        history: History | None,
+        scheme: Condensation,
+        threshold: float,
+        *,
+        causal: bool,
+        by_sequence: bool,
+        kernel: bool | None,
+    ) -> tuple[Condensed, History | None]:
+        """The same, knowing what the block before found, and what this one did."""
         state = CondenseState(scheme, [threshold] * 4, step=12_345)
         return condense(
-            state, 3, self.x, self.ids, self.keys, self.layout, self.experts, 0,
-            causal=causal, by_sequence=by_sequence, pairs=self.pairs, kernel=kernel,
-        )[0]  # fmt: skip
+            state, 3, self.x, self.ids, self.keys, self.layout, self.experts, 0, causal=causal,
+            by_sequence=by_sequence, pairs=self.pairs, history=history, kernel=kernel,
+        )  # fmt: skip
 
 
 def alike_layer(
@@ -108,6 +122,27 @@ def compare_exactly(
     problems += [_difference(n, getattr(keys, n), getattr(new_keys, n)) for n in ("is_copy", "rank")]
     assert not any(problems), "\n".join([_name(layer, scheme, threshold, flags, device), *filter(None, problems)])
     return int((expected.copy & ~expected.sent).sum())
+
+
+def compare_graphs(
+    blocks: list[AlikeLayer], scheme: Condensation, threshold: float, *, causal: bool, by_sequence: bool,
+    device: torch.device,
+) -> int:  # fmt: skip
+    """Both paths on exact rows of consecutive blocks, each knowing what the one before found; returns the copies
+    condensed."""
+    flags = {"causal": causal, "by_sequence": by_sequence}
+    before: History | None = None
+    there_before: History | None = None
+    condensed = 0
+    for i, layer in enumerate(blocks):
+        expected, before = layer.decide_after(before, scheme, threshold, kernel=False, **flags)
+        got, there_before = layer.to(device).decide_after(there_before, scheme, threshold, kernel=True, **flags)
+        names = ("leader", "sent", "shared", "audited")
+        problems = [_difference(n, getattr(expected, n), getattr(got, n)) for n in names]
+        name = f"block {i}: {_name(layer, scheme, threshold, flags, device)}"
+        assert not any(problems), "\n".join([name, *filter(None, problems)])
+        condensed += int((expected.copy & ~expected.sent).sum())
+    return condensed
 
 
 def compare_closely(

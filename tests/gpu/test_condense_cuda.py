@@ -29,19 +29,20 @@ def _gpu() -> torch.device:
 
 
 def _small(rank: int) -> list[int]:
-    from tests.kernels.deciding import check, check_many_blocks, check_rounding
+    from tests.kernels.deciding import LENGTHS, check, check_graphs, check_many_blocks, check_rounding
 
     gpu = _gpu()
     return [
         check(gpu, FORMATS, (24, 80, 768), (16, 32, 64, 128)),
         check_rounding(gpu, FORMATS, (24, 768, 4096), 64),
         check_many_blocks(gpu),
+        check_graphs(gpu, FORMATS[:2], (24, 80, 768), (0, 64), [*LENGTHS[:2], (700, 90)]),
     ]
 
 
 def test_the_kernels_decide_as_torch_does(outcomes):
     condensed = outcomes["small"].get()[0]
-    assert [n > least for n, least in zip(condensed, (2000, 300, 30), strict=True)] == [True] * 3, condensed
+    assert [n > least for n, least in zip(condensed, (2000, 300, 30, 20_000), strict=True)] == [True] * 4, condensed
 
 
 def _large(rank: int) -> int:
@@ -82,9 +83,38 @@ def _cost(rank: int) -> dict[str, tuple[dict[str, tuple[int, float]], int]]:
     return found
 
 
+def _graph(rank: int) -> list[tuple[int, int, int]]:
+    """Of sequences apart and all together: bytes that a decision over the paper's graph holds at most, those that it
+    may (K copies a token, each with as many others as there can be, a byte a pair), and its launches."""
+    gpu, found, scheme = _gpu(), [], parse_condense("paper")
+    assert scheme is not None
+    layer = alike_layer(1, (512,) * 12, 768, 16, 2, dtype=torch.bfloat16).to(gpu)
+    for by_sequence, longest in ((True, 512), (False, 12 * 512)):
+        flags = {"causal": True, "by_sequence": by_sequence, "kernel": None}
+        before = layer.decide_after(None, scheme, 0.5, **flags)[1]
+        torch.cuda.synchronize()
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+
+        def decide(before=before, flags=flags):
+            return layer.decide_after(before, scheme, 0.5, **flags)
+
+        decide()
+        memory = torch.cuda.max_memory_allocated() - held
+        found.append((memory, 12 * 512 * 2 * (longest + 300), sum(count for count, _ in launches(decide).values())))
+    return found
+
+
+def test_a_graph_holds_a_byte_for_each_pair_that_can_meet(outcomes):
+    for memory, most, count in outcomes["graph"].get()[0]:
+        assert memory < most and 0 < count < 50, (memory, most, count)
+
+
 @pytest.fixture(scope="module")
 def outcomes():
-    return run_together({"small": (_small,), "large": (_large,), "cost": (_cost,)}, 1, case_seconds=300)
+    return run_together(
+        {"small": (_small,), "large": (_large,), "cost": (_cost,), "graph": (_graph,)}, 1, case_seconds=300
+    )
 
 
 def test_a_decision_is_a_handful_of_launches_and_little_memory(outcomes):

@@ -9,7 +9,7 @@ import torch
 
 import luffy.kernels.windows as windows
 from luffy.condensation import parse_condense
-from luffy.testing.alike import alike_layer, compare_closely, compare_exactly
+from luffy.testing.alike import alike_layer, compare_closely, compare_exactly, compare_graphs
 
 # (experts, choices a token, ranks, a row per pair)
 ROUTINGS = [(8, 2, 2, False), (4, 1, 4, False), (40, 2, 8, False), (6, 3, 2, True), (8, 4, 4, False), (1, 1, 1, False)]
@@ -66,6 +66,32 @@ def check_many_blocks(device: torch.device) -> int:
     return condensed
 
 
+def check_graphs(
+    device: torch.device, dtypes: tuple[torch.dtype, ...], sizes: tuple[int, ...], windows: tuple[int, ...],
+    lengths: list[tuple[int, ...]] = LENGTHS,
+) -> int:  # fmt: skip
+    """The paper's graph over three blocks; between them some tokens come, some go, and routes change."""
+    condensed = 0
+    flags = itertools.product((True, False), (True, False), windows, dtypes)
+    for seed, (causal, by_sequence, window, dtype) in enumerate(flags):
+        for i, of in enumerate(lengths):
+            turn = seed + 3 * i
+            E, K, N, pairs = ROUTINGS[turn % len(ROUTINGS)]
+            blocks = [
+                alike_layer(turn + 100 * (b > 0), of, sizes[turn % len(sizes)], E, K, N, dtype=dtype, pairs=pairs)
+                for b in range(3)
+            ]
+            # The third block sees the tokens, rows and all, of the second, shifted: most are known, few in their place.
+            blocks = [replace(layer, elsewhere=elsewhere) for layer, elsewhere in zip(blocks, (7, 7, 4), strict=True)]
+            scheme = parse_condense("paper" + (f",window={window}" if window else ""))
+            assert scheme is not None
+            threshold = THRESHOLDS[turn % len(THRESHOLDS)]
+            condensed += compare_graphs(
+                blocks, scheme, threshold, causal=causal, by_sequence=by_sequence, device=device
+            )
+    return condensed
+
+
 if __name__ == "__main__":
     cpu = torch.device("cpu")
     half = (torch.float32, torch.float16)  # the interpreter cannot multiply bfloat16
@@ -73,5 +99,6 @@ if __name__ == "__main__":
         check(cpu, half, (24, 80), (16, 64)),
         check_rounding(cpu, half, (24, 200), 32),
         check_many_blocks(cpu),
+        check_graphs(cpu, half, (24, 80), (0, 16), [*LENGTHS, (150,)]),
     ]
     print("condensed alike:", *found)
