@@ -13,6 +13,7 @@ it is measured apart (*host*). `run` first holds the kernels to the torch path, 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import time
 import traceback
@@ -240,6 +241,41 @@ def tune(windows: str) -> None:
         for size, rows in ((768, 8192), (768, 65536), (4096, 65536)):
             for r in try_settings(size, rows // TOP_K, window):
                 click.echo(json.dumps(r))
+
+
+@main.command()
+@click.option("--repeats", default=9, show_default=True)
+def graph(repeats: int) -> None:
+    """The paper's whole graph, by kernels and by torch operations: milliseconds with launches, launches, memory."""
+    scheme = parse_condense("paper")
+    assert scheme is not None
+    click.echo("| tokens | by sequence | causal | path | ms | launches | MB | kept |")
+    click.echo("|---|---|---|---|---|---|---|---|")
+    for lengths in ((450,) * 12, (300, 500, 80, 512) * 8):
+        layer = alike_layer(1, lengths, 768, NUM_EXPERTS, TOP_K, ep_size=8, dtype=torch.bfloat16, exact=False)
+        layer = layer.to(torch.device("cuda"))
+        for by_sequence, causal, kernel in itertools.product((True, False), repeat=3):
+            flags = {"causal": causal, "by_sequence": by_sequence, "kernel": kernel}
+            decide = functools.partial(layer.decide_after, scheme=scheme, threshold=0.5, **flags)
+            before = decide(None)[1]
+            kept = float(decide(before)[0].sent.float().mean())
+            torch.cuda.synchronize()
+            held = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            decide(before)
+            memory = torch.cuda.max_memory_allocated() - held
+            count = sum(n for n, _ in launches(functools.partial(decide, before)).values())
+            times = []
+            for _ in range(repeats):
+                torch.cuda.synchronize()
+                began = time.perf_counter()
+                decide(before)
+                torch.cuda.synchronize()
+                times.append((time.perf_counter() - began) * 1e3)
+            click.echo(
+                f"| {sum(lengths)} | {by_sequence} | {causal} | {'kernels' if kernel else 'torch'} | "
+                f"{median(times):.2f} | {count} | {memory / 1e6:.0f} | {kept:.3f} |"
+            )
 
 
 @main.command()
