@@ -15,6 +15,8 @@ There is one MoE layer; a recipe says what it does on each axis:
 * `wire`: the formats in which rows cross links (`--wire` overrides it; see luffy.wire_format).
 * `auto`: residency and placement of each layer are chosen while training (luffy.train.auto); `placement` and
   `look_ahead` say how sequences move where they do, `wire` and `condense` what may be chosen besides.
+* `settles`: sequences move once, behind the first MoE layer, to where all later ones are expected to want them
+  (luffy.plan.outlook), instead of behind each.
 * `rehome_every`: steps between re-homings of experts, 0 for never (`--rehome-every` overrides it).
 
 Recipes whose wire is "model" and that condense nothing are lossless: they compute the same function as a dense model
@@ -45,13 +47,27 @@ class Recipe:
     wire: str = "model"
     residency: str = "static"
     auto: bool = False
+    settles: bool = False
+
+    @property
+    def moves(self) -> bool:
+        """Whether sequences may live elsewhere than where they were read."""
+        return self.placement != "stay" or self.settles
+
+    def at_layer(self, layer_of_moe: int) -> Recipe:
+        """What the layer does that is the `layer_of_moe`-th MoE layer of its model."""
+        if not self.settles:
+            return self
+        if layer_of_moe == 0:  # a row that others share, or that is not the stream, cannot carry a residual
+            return replace(self, look_ahead=False, condense="none")
+        return replace(self, placement="stay", look_ahead=False)
 
     @property
     def wire_spec(self) -> WireSpec:
         """The formats of rows. Where sequences or experts move, rows that stay are rounded as well: who stays follows
         from a plan that knows the whole batch, and must not tell a token of its future."""
         spec = parse_wire(self.wire)
-        return spec if self.placement == "stay" and self.residency == "static" else replace(spec, local=True)
+        return spec if not self.moves and self.residency == "static" else replace(spec, local=True)
 
 
 RESIDENCIES = ("static", "fetch", "shadow")
@@ -108,6 +124,13 @@ RECIPES: dict[str, Recipe] = {
             rehome_every=250,
         ),
         Recipe(
+            "luffy_settled",
+            "lossless: as luffy, but sequences move once a step, to where all later layers are expected to want them",
+            placement="best",
+            rehome_every=250,
+            settles=True,
+        ),
+        Recipe(
             "luffy_max",
             "fewest bits, not lossless: similar tokens share a corrected answer, rows travel as 4- and 8-bit integers",
             condense="static:0.9,correct",
@@ -143,9 +166,15 @@ def check_recipe(recipe: Recipe, config: ModelConfig) -> None:
             f"--residency {recipe.residency} cannot be combined with --condense {recipe.condense} where sequences move "
             f"(--recipe {recipe.name}): who serves a choice would depend on what was condensed; use --residency static"
         )
+    if recipe.residency != "static" and recipe.settles:
+        raise UserError(
+            f"--residency {recipe.residency} cannot be combined with --recipe {recipe.name}, which foretells rows of "
+            "experts that stay; use --recipe luffy"
+        )
     if recipe.residency != "static" and recipe.copies == "pairs" and recipe.placement != "stay":
         raise UserError(f"--residency {recipe.residency}: pairs do not migrate; use --recipe luffy")
-    if scheme is not None and recipe.placement != "stay" and not recipe.auto:  # which condenses where sequences stay
+    # `auto` condenses where sequences stay; where they settle, the layer behind which they move does not condense.
+    if scheme is not None and recipe.placement != "stay" and not (recipe.auto or recipe.settles):
         at_home = {"lsh": scheme.hashed, "correct": scheme.compensate, "centroid": scheme.representative == "centroid",
                    "spread": scheme.gradient == "spread"}  # fmt: skip
         for name, yes in at_home.items():

@@ -27,6 +27,11 @@ def counts_per_sequence(keys: CopyKeys, layout: Layout, num_ranks: int, num_rows
     return _by_sequence(keys.rank, keys.is_copy, layout, num_ranks, num_rows)
 
 
+def choices_per_sequence(topk_expert_ids: Tensor, layout: Layout, num_experts: int, num_rows: int) -> Tensor:
+    """Tokens of each local sequence by the experts that they chose, [T, K]: int64 [num_rows, E]."""
+    return _by_sequence(topk_expert_ids, topk_expert_ids >= 0, layout, num_experts, num_rows)
+
+
 def alone_per_sequence(keys: CopyKeys, shared: Tensor | None, layout: Layout, num_ranks: int, num_rows: int) -> Tensor:
     """Tokens whose residual must come from the old home if their sequence is rebuilt at a rank, int64 [num_rows, N].
 

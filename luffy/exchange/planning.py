@@ -79,11 +79,13 @@ class Planner:
         next_counts: np.ndarray | None,
         row_bytes: RowBytes,
         padded: bool,
+        there_and_back: bool = False,
     ) -> Planned:
         """Where each sequence is rebuilt. Call `confirm` before acting on it.
 
-        counts, next_counts: int64 [S, N]. alone: int64 [S, N], residuals that travel if a sequence is rebuilt there.
-        row_bytes: what rows weigh; with a residual, every token that moves sends one, and `alone` is None.
+        counts, next_counts: int64 [S, N]. there_and_back: rows of next_counts return to where they were sent from.
+        alone: int64 [S, N], residuals that travel if a sequence is rebuilt there. row_bytes: what rows weigh; with a
+        residual, every token that moves sends one, and `alone` is None.
         """
         begin = time.perf_counter()
         combine, next_dispatch, residual = row_bytes.priced
@@ -96,7 +98,7 @@ class Planner:
             row_num_bytes=combine,
             residual_num_bytes=residual,
             next_counts=next_counts,
-            next_row_num_bytes=next_dispatch,
+            next_row_num_bytes=next_dispatch + combine if there_and_back else next_dispatch,
             attention=self.attention,
             layout="padded" if padded else "packed",
             balance=Balance.for_lengths(table.lengths),

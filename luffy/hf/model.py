@@ -303,6 +303,7 @@ def parallelize(
             experts=LibraryExperts(block.experts, family, activate, num_local, mesh.ep_rank * num_local),
             shared_experts=shared,
             layer_of_moe=moe,
+            later_moe_layers=len(layers) - len(dense_layers) - 1 - moe,
         )
         setattr(layer, family.block, replacement.train(block.training))
         moe += 1

@@ -42,6 +42,7 @@ from luffy.exchange import (
     alone_per_sequence,
     by_table,
     carries_residual,
+    choices_per_sequence,
     codecs_of,
     combine,
     combine_at_new_home,
@@ -70,6 +71,7 @@ from luffy.model.layers import FeedForward
 from luffy.model.residency import LayerResidency, ResidencyState
 from luffy.model.router import Router, RouterBase
 from luffy.plan.cost import AttentionCost
+from luffy.plan.outlook import expected_rows
 from luffy.plan.topology import Topology
 from luffy.recipes import Recipe, check_recipe
 
@@ -154,7 +156,7 @@ class MoELayer(nn.Module):
 
     The parts are given: `build` makes those of a ModelConfig, luffy.hf those of another library's block. router: rows
     to Routing and RouterStats. experts: this rank's share of them, `num_local` in the order of their ids.
-    layer_of_moe: index of this layer among the model's MoE layers.
+    layer_of_moe: index of this layer among the model's MoE layers, which later_moe_layers follow.
     """
 
     def __init__(
@@ -166,13 +168,15 @@ class MoELayer(nn.Module):
         experts: Experts,
         shared_experts: nn.Module | None = None,
         layer_of_moe: int = 0,
+        later_moe_layers: int = 0,
         causal: bool = True,
     ) -> None:
         super().__init__()
         self.runtime, self.layer = runtime, layer
         # Of this layer: `auto` begins as vanilla_dedup, and changes it.
         recipe = runtime.recipe
-        self.recipe = replace(recipe, placement="stay", look_ahead=False, wire="model") if recipe.auto else recipe
+        at_first = replace(recipe, placement="stay", look_ahead=False, wire="model") if recipe.auto else recipe
+        self.recipe = at_first.at_layer(layer_of_moe)
         self.router = router
         self.experts = experts
         self.shared_experts = shared_experts
@@ -180,6 +184,12 @@ class MoELayer(nn.Module):
         self.layer_of_moe = layer_of_moe
         self.register_buffer("slot_of_expert", torch.arange(router.config.num_experts))
         self.slot_of_expert: Tensor
+        if self.settles:
+            # What this layer's choices foretell of the later ones, whose experts stand by slot (luffy.plan.outlook).
+            E = router.config.num_experts
+            self.register_buffer("outlook", torch.zeros(E, later_moe_layers, E, dtype=torch.int64))
+        self.outlook: Tensor
+        self._host_outlook: tuple[int, np.ndarray] = -1, np.zeros(0)
         self.residency = (
             None if runtime.residency is None else LayerResidency(runtime.residency, runtime.comm, self.experts)
         )
@@ -197,6 +207,7 @@ class MoELayer(nn.Module):
             experts=GroupedExperts(config, config.router.num_experts // ep_size),
             shared_experts=FeedForward(config, shared) if shared else None,
             layer_of_moe=sum(config.is_moe_layer(i) for i in range(layer)),
+            later_moe_layers=sum(config.is_moe_layer(i) for i in range(layer + 1, config.num_layers)),
             causal=config.causal,
         )
 
@@ -204,6 +215,11 @@ class MoELayer(nn.Module):
     def planner(self) -> Planner | None:
         """Who moves sequences after this layer; None where they stay."""
         return None if self.recipe.placement == "stay" else self.runtime.planner
+
+    @property
+    def settles(self) -> bool:
+        """Whether sequences move behind this layer for all later ones."""
+        return self.recipe.settles and self.recipe.placement != "stay"
 
     def prefetch(self, dtype: torch.dtype) -> Departed | None:
         """Begin to fetch experts that this rank is likely to want, if the recipe fetches any: call before attention."""
@@ -246,7 +262,7 @@ class MoELayer(nn.Module):
 
         hidden = boundary(hidden, rt.clock, "other", "exchange")
         sent = keys if condensed is None else only_sent(keys, condensed)
-        wanted = self._what_planners_ask(sent, condensed, batch, forecast)
+        wanted = self._what_planners_ask(sent, condensed, batch, forecast, ids)
         if experts.guests is not None and self.recipe.residency == "fetch" and wanted is None:
             copies, gathered = all_local(sent, ids, rt.comm), torch.zeros(0)
         else:
@@ -320,14 +336,15 @@ class MoELayer(nn.Module):
         def forecast() -> Forecast | None:
             return None if predict_next is None else predict_next(batch.hidden)
 
-        if rt.condense is None or not rt.condense.on or not self.training or not torch.is_grad_enabled():
+        wanted = rt.condense is not None and rt.condense.on and self.recipe.condense != "none"
+        if not (wanted and self.training and torch.is_grad_enabled()):
             return None, None, forecast()
 
         def decide() -> tuple[Condensed, History | None]:
             assert rt.condense is not None
             return condense(
                 rt.condense, self.layer_of_moe, normed.detach(), ids, keys, batch.layout, experts,
-                rt.comm.mesh.ep_rank, causal=self.causal, by_sequence=self.planner is not None,
+                rt.comm.mesh.ep_rank, causal=self.causal, by_sequence=self.recipe.moves,
                 pairs=self.recipe.copies == "pairs", history=batch.similarity,
             )  # fmt: skip
 
@@ -350,9 +367,10 @@ class MoELayer(nn.Module):
         return condensed, history, foreseen
 
     def _what_planners_ask(
-        self, sent: CopyKeys, condensed: Condensed | None, batch: TokenBatch, forecast: Forecast | None
+        self, sent: CopyKeys, condensed: Condensed | None, batch: TokenBatch, forecast: Forecast | None, ids: Tensor
     ) -> Tensor | None:
-        """int64 [S_max, n N]: copies by rank, then residuals that no row carries, then the next layer's copies."""
+        """int64 [S_max, n N]: copies by rank, then residuals that no row carries, then the next layer's copies; then,
+        where sequences settle, tokens by expert, [S_max, E]."""
         if self.planner is None:
             return None
         N, layout = self.runtime.comm.mesh.ep_size, batch.layout
@@ -363,6 +381,8 @@ class MoELayer(nn.Module):
             parts.append(alone_per_sequence(sent, shared, layout, N, num_rows))
         if forecast is not None:
             parts.append(counts_per_sequence(forecast.keys, layout, N, num_rows))
+        if self.settles:
+            parts.append(choices_per_sequence(ids, layout, self.router.config.num_experts, num_rows))
         return torch.cat(parts, dim=1)
 
     def _sends_residuals(self, hidden: Tensor) -> bool:
@@ -380,11 +400,28 @@ class MoELayer(nn.Module):
     def _plan(self, gathered: np.ndarray, batch: TokenBatch, looks_ahead: bool) -> Planned:
         rt = self.runtime
         assert self.planner is not None
-        blocks = np.split(by_table(gathered, batch.layout.table), gathered.shape[2] // rt.comm.mesh.ep_size, axis=1)
-        counts, next_counts = blocks[0], blocks.pop() if looks_ahead else None
+        asked, N = by_table(gathered, batch.layout.table), rt.comm.mesh.ep_size
+        next_counts = None
+        if self.settles:
+            asked, chosen = np.split(asked, [asked.shape[1] - self.router.config.num_experts], axis=1)
+            next_counts = self._expected_rows(chosen, batch.layout.table.lengths)
+        blocks = np.split(asked, asked.shape[1] // N, axis=1)
+        counts, next_counts = blocks[0], blocks.pop() if looks_ahead else next_counts
         alone = blocks[1] if len(blocks) > 1 else None
         row_bytes = self.recipe.wire_spec.row_bytes(batch.hidden.shape[1], batch.hidden.element_size())
-        return self.planner.plan(self.layer, batch.layout, counts, alone, next_counts, row_bytes, batch.padded)
+        return self.planner.plan(
+            self.layer, batch.layout, counts, alone, next_counts, row_bytes, batch.padded, there_and_back=self.settles
+        )
+
+    def _expected_rows(self, chosen: np.ndarray, lengths: np.ndarray) -> np.ndarray | None:
+        """int64 [S, N] for tokens by expert [S, E]: rows of all later layers."""
+        if self._host_outlook[0] != self.outlook._version:  # a read-back, once a re-homing
+            self._host_outlook = self.outlook._version, self.outlook.cpu().numpy()
+        outlook, N = self._host_outlook[1], self.runtime.comm.mesh.ep_size
+        if not outlook.shape[1]:
+            return None
+        slots = np.arange(outlook.shape[2]) * N // outlook.shape[2]
+        return expected_rows(outlook, chosen, lengths, np.tile(slots, (outlook.shape[1], 1)), N)
 
     # ---------------------------------------------------------------- where rows arrived
 

@@ -13,10 +13,11 @@ only if what it saves until the next time exceeds what moving weights and optimi
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from luffy.plan.outlook import learn_outlook
 from luffy.plan.rehoming import RehomingProblem, plan_rehoming
 from luffy.plan.replay import LayerReplay, Wire, replay_step
 from luffy.plan.result import PlanError
@@ -91,6 +92,8 @@ def plan_mapping(
             homes = _join(replays)
 
     per_step = micro_batches / len(held_out)
+    if wire.settles:  # judged by what can be known
+        wire = replace(wire, outlook=learn_outlook(fit, E))
     present, predicted = (_scale(_total([replay_step(s, m, wire) for s in held_out]), per_step) for m in (owners, best))
     classes = wire.topology.link_class_matrix()[owners, best]
     crossing = np.bincount(classes.ravel(), minlength=3) * expert_num_bytes

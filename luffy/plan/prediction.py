@@ -10,11 +10,12 @@ synchronisation, and any overlap with computation. So the seconds are those that
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from luffy.plan.mapping import plan_mapping
+from luffy.plan.outlook import learn_outlook
 from luffy.plan.replay import LayerReplay, Wire, replay_step
 from luffy.plan.topology import LinkClass, Topology
 from luffy.plan.trace import TraceStep
@@ -84,7 +85,8 @@ def predict(
 
     rehome: first fit a mapping of experts to the earlier half of the steps, judge it on the next quarter, and count on
     the rest, which neither has seen. Needs at least four steps, and is left out with fewer. The bytes of moving
-    experts are not weighed: what is asked is what a mapping can do.
+    experts are not weighed: what is asked is what a mapping can do. Where sequences settle, what their first choices
+    foretell is learnt from the steps that are not counted, if there are any.
 
     Raises ValueError as `replay_step` does, or without steps.
     """
@@ -96,6 +98,9 @@ def predict(
         half = len(steps) // 2
         fit, judge = steps[:half], steps[half : len(steps) - len(counted)]
         owners = plan_mapping(fit, judge, owners, wire, expert_num_bytes=0, steps_until_next=1).owners
+    if wire.settles:
+        seen = steps[: len(steps) - len(counted)] or counted
+        wire = replace(wire, outlook=learn_outlook(seen, owners.shape[1]))
     layers = [layer for step in counted for layer in replay_step(step, owners, wire)]
     n = len(counted)
 

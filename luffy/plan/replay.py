@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from luffy.plan.cost import AttentionCost
+from luffy.plan.outlook import expected_rows
 from luffy.plan.placement import plan_placement
 from luffy.plan.problem import Balance, PlacementProblem
 from luffy.plan.residency import ExpertCosts, expert_traffic, fetched, serving_ranks, shadowed
@@ -32,6 +33,8 @@ class Wire:
     luffy.plan.residency, of all layers or of each, with the size of an expert's weights as they travel and, for
     shadows, what things cost.
     row_bytes: of rows in a wire format, by direction; None: row_num_bytes each, as they are.
+    settles: sequences move behind the first layer only, to where `outlook` (luffy.plan.outlook) expects the rows of all
+    later ones; None: to where they really will be.
     """
 
     topology: Topology
@@ -46,6 +49,8 @@ class Wire:
     expert_num_bytes: int = 0
     expert_costs: ExpertCosts | None = None
     row_bytes: RowBytes | None = None
+    settles: bool = False
+    outlook: np.ndarray | None = None
 
     @property
     def sizes(self) -> RowBytes:
@@ -125,7 +130,11 @@ def replay_step(
     out, sizes = [], wire.sizes
     combine_price, dispatch_price, residual_price = sizes.priced
     for layer in range(step.num_layers):
-        following = _foresee(step, layer, owners, wire, counts) if layer + 1 < step.num_layers else None
+        last = layer + 1 == step.num_layers
+        if wire.settles:
+            following = None if last or layer else _expect(step, owners, wire, counts)
+        else:
+            following = None if last else _foresee(step, layer, owners, wire, counts)
         served, experts, expert_seconds = _served(step, layer, owners[layer], homes, wire)
         rows = counts[layer]
         if wire.residency_at(layer) != "static":
@@ -138,12 +147,12 @@ def replay_step(
             row_num_bytes=combine_price,
             residual_num_bytes=residual_price,
             next_counts=following,
-            next_row_num_bytes=dispatch_price,
+            next_row_num_bytes=dispatch_price + combine_price if wire.settles else dispatch_price,
             attention=wire.attention,
             layout="padded" if wire.padded else "packed",
             balance=Balance.for_lengths(step.lengths),
         )
-        plan = plan_placement(wire.strategy, problem)
+        plan = plan_placement("stay" if wire.settles and layer else wire.strategy, problem)
         sent, returned = (by_class(rows, where, wire.topology) for where in (homes, plan.new_home))
         apart = apart_by_class(step.lengths, homes, plan.new_home, wire.topology) * sizes.residual
         pairs = np.bincount(served[served >= 0], minlength=N)
@@ -209,6 +218,14 @@ def _foresee(
     to_rank = np.zeros((E, N))
     np.add.at(to_rank.T, next_owner, wire.follows[layer].T)
     return np.rint(step.counts_by_expert(layer, E) @ to_rank).astype(np.int64)
+
+
+def _expect(step: TraceStep, owners: np.ndarray, wire: Wire, counts: list[np.ndarray]) -> np.ndarray:
+    """Rows of all later layers by sequence and rank, int64 [S, N], as the planner of the first layer expects them."""
+    if wire.outlook is None:
+        return np.sum(counts[1:], axis=0)
+    chosen = step.counts_by_expert(0, owners.shape[1])
+    return expected_rows(wire.outlook, chosen, step.lengths, owners[1:], wire.topology.world_size)
 
 
 def deal(num_sequences: int, num_ranks: int) -> np.ndarray:

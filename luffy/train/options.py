@@ -175,6 +175,11 @@ class TrainOptions:
         if self.topology is not None:
             parse_topology(self.topology)
         check_recipe(recipe, config)
+        _require(
+            not recipe.settles or self.get_rehome_every() > 0,
+            f"--rehome-every 0: --recipe {recipe.name} learns where sequences should live when experts are re-homed; "
+            "leave the option out",
+        )
         if self.fetch_limit is not None:
             parse_num_bytes(self.fetch_limit, "--fetch-limit")
 

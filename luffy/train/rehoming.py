@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from luffy.model import Transformer
 from luffy.model.moe_layer import MoELayer
 from luffy.plan.cost import AttentionCost
 from luffy.plan.mapping import MappingPlan, plan_mapping
+from luffy.plan.outlook import learn_outlook
 from luffy.plan.replay import Wire
 from luffy.plan.trace import TraceStep
 
@@ -73,6 +74,8 @@ def wire_of(model: Transformer, padded: bool) -> Wire:
         residency=tuple(moe.recipe.residency for moe in model.moe_layers) or recipe.residency,
         expert_num_bytes=size * itemsize,
         expert_costs=None if state is None else state.costs(width, size, itemsize),
+        settles=recipe.settles,
+        outlook=_outlook_by_expert(model) if recipe.settles else None,
     )
 
 
@@ -91,7 +94,7 @@ def rehome(
     """
     begin = time.perf_counter()
     comm = model.runtime.comm
-    owners, wire = current_owners(model), wire_of(model, padded)
+    owners, wire = current_owners(model), replace(wire_of(model, padded), outlook=None)
     half = len(recorded) // 2
     plan = plan_mapping(
         recorded[:half],
@@ -108,6 +111,8 @@ def rehome(
         for layer, moe in enumerate(model.moe_layers):
             if (decided[layer] != owners[layer]).any():
                 move_experts(moe, optimizer, decided[layer], comm)
+    if wire.settles:
+        _learn_outlook(model, recorded, comm)
     dp = comm.mesh.dp_size
     return Rehomed(
         pays=bool((decided != owners).any()),
@@ -128,6 +133,25 @@ def _agree(plan: MappingPlan, owners: np.ndarray, comm: Comm) -> np.ndarray:
     if odd:
         raise RankMismatchError(f"re-homing: ranks {odd} planned another mapping of experts than rank 0; none moved")
     return everyone[0]
+
+
+def _learn_outlook(model: Transformer, recorded: list[TraceStep], comm: Comm) -> None:
+    """Give the first MoE layer what the recorded micro-batches say of the later ones: rank 0's, on all ranks."""
+    first, *later = model.moe_layers
+    E = first.router.config.num_experts
+    mine = torch.from_numpy(learn_outlook(recorded, E)).to(comm.mesh.device)
+    by_expert = comm.all_gather_world(mine)[0]
+    for i, moe in enumerate(later):
+        first.outlook[:, i, moe.slot_of_expert] = by_expert[:, i]
+
+
+def _outlook_by_expert(model: Transformer) -> np.ndarray:
+    """The outlook with the later layers' experts by their ids, as replay wants it."""
+    first, *later = model.moe_layers
+    if not later:
+        return first.outlook.cpu().numpy()
+    parts = [first.outlook[:, i, moe.slot_of_expert] for i, moe in enumerate(later)]
+    return torch.stack(parts, dim=1).cpu().numpy()
 
 
 def _stacked(moe: MoELayer, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

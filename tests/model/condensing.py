@@ -97,6 +97,9 @@ def check_condensed_exact(case: Case, results: list[dict[str, Any]]) -> float:
         Condensing(leader_table(s, case.config.router.num_experts), scheme.representative == "centroid",
                    scheme.compensate) for s in layers
     ]  # fmt: skip
+    if recipe.settles:  # behind the layer that does not condense
+        itself = torch.arange(len(layers[0]["token"]))[:, None].expand(-1, case.config.router.num_experts)
+        told.insert(0, Condensing(itself, False, scheme.compensate))
     expected = oracle_step(case.config, tensors(results[0]["initial"]), case.data()[0], condensing=told)
     loss = results[0]["loss"][0]
     assert abs(loss - expected.loss) <= TOLERANCE * abs(expected.loss)

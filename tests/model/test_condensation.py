@@ -34,6 +34,7 @@ MOVE = Recipe("move", "random plans", placement="random", condense="static:0.3")
 CORRECT = replace(STAY, condense="static:0.3,correct,local")
 LUFFY = replace(get_recipe("luffy"), condense="static:0.3")
 BUDGET = replace(LUFFY, condense="budget:0.5")
+SETTLED = replace(get_recipe("luffy_settled"), condense="static:0.3,correct")
 
 
 @pytest.mark.parametrize("preset", TINY_PRESETS)
@@ -44,8 +45,9 @@ def test_it_equals_the_oracle_that_is_told_who_stands_for_whom(preset):
         assert 0.2 < kept < 0.95
 
 
-@pytest.mark.parametrize("recipe", [PAIRS, CORRECT, LUFFY, BUDGET, get_recipe("luffy_paper"), get_recipe("lsh_moe"),
-                                    get_recipe("lsh_moe_causal")], ids=lambda r: f"{r.name}-{r.condense}")  # fmt: skip
+@pytest.mark.parametrize("recipe", [PAIRS, CORRECT, LUFFY, BUDGET, SETTLED,
+                                    *map(get_recipe, ("luffy_paper", "lsh_moe", "lsh_moe_causal"))],
+                         ids=lambda r: f"{r.name}-{r.condense}")  # fmt: skip
 @pytest.mark.parametrize("preset", ["moe-gpt2-tiny", "moe-bert-large-tiny"])
 def test_every_scheme_equals_the_oracle(preset, recipe):
     if recipe.name.startswith("lsh"):
@@ -84,7 +86,7 @@ def _states(rank: int, case: Case, changes: list[tuple[int, int] | None]) -> lis
 def test_no_future_reaches_a_token(preset):
     paper = get_recipe("luffy_paper")
     causal_lsh = Recipe("lsh", "", condense="lsh-causal:1")
-    for recipe in (STAY, LUFFY, MOVE, BUDGET, paper, replace(paper, placement="stay"), causal_lsh):
+    for recipe in (STAY, LUFFY, MOVE, BUDGET, SETTLED, paper, replace(paper, placement="stay"), causal_lsh):
         case = Case(shrunk(preset, num_layers=3), world=2, recipe=recipe, batch=8)
         changes = [None, (0, 0), (1, 3), (2, 6), (3, 9), (6, LENGTH - 1)]
         (before, spared), *after = run_ranks(_states, 2, case, changes)[0]

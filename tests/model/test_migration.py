@@ -10,16 +10,17 @@ from hypothesis import strategies as st
 
 from luffy.comm import Comm, build_mesh
 from luffy.comm.meter import by_direction
-from luffy.data.batch import Layout, SequenceTable
+from luffy.data.batch import Layout, SequenceTable, TokenBatch
 from luffy.errors import RankMismatchError
 from luffy.exchange import Migration, transfer
 from luffy.recipes import Recipe, get_recipe
 from luffy.testing import run_ranks
 
-from .cases import TINY_PRESETS, Case, assert_exact, build, run_step, shrunk
+from .cases import TINY_PRESETS, Case, assert_exact, build, run_step, shrunk, watch_block
 
 PAPER = replace(get_recipe("luffy_paper"), condense="none")
-MOVING = (PAPER, get_recipe("netmoe"), get_recipe("luffy"))
+SETTLED = get_recipe("luffy_settled")
+MOVING = (PAPER, get_recipe("netmoe"), get_recipe("luffy"), SETTLED)
 RANDOM = Recipe("random", "random balanced plans", placement="random")
 
 
@@ -44,6 +45,33 @@ def test_random_plans_equal_the_oracle_in_loss_gradients_and_trained_weights(pre
 def test_every_strategy_equals_the_oracle(recipe):
     for world, lengths, preset in ((2, "uneven", "moe-gpt2-tiny"), (4, "equal", "moe-bert-large-tiny")):
         assert_exact(Case(shrunk(preset), world=world, recipe=recipe, batch=8, lengths=lengths, steps=2))
+
+
+def _homes(rank: int, case: Case) -> tuple[list[int], list[int]]:
+    """(sequences of this rank that moved behind each MoE layer, all of its sequences there)."""
+    model, comm = build(case)
+    moved: list[int] = []
+    here: list[int] = []
+
+    def note(before: TokenBatch, after: TokenBatch) -> None:
+        stayed = np.isin(before.layout.sequences, after.layout.sequences)
+        moved.append(int((~stayed).sum()))
+        here.append(before.layout.num_sequences)
+
+    for block in model.blocks:
+        watch_block(block, note)
+    run_step(model, comm, case, case.data()[0])
+    return moved, here
+
+
+def test_who_settles_moves_once_and_to_where_later_rows_are_expected():
+    """Deep models, uneven lengths, shared experts, accumulation: nobody moves behind a later layer."""
+    config = shrunk("moe-gpt2-tiny", num_layers=4, num_shared_experts=1)
+    case = Case(config, world=4, recipe=SETTLED, batch=12, micro_batches=2, steps=2, recompute=True)
+    assert_exact(case)
+    answers = run_ranks(_homes, 4, replace(case, micro_batches=1))
+    moved = np.sum([a[0] for a in answers], axis=0)
+    assert moved[0] >= 3 and not moved[1:].any(), moved
 
 
 @pytest.mark.parametrize(("preset", "ep_size"), [("moe-gpt2-tiny", 4), ("moe-llm-tiny", 2)])
@@ -90,8 +118,8 @@ def _bytes(rank, case):
     if planner is not None:
         whole = planner.plan
 
-        def watched(layer, layout, counts, alone, *rest):
-            planned = whole(layer, layout, counts, alone, *rest)
+        def watched(layer, layout, counts, alone, *rest, **more):
+            planned = whole(layer, layout, counts, alone, *rest, **more)
             migration = planned.migration
             home = layout.table.home_rank if migration is None else migration.new.table.home_rank
             away = counts.sum() - counts[np.arange(len(home)), home].sum()

@@ -21,6 +21,7 @@ CASES = (
     ("vanilla_dedup", "moe-llm-tiny", 4, {"top_k": 4, "num_shared_experts": 1}),
     ("luffy", "moe-gpt2-tiny", 4, {"moe_every": 2, "num_layers": 3}),
     (RANDOM, "moe-llm-tiny", 4, {"capacity_factor": 1.0}),
+    ("luffy_settled", "moe-gpt2-tiny", 4, {"num_layers": 3}),
     ("fastermoe", "moe-gpt2-tiny", 2, {}),
     ("janus", "moe-gpt2-tiny", 2, {}),
     (replace(RANDOM, residency="shadow"), "moe-bert-large-tiny", 2, {}),

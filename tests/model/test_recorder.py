@@ -39,6 +39,8 @@ def record(rank: int, case: Case) -> dict:
         ("luffy", "moe-gpt2-tiny", {"num_layers": 3}),
         ("netmoe", "moe-bert-large-tiny", {"moe_every": 2, "num_layers": 4}),
         ("luffy", "moe-llm-tiny", {}),
+        ("luffy_settled", "moe-gpt2-tiny", {"num_layers": 4}),
+        (replace(get_recipe("luffy_settled"), wire="aggressive"), "moe-llm-tiny", {"num_layers": 3, "top_k": 4}),
         ("janus", "moe-gpt2-tiny", {"num_experts": 16}),
         ("fastermoe", "moe-gpt2-tiny", {"num_experts": 16}),
         (replace(get_recipe("luffy"), wire="aggressive,residual=int16"), "moe-gpt2-tiny", {"num_layers": 3}),

@@ -129,7 +129,12 @@ def test_it_goes_with_condensation_residency_capacity_and_pairs():
     """Everything that rows do, with their roundings: the loss stays where the format's error lets it be."""
     small = shrunk("moe-gpt2-tiny", capacity_factor=0.8, num_shared_experts=1, num_layers=3)
     luffy = get_recipe("luffy")
-    ways = [replace(RANDOM, condense="static:0.5"), *(replace(luffy, residency=r) for r in ("fetch", "shadow"))]
+    settled = replace(get_recipe("luffy_settled"), condense="static:0.9,correct")
+    ways = [
+        replace(RANDOM, condense="static:0.5"),
+        settled,
+        *(replace(luffy, residency=r) for r in ("fetch", "shadow")),
+    ]
     ways += [get_recipe(r) for r in ("vanilla", "janus", "fastermoe", "luffy_paper", "lsh_moe_causal", "luffy_max")]
     both = [replace(r, wire=w) for r in ways for w in ("model", "int8,residual=int16")]
     case = Case(small, world=4, batch=8, recompute=True, expert_flops=1e6)
@@ -141,10 +146,11 @@ def test_it_goes_with_condensation_residency_capacity_and_pairs():
 
 
 def test_it_knows_every_recipe():
-    for recipe in ("luffy", "netmoe", "luffy_paper"):
+    for recipe in ("luffy", "netmoe", "luffy_paper", "luffy_settled"):
         made = TrainOptions(recipe=recipe, wire="int8,residual=int16").get_recipe()
         assert made.wire_spec.local, "who stays follows from the whole batch, and must not be told"
     assert TrainOptions(recipe="janus", wire="int8").get_recipe().wire_spec.local
+    assert TrainOptions(recipe="luffy_settled", wire="int8").get_recipe().at_layer(1).wire_spec.local
     assert not TrainOptions(wire="int8").get_recipe().wire_spec.local
     assert TrainOptions(wire="safe").get_recipe().wire == "safe"
     check_recipe(TrainOptions(recipe="vanilla", wire="combine=int4").get_recipe(), model_preset("moe-gpt2-tiny"))
@@ -159,7 +165,7 @@ def _leak(rank, case, changes):
 
 def test_no_future_reaches_a_token_through_what_is_rounded():
     """A plan knows the whole batch; were rows that stay spared the rounding, it would tell."""
-    for recipe in (get_recipe("luffy"), RANDOM):
+    for recipe in (get_recipe("luffy"), RANDOM, get_recipe("luffy_settled")):
         case = Case(shrunk("moe-gpt2-tiny", num_layers=3), world=4, recipe=replace(recipe, wire="int4"), batch=8)
         changes = [None, (1, 3), (3, 9), (6, LENGTH - 1)]
         before, *after = run_ranks(_leak, 4, case, changes)[0]

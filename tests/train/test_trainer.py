@@ -195,9 +195,10 @@ def test_the_summary_and_the_record_agree(small):
     assert traffic["bytes"][0][1] + traffic["bytes"][1][0] == sent
 
 
-def test_rehoming_changes_where_experts_live_and_nothing_else(small, tmp_path):
+@pytest.mark.parametrize("recipe", ["luffy", "luffy_settled"])
+def test_rehoming_changes_where_experts_live_and_nothing_else(small, tmp_path, recipe):
     """Experts so small that moving pays within steps; resumed after it, before it, and at another number of ranks."""
-    settings = small(recipe="luffy", rehome_every=2, expert_hidden_size=2, experts=8, steps=7, keep_checkpoints=9)
+    settings = small(recipe=recipe, rehome_every=2, expert_hidden_size=2, experts=8, steps=7, keep_checkpoints=9)
     settings |= {"checkpoint_every": 1, "export": True, "trace_every": 6}
     whole = _run(settings, 4)
     records = read_metrics(Path(settings["out"], "metrics.jsonl"))
@@ -209,7 +210,10 @@ def test_rehoming_changes_where_experts_live_and_nothing_else(small, tmp_path):
         assert (r["bytes"]["experts"] > 0) == (r["step"] in moves)
         if r["step"] in moves and moves[r["step"]]["pays"]:
             assert r["bytes"]["experts"] > moves[r["step"]]["move_num_bytes"]  # the recording is counted too
-    home = _run(settings | {"out": str(tmp_path / "home"), "rehome_every": 0}, 4)
+    assert {r["step"]: r["plan"]["moved_share"] > 0 for r in records if r["step"] > 3} == dict.fromkeys(
+        range(4, 8), True
+    )
+    home = _run(settings | {"out": str(tmp_path / "home"), "rehome_every": 0, "recipe": "luffy"}, 4)
     assert whole == pytest.approx(home, rel=1e-10)
     for name in ("run", "home"):
         with safe_open(str(tmp_path / name / "model.safetensors"), "pt") as f:
@@ -220,7 +224,8 @@ def test_rehoming_changes_where_experts_live_and_nothing_else(small, tmp_path):
 
     for step in (2, 3):
         out = _copy_with_checkpoint(settings["out"], tmp_path / f"from-{step}", step)
-        assert _run(settings | {"out": out, "resume": True}, 4) == whole
+        # DDP lays its buckets out anew after its first step, and four terms may then be summed in another order.
+        assert _run(settings | {"out": out, "resume": True}, 4) == pytest.approx(whole, rel=1e-13)
     for world in (1, 2):
         out = _copy_with_checkpoint(settings["out"], tmp_path / f"at-{world}", 3)
         assert _run(settings | {"out": out, "resume": True}, world) == pytest.approx(whole, rel=1e-10)
