@@ -25,7 +25,9 @@ from luffy.train.entries import parse_entries
 # In the order in which they are wanted, should time run out.
 ENTRIES = (
     "vanilla;vanilla_dedup;luffy_max;max+g=luffy_max --gradient-dtype int8;luffy;luffy_settled;paper=luffy_paper;"
-    "settled+o=luffy_settled --overlap;max+o=luffy_max --overlap;vanilla+o=vanilla --overlap;max+og=luffy_max --overlap --gradient-dtype int8;"
+    "settled+o=luffy_settled --overlap;max+o=luffy_max --overlap;vanilla+o=vanilla --overlap;"
+    "max+og=luffy_max --overlap --gradient-dtype int8;"
+    "low+g=luffy_settled --wire aggressive --condense static:0.9,correct --gradient-dtype int8;"
     "dedup+o=vanilla_dedup --overlap;luffy+o=luffy --overlap;fastermoe;netmoe;lsh_moe_causal;"
     "vanilla+g=vanilla --gradient-dtype int8;janus"
 )
