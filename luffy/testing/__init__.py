@@ -2,6 +2,7 @@
 
 from luffy.testing.oracle import Condensing, OracleOutput
 from luffy.testing.oracle_tools import (
+    foretell_anything,
     gather_full,
     largest_error,
     load_full,
@@ -19,6 +20,7 @@ __all__ = [
     "OracleStep",
     "Outcome",
     "RankFailedError",
+    "foretell_anything",
     "gather_full",
     "largest_error",
     "load_full",

@@ -24,6 +24,7 @@ from luffy.model import Runtime, Transformer, build_model, is_expert
 from luffy.recipes import Recipe, get_recipe
 from luffy.testing import (
     OracleStep,
+    foretell_anything,
     gather_full,
     largest_error,
     load_full,
@@ -136,16 +137,8 @@ def build(case: Case, ranks_per_node: int | None = None) -> tuple[Transformer, C
         runtime.residency.flops_per_second = case.expert_flops
     model = build_model(case.config, runtime, dtype=case.dtype)
     load_full(model, vivid_parameters(model))
-    foretell_anything(model)
+    foretell_anything(model.moe_layers)
     return model, comm
-
-
-def foretell_anything(model: Transformer) -> None:
-    """Where sequences settle, have them be drawn somewhere: most move."""
-    first = model.moe_layers[0]
-    if first.settles:
-        made = torch.randint(1 << 19, first.outlook.shape, generator=torch.Generator().manual_seed(5))
-        first.outlook.copy_(made * (torch.arange(made.shape[2]) % 3 == 1))
 
 
 def watch_block(block: Any, note: Callable[[TokenBatch, TokenBatch], None]) -> None:
