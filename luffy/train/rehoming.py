@@ -29,7 +29,13 @@ from luffy.plan.outlook import learn_outlook
 from luffy.plan.replay import Wire
 from luffy.plan.trace import TraceStep
 
-NUM_RECORDED = 6  # micro-batches: half to fit, half to judge
+MOST_RECORDED = 6  # micro-batches: half to fit, half to judge
+
+
+def num_recorded(sequences: int, num_experts: int) -> int:
+    """Micro-batches of so many sequences to record: to fit by, 128 sequences or eight for each expert are enough."""
+    enough = -(-max(128, 8 * num_experts) // max(1, sequences))
+    return min(MOST_RECORDED, 2 * enough)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ from luffy.train.options import TrainOptions
 from luffy.train.progress import TrainProgress, phase
 from luffy.train.rates import half_of_memory, measure_experts, measure_links, parse_num_bytes
 from luffy.train.reading import read_data
-from luffy.train.rehoming import NUM_RECORDED, Rehomed, current_owners, rehome, wire_of
+from luffy.train.rehoming import Rehomed, current_owners, num_recorded, rehome, wire_of
 
 LOAD_EVERY = 10  # steps between records of the load of every expert of every layer
 
@@ -222,7 +222,8 @@ class Trainer:
             return None
         recorded = []
         with self.comm.meter.charging("experts"):
-            for m in range(NUM_RECORDED):
+            each = o.batch_size // (o.num_micro_batches * self.mesh.dp_size)
+            for m in range(num_recorded(each, self.config.router.num_experts)):
                 sequences = self._read(self.step * o.num_micro_batches + m)
                 announced = gather_step([sequences], self.comm)
                 padded = o.layout == "padded"

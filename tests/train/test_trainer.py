@@ -17,6 +17,7 @@ from luffy.testing import run_ranks
 from luffy.train.export import load_safetensors
 from luffy.train.metrics import read_metrics
 from luffy.train.options import TrainOptions
+from luffy.train.rehoming import num_recorded
 from luffy.train.trainer import Trainer
 
 
@@ -193,6 +194,11 @@ def test_the_summary_and_the_record_agree(small):
     sent = sum(r["bytes"][kind] for r in records for kind in rows)
     assert traffic["steps"] == 2 and len(traffic["bytes"]) == 2
     assert traffic["bytes"][0][1] + traffic["bytes"][1][0] == sent
+
+
+def test_a_rehoming_records_as_many_sequences_as_it_needs_and_no_more():
+    assert [num_recorded(n, 16) for n in (8, 42, 64, 96, 128, 1000)] == [6, 6, 4, 4, 2, 2]
+    assert num_recorded(128, 64) == 6 and num_recorded(600, 64) == 2
 
 
 @pytest.mark.parametrize("recipe", ["luffy", "luffy_settled"])
