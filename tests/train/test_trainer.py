@@ -196,6 +196,14 @@ def test_the_summary_and_the_record_agree(small):
     assert traffic["bytes"][0][1] + traffic["bytes"][1][0] == sent
 
 
+def test_a_run_goes_on_with_another_recipe(small, tmp_path):
+    """One that settles has an outlook to learn, one that does not leaves it aside; losses are what they were."""
+    whole = _run(small(recipe="luffy", keep_checkpoints=9), 2)
+    for there, then in (("run", "luffy_settled"), ("luffy_settled", "vanilla_dedup")):
+        out = _copy_with_checkpoint(tmp_path / there, tmp_path / then, 3)
+        assert _run(small(recipe=then, keep_checkpoints=9, out=out, resume=True), 2) == pytest.approx(whole, rel=1e-10)
+
+
 def test_a_rehoming_records_as_many_sequences_as_it_needs_and_no_more():
     assert [num_recorded(n, 16) for n in (8, 42, 64, 96, 128, 1000)] == [6, 6, 4, 4, 2, 2]
     assert num_recorded(128, 64) == 6 and num_recorded(600, 64) == 2
