@@ -77,6 +77,8 @@ def plan_mapping(
             [_remap_layer(by_expert[i], together[i], homes[i], present[i], wire, load_slack) for i in range(layers)]
         )
 
+    if wire.settles:  # fitted to where sequences really want to be
+        wire = replace(wire, outlook=None)
     replays = [replay_step(s, owners, wire) for s in fit]
     best, best_cost = owners, wire.topology.weighted_bytes(_total(replays))
     for start in _starts(_join(replays)):
@@ -92,7 +94,7 @@ def plan_mapping(
             homes = _join(replays)
 
     per_step = micro_batches / len(held_out)
-    if wire.settles:  # judged by what can be known
+    if wire.settles:  # and judged by what can be known
         wire = replace(wire, outlook=learn_outlook(fit, E))
     present, predicted = (_scale(_total([replay_step(s, m, wire) for s in held_out]), per_step) for m in (owners, best))
     classes = wire.topology.link_class_matrix()[owners, best]

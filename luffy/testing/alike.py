@@ -113,32 +113,26 @@ def compare_exactly(
     layer: AlikeLayer, scheme: Condensation, threshold: float, *, causal: bool, by_sequence: bool, device: torch.device
 ) -> int:
     """Both paths on exact rows: the same answer, and the same keys of what is sent. Returns the copies condensed."""
-    flags = {"causal": causal, "by_sequence": by_sequence}
-    there = layer.to(device)
-    expected = layer.decide(scheme, threshold, kernel=False, **flags)
-    got = there.decide(scheme, threshold, kernel=True, **flags)
-    problems = [_difference(n, getattr(expected, n), getattr(got, n)) for n in ("leader", "sent", "shared", "audited")]
-    keys, new_keys = only_sent(layer.keys, expected), only_sent(there.keys, got)
-    problems += [_difference(n, getattr(keys, n), getattr(new_keys, n)) for n in ("is_copy", "rank")]
-    assert not any(problems), "\n".join([_name(layer, scheme, threshold, flags, device), *filter(None, problems)])
-    return int((expected.copy & ~expected.sent).sum())
+    return compare_blocks([layer], scheme, threshold, causal=causal, by_sequence=by_sequence, device=device)
 
 
-def compare_graphs(
+def compare_blocks(
     blocks: list[AlikeLayer], scheme: Condensation, threshold: float, *, causal: bool, by_sequence: bool,
     device: torch.device,
 ) -> int:  # fmt: skip
-    """Both paths on exact rows of consecutive blocks, each knowing what the one before found; returns the copies
-    condensed."""
+    """`compare_exactly` of consecutive blocks, each knowing what the one before found."""
     flags = {"causal": causal, "by_sequence": by_sequence}
     before: History | None = None
     there_before: History | None = None
     condensed = 0
     for i, layer in enumerate(blocks):
+        there = layer.to(device)
         expected, before = layer.decide_after(before, scheme, threshold, kernel=False, **flags)
-        got, there_before = layer.to(device).decide_after(there_before, scheme, threshold, kernel=True, **flags)
+        got, there_before = there.decide_after(there_before, scheme, threshold, kernel=True, **flags)
         names = ("leader", "sent", "shared", "audited")
         problems = [_difference(n, getattr(expected, n), getattr(got, n)) for n in names]
+        keys, new_keys = only_sent(layer.keys, expected), only_sent(there.keys, got)
+        problems += [_difference(n, getattr(keys, n), getattr(new_keys, n)) for n in ("is_copy", "rank")]
         name = f"block {i}: {_name(layer, scheme, threshold, flags, device)}"
         assert not any(problems), "\n".join([name, *filter(None, problems)])
         condensed += int((expected.copy & ~expected.sent).sum())

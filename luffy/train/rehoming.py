@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -100,7 +100,7 @@ def rehome(
     """
     begin = time.perf_counter()
     comm = model.runtime.comm
-    owners, wire = current_owners(model), replace(wire_of(model, padded), outlook=None)
+    owners, wire = current_owners(model), wire_of(model, padded)
     half = len(recorded) // 2
     plan = plan_mapping(
         recorded[:half],
@@ -154,10 +154,10 @@ def _learn_outlook(model: Transformer, recorded: list[TraceStep], comm: Comm) ->
 def _outlook_by_expert(model: Transformer) -> np.ndarray:
     """The outlook with the later layers' experts by their ids, as replay wants it."""
     first, *later = model.moe_layers
-    if not later:
-        return first.outlook.cpu().numpy()
-    parts = [first.outlook[:, i, moe.slot_of_expert] for i, moe in enumerate(later)]
-    return torch.stack(parts, dim=1).cpu().numpy()
+    by_expert = torch.empty_like(first.outlook)
+    for i, moe in enumerate(later):
+        by_expert[:, i] = first.outlook[:, i, moe.slot_of_expert]
+    return by_expert.cpu().numpy()
 
 
 def _stacked(moe: MoELayer, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
 
 import luffy.kernels.windows as windows
 from luffy.condensation import parse_condense
-from luffy.testing.alike import alike_layer, compare_closely, compare_exactly, compare_graphs
+from luffy.testing.alike import AlikeLayer, alike_layer, compare_blocks, compare_closely, compare_exactly
 
 # (experts, choices a token, ranks, a row per pair)
 ROUTINGS = [(8, 2, 2, False), (4, 1, 4, False), (40, 2, 8, False), (6, 3, 2, True), (8, 4, 4, False), (1, 1, 1, False)]
 LENGTHS = [(30, 7, 1, 66, 12), (90,), (1,), (24, 24, 24, 24), (2, 1)]
 THRESHOLDS = [0.5, 0.75, 1.0, 0.0, -1.0, 1.5]  # all but the last two are hit exactly by many pairs
+
+
+def _turns(
+    dtypes: tuple[torch.dtype, ...], sizes: tuple[int, ...], widths: tuple[int, ...], lengths: list[tuple[int, ...]]
+) -> Iterator[tuple[int, int, float, Callable[[int], AlikeLayer], dict[str, bool]]]:
+    """(number, window, threshold, a layer for each seed, flags) of every combination, the rest taking turns."""
+    flags = itertools.product((True, False), (True, False), widths, dtypes)
+    for seed, (causal, by_sequence, window, dtype) in enumerate(flags):
+        for i, of in enumerate(lengths):
+            turn = seed + 3 * i
+            E, K, N, pairs = ROUTINGS[turn % len(ROUTINGS)]
+            shape = {"lengths": of, "size": sizes[turn % len(sizes)], "num_experts": E, "top_k": K, "ep_size": N}
+            layer = functools.partial(alike_layer, **shape, dtype=dtype, pairs=pairs)
+            yield (
+                turn,
+                window,
+                THRESHOLDS[turn % len(THRESHOLDS)],
+                layer,
+                {"causal": causal, "by_sequence": by_sequence},
+            )
 
 
 def check(
@@ -23,20 +45,12 @@ def check(
 ) -> int:  # fmt: skip
     """Layers of every kind; returns how many copies were condensed, the same by both paths."""
     condensed = 0
-    flags = itertools.product((True, False), (True, False), widths, dtypes)
-    for seed, (causal, by_sequence, window, dtype) in enumerate(flags):
-        for i, of in enumerate(lengths):
-            turn = seed + 3 * i
-            E, K, N, pairs = ROUTINGS[turn % len(ROUTINGS)]
-            layer = alike_layer(turn, of, sizes[turn % len(sizes)], E, K, N, dtype=dtype, pairs=pairs)
-            extras = f",window={window}" + (",local" if turn % 2 else "") + (",correct" if turn % 5 == 0 else "")
-            scheme = parse_condense(f"{'budget' if turn % 3 else 'static'}:0.1{extras}")
-            assert scheme is not None
-            scheme = replace(scheme, nearest=turn % 4 > 0, audit_share=1 / 4)
-            threshold = THRESHOLDS[turn % len(THRESHOLDS)]
-            condensed += compare_exactly(
-                layer, scheme, threshold, causal=causal, by_sequence=by_sequence, device=device
-            )
+    for turn, window, threshold, layer, flags in _turns(dtypes, sizes, widths, lengths):
+        extras = f",window={window}" + (",local" if turn % 2 else "") + (",correct" if turn % 5 == 0 else "")
+        scheme = parse_condense(f"{'budget' if turn % 3 else 'static'}:0.1{extras}")
+        assert scheme is not None
+        scheme = replace(scheme, nearest=turn % 4 > 0, audit_share=1 / 4)
+        condensed += compare_exactly(layer(turn), scheme, threshold, **flags, device=device)
     return condensed
 
 
@@ -67,28 +81,18 @@ def check_many_blocks(device: torch.device) -> int:
 
 
 def check_graphs(
-    device: torch.device, dtypes: tuple[torch.dtype, ...], sizes: tuple[int, ...], windows: tuple[int, ...],
+    device: torch.device, dtypes: tuple[torch.dtype, ...], sizes: tuple[int, ...], widths: tuple[int, ...],
     lengths: list[tuple[int, ...]] = LENGTHS,
 ) -> int:  # fmt: skip
     """The paper's graph over three blocks; between them some tokens come, some go, and routes change."""
     condensed = 0
-    flags = itertools.product((True, False), (True, False), windows, dtypes)
-    for seed, (causal, by_sequence, window, dtype) in enumerate(flags):
-        for i, of in enumerate(lengths):
-            turn = seed + 3 * i
-            E, K, N, pairs = ROUTINGS[turn % len(ROUTINGS)]
-            blocks = [
-                alike_layer(turn + 100 * (b > 0), of, sizes[turn % len(sizes)], E, K, N, dtype=dtype, pairs=pairs)
-                for b in range(3)
-            ]
-            # The third block sees the tokens, rows and all, of the second, shifted: most are known, few in their place.
-            blocks = [replace(layer, elsewhere=elsewhere) for layer, elsewhere in zip(blocks, (7, 7, 4), strict=True)]
-            scheme = parse_condense("paper" + (f",window={window}" if window else ""))
-            assert scheme is not None
-            threshold = THRESHOLDS[turn % len(THRESHOLDS)]
-            condensed += compare_graphs(
-                blocks, scheme, threshold, causal=causal, by_sequence=by_sequence, device=device
-            )
+    for turn, window, threshold, layer, flags in _turns(dtypes, sizes, widths, lengths):
+        # The third block sees the tokens, rows and all, of the second, shifted: most are known, few in their place.
+        second = layer(turn + 100)
+        blocks = [layer(turn), second, replace(second, elsewhere=second.elsewhere - 3)]
+        scheme = parse_condense("paper" + (f",window={window}" if window else ""))
+        assert scheme is not None
+        condensed += compare_blocks(blocks, scheme, threshold, **flags, device=device)
     return condensed
 
 

@@ -238,8 +238,10 @@ def test_rehoming_changes_where_experts_live_and_nothing_else(small, tmp_path, r
 
     for step in (2, 3):
         out = _copy_with_checkpoint(settings["out"], tmp_path / f"from-{step}", step)
-        # DDP lays its buckets out anew after its first step, and four terms may then be summed in another order.
-        assert _run(settings | {"out": out, "resume": True}, 4) == pytest.approx(whole, rel=1e-13)
+        again = _run(settings | {"out": out, "resume": True}, 4)
+        # DDP lays its buckets out anew after its first step: where gradients come in another order than weights are
+        # listed in, the four terms of a sum are then added in another order.
+        assert again == (whole if recipe == "luffy" else pytest.approx(whole, rel=1e-13))
     for world in (1, 2):
         out = _copy_with_checkpoint(settings["out"], tmp_path / f"at-{world}", 3)
         assert _run(settings | {"out": out, "resume": True}, world) == pytest.approx(whole, rel=1e-10)
