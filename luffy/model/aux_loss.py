@@ -19,7 +19,7 @@ from torch import Tensor
 
 from luffy.comm import Comm
 from luffy.config import RouterConfig
-from luffy.exchange.audit import NUM_COUNTS
+from luffy.exchange.condense import NUM_COUNTS
 from luffy.model.router import RouterStats, entropy_of_sums
 
 
@@ -30,8 +30,8 @@ class AuxLoss:
     For the metrics, without gradient and global: `balance` [] (mean over layers, unweighted; 1 when all experts are
     used evenly), `z` [layers], `load` [layers, E] (share of choices), `dropped` [] (share of choices).
     `sequence_entropy`, `expert_entropy` [layers]: mean H(p_s) and H(p) in nats. `favourite_share` [layers]: of a
-    sequence's rows, the share at the rank that holds most of them, mean over rows. `condensed` [layers, 5]: see
-    luffy.exchange.audit; zeros where nothing is condensed.
+    sequence's rows, the share at the rank that holds most of them, mean over rows. `condensed` [layers, 2]: see
+    luffy.exchange.condense; zeros where nothing is condensed.
     """
 
     local: Tensor

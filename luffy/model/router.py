@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from luffy.config import RouterConfig
 from luffy.data.batch import Layout
-from luffy.exchange.audit import NUM_COUNTS
+from luffy.exchange.condense import NUM_COUNTS
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class RouterStats:
     probability_sum [E] (gradient): normalised scores. assigned [E]: choices. z_sum [] (gradient): sum of
     logsumexp^2. sequence_entropy [] (gradient): sum over sequences of length * H(mean probabilities), in nats.
     dropped []: choices beyond capacity. rows [2]: copies of this rank's tokens, and those of them that go to their
-    sequence's favourite rank; condensed [5]: see luffy.exchange.audit (both filled in by the layer).
+    sequence's favourite rank; condensed [2]: see luffy.exchange.condense (both filled in by the layer).
     """
 
     probability_sum: Tensor

@@ -106,14 +106,6 @@ def _moe_of(model: Transformer, name: str) -> MoELayer:
 
 
 @torch.no_grad()
-def foretell_anything(moe_layers: list[MoELayer]) -> None:
-    """Where sequences settle, have them be drawn somewhere, the same on every rank: most then move."""
-    if moe_layers and (first := moe_layers[0]).settles:
-        made = torch.randint(1 << 19, first.outlook.shape, generator=torch.Generator().manual_seed(5))
-        first.outlook.copy_(made * (torch.arange(made.shape[2]) % 3 == 1))
-
-
-@torch.no_grad()
 def load_full(model: Transformer, params: Mapping[str, Tensor]) -> None:
     """Give `model` its part of full parameters: the experts that fill this rank's slots, and all else."""
     mesh = model.runtime.comm.mesh

@@ -19,12 +19,11 @@ from luffy.comm import Comm, Mesh, build_mesh
 from luffy.config import ModelConfig, model_preset
 from luffy.data.batch import TokenBatch
 from luffy.data.loader import Sequence
-from luffy.exchange import Stage
+from luffy.exchange.stage import Stage
 from luffy.model import Runtime, Transformer, build_model, is_expert
 from luffy.recipes import Recipe, get_recipe
 from luffy.testing import (
     OracleStep,
-    foretell_anything,
     gather_full,
     largest_error,
     load_full,
@@ -137,7 +136,6 @@ def build(case: Case, ranks_per_node: int | None = None) -> tuple[Transformer, C
         runtime.residency.flops_per_second = case.expert_flops
     model = build_model(case.config, runtime, dtype=case.dtype)
     load_full(model, vivid_parameters(model))
-    foretell_anything(model.moe_layers)
     return model, comm
 
 
