@@ -140,7 +140,7 @@ class ParallelModel(nn.Module):
         if head is not None:
             token_loss = head.leave(token_loss, keep=torch.is_grad_enabled())
         loss, stats = token_loss, batch.router_stats
-        aux = auxiliary_loss(stats, self.config.router, self.runtime.comm, micro.num_tokens)
+        aux = auxiliary_loss(stats, self.config.router, self.runtime.comm, micro.num_tokens, micro.seat_strength)
         if aux is not None:
             local = aux.local
             if self.library_balance:

@@ -242,7 +242,7 @@ class MoELayer(nn.Module):
         rt, mesh = self.runtime, self.runtime.comm.mesh
         hidden, layout = batch.hidden, batch.layout  # [T, D]
         normed = norm(hidden)
-        routing, stats = self.router(normed, layout)
+        routing, stats = self.router(normed, layout, self.slot_of_expert)
         ids, weights = routing.topk_expert_ids, routing.topk_weights  # [T, K]
 
         experts, guests = ExpertMap(self.slot_of_expert, self.experts.num_local), None

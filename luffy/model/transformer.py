@@ -40,7 +40,7 @@ class MicroBatch:
     tokens, labels: int64 [T], sequences end to end as `layout` says; labels are IGNORE_INDEX where there is none.
     num_tokens: tokens of this micro-batch on all ranks. step_tokens, step_labels: tokens and labels of the whole
     optimizer step on all ranks, which is more where gradients are accumulated.
-    memory: see TokenBatch.
+    memory: see TokenBatch. seat_strength: factor of the seat loss in this step.
     """
 
     tokens: Tensor
@@ -51,6 +51,7 @@ class MicroBatch:
     step_labels: int
     padded: bool = False
     memory: tuple[Tensor, ...] | None = None
+    seat_strength: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ class Transformer(nn.Module):
             (labels,) = transfer([labels], micro.layout, batch.layout, self.runtime.comm, "control")
         token_loss = self._token_loss(batch.hidden, labels) / max(micro.step_labels, 1)
         token_loss = boundary(token_loss, self.runtime.clock, "other", "other")
-        aux = auxiliary_loss(batch.router_stats, self.config.router, self.runtime.comm, micro.num_tokens)
+        aux = auxiliary_loss(batch.router_stats, self.config.router, self.runtime.comm, micro.num_tokens, micro.seat_strength)
         loss = token_loss
         if aux is not None:
             loss = loss + aux.local * (micro.num_tokens / max(micro.step_tokens, 1))

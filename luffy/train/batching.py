@@ -43,8 +43,13 @@ def make_micro_batch(
     *,
     padded: bool = False,
     memory: tuple[torch.Tensor, ...] | None = None,
+    topics: np.ndarray | None = None,
+    num_topics: int = 0,
+    seat_strength: float = 1.0,
 ) -> MicroBatch:
     """Micro-batch `index` of the step that `gather_step` described.
+
+    topics: of its sequences on all ranks, int64 [world, sequences], below num_topics. seat_strength: see MicroBatch.
 
     Raises RankMismatchError if this rank's sequences are not those it announced.
     """
@@ -52,7 +57,8 @@ def make_micro_batch(
     first = mesh.dp_rank * mesh.ep_size
     lengths = step[first : first + mesh.ep_size, index, 1:]  # [ep_size, sequences per rank]
     home = np.repeat(np.arange(mesh.ep_size), lengths.shape[1])
-    table = SequenceTable(lengths.reshape(-1), home)
+    here = None if topics is None else topics[first : first + mesh.ep_size].reshape(-1)
+    table = SequenceTable(lengths.reshape(-1), home, here, num_topics)
     layout = Layout(table, mesh.ep_rank, mesh.device)
     if layout.lengths != tuple(len(s.tokens) for s in sequences):
         raise RankMismatchError(f"rank {mesh.rank}: the sequences differ from those announced for this step")
@@ -71,4 +77,5 @@ def make_micro_batch(
         step_labels=int(step[:, :, 0].sum()),
         padded=padded,
         memory=memory,
+        seat_strength=seat_strength,
     )
