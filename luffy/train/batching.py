@@ -25,12 +25,13 @@ from luffy.model.stack import IGNORE_INDEX, MicroBatch
 class StepTable:
     """lengths[m][r]: tokens of the sequences of world rank r in micro-batch m, int64. num_labels: of the whole step.
 
-    topics[m][r]: what each of them is about, int64; None where nobody asks.
+    topics[m][r]: what each of them is about, int64 below num_topics; None where nobody asks.
     """
 
     lengths: Sequence[Sequence[np.ndarray]]
     num_labels: int
     topics: Sequence[Sequence[np.ndarray]] | None = None
+    num_topics: int = 0
 
     def num_tokens_of(self, micro_batch: int) -> int:
         """On all ranks."""
@@ -55,12 +56,19 @@ def count_labels(sequences: Sequence[TokenSequence]) -> int:
     return sum(int((s.labels != IGNORE_INDEX).sum()) for s in sequences)
 
 
-def gather_step(micro_batches: Sequence[Sequence[TokenSequence]], comm: Comm) -> StepTable:
-    """The table of a step of which each rank has read its own sequences, equally many on each: one small all-gather."""
-    mine = np.array([[count_labels(micro), *(len(s.tokens) for s in micro)] for micro in micro_batches], dtype=np.int64)
-    gathered = comm.all_gather_world(torch.from_numpy(mine).to(comm.mesh.device)).cpu().numpy()
-    lengths = [list(gathered[:, m, 1:]) for m in range(gathered.shape[1])]
-    return StepTable(lengths, int(gathered[:, :, 0].sum()))
+def gather_step(micro_batches: Sequence[Sequence[TokenSequence]], comm: Comm, num_topics: int = 0) -> StepTable:
+    """The table of a step of which each rank has read its own sequences, equally many on each: one small all-gather.
+
+    num_topics: where sequences have topics, which are gathered as well.
+    """
+    rows = [[count_labels(micro), *(len(s.tokens) for s in micro)] for micro in micro_batches]
+    if num_topics:
+        rows = [[*row, *(int(s.topic or 0) for s in micro)] for row, micro in zip(rows, micro_batches, strict=True)]
+    mine = torch.from_numpy(np.array(rows, dtype=np.int64)).to(comm.mesh.device)
+    gathered = comm.all_gather_world(mine).cpu().numpy()
+    labels, *parts = np.split(gathered, [1, 1 + len(micro_batches[0])], axis=2)
+    lengths, topics = ([list(part[:, m]) for m in range(len(rows))] for part in parts)
+    return StepTable(lengths, int(labels.sum()), topics if num_topics else None, num_topics)
 
 
 def make_micro_batch(
@@ -71,8 +79,9 @@ def make_micro_batch(
     *,
     padded: bool = False,
     memory: tuple[torch.Tensor, ...] | None = None,
+    seat_strength: float = 1.0,
 ) -> MicroBatch:
-    """Micro-batch `index` of the step that `step` describes.
+    """Micro-batch `index` of the step that `step` describes. seat_strength: see MicroBatch.
 
     Raises RankMismatchError if this rank's sequences are not those that the table says it has.
     """
@@ -81,7 +90,8 @@ def make_micro_batch(
     of_group = step.lengths[index][first : first + mesh.ep_size]
     home = np.repeat(np.arange(mesh.ep_size), [len(n) for n in of_group])
     topics = None if step.topics is None else np.concatenate(step.topics[index][first : first + mesh.ep_size])
-    layout = Layout(SequenceTable(np.concatenate(of_group), home, topics), mesh.ep_rank, mesh.device)
+    table = SequenceTable(np.concatenate(of_group), home, topics, step.num_topics)
+    layout = Layout(table, mesh.ep_rank, mesh.device)
     if layout.lengths != tuple(len(s.tokens) for s in sequences):
         raise RankMismatchError(f"rank {mesh.rank}: the sequences differ from those announced for this step")
     device = mesh.device
@@ -99,4 +109,5 @@ def make_micro_batch(
         step_labels=step.num_labels,
         padded=padded,
         memory=memory,
+        seat_strength=seat_strength,
     )

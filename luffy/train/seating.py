@@ -124,4 +124,5 @@ def table_of(batch: Sequence[TokenSequence], seating: Seating, layout: SeatLayou
     micros = range(layout.num_micro_batches)
     at = [[seating.of(r, m) for r in range(layout.world_size)] for m in micros]
     topics = None if seating.topic is None else [[seating.topic[own] for own in ranks] for ranks in at]
-    return StepTable([[lengths[own] for own in ranks] for ranks in at], count_labels(batch), topics)
+    of_ranks = [[lengths[own] for own in ranks] for ranks in at]
+    return StepTable(of_ranks, count_labels(batch), topics, seating.num_topics)
