@@ -215,7 +215,7 @@ def build_model(
 
 
 def is_expert(name: str) -> bool:
-    """Whether a parameter is sharded over the EP group (stacked over local experts) rather than replicated."""
+    """Whether a parameter of `Transformer` belongs to experts. For any other model: luffy.model.expert_parameters."""
     return ".experts." in name
 
 
