@@ -20,7 +20,7 @@ from luffy.config import ModelConfig, model_preset
 from luffy.data.batch import TokenBatch
 from luffy.data.loader import Sequence
 from luffy.exchange.stage import Stage
-from luffy.model import Runtime, Transformer, build_model, is_expert
+from luffy.model import Runtime, Transformer, build_model, expert_parameters
 from luffy.recipes import Recipe, get_recipe
 from luffy.testing import (
     OracleStep,
@@ -178,9 +178,9 @@ def run_step(model: Transformer, comm: Comm, case: Case, step: list[list[Sequenc
 def reduce_gradients(model: Transformer, clip_norm: float | None) -> None:
     """Sum replicated gradients over the world, an expert's over its copies if there are any; then clip."""
     mesh = model.runtime.comm.mesh
-    squares = []
+    squares, stacked = [], expert_parameters(model)
     for experts, group in ((False, mesh.world_group), (True, mesh.dp_group)):
-        grads = [p.grad for n, p in model.named_parameters() if is_expert(n) == experts and p.grad is not None]
+        grads = [p.grad for n, p in model.named_parameters() if (n in stacked) == experts and p.grad is not None]
         flat = torch.cat([torch.zeros(0, dtype=torch.float64, device=mesh.device), *(g.flatten() for g in grads)])
         dist.all_reduce(flat, group=group)
         for g, reduced in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
