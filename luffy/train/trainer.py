@@ -178,7 +178,7 @@ class Trainer:
             output: ModelOutput | tuple[ModelOutput, ...] = self.sync(*micros, last=m + turns == A)
             outputs = output if isinstance(output, tuple) else (output,)
             if tracing:
-                traced.append(self.runtime.recorder.finish(self.comm, self.step + 1))
+                traced.append(self.runtime.recorder.finish(self.comm, self.step + 1, micros[0].tokens))
             torch.stack([output.loss for output in outputs]).sum().backward()
             for output in outputs:
                 token_loss += output.token_loss
@@ -231,7 +231,7 @@ class Trainer:
                 micro = make_micro_batch(sequences, 0, announced, self.comm, padded=padded, memory=memory)
                 self.runtime.recorder.active = True
                 self.model(micro)
-                recorded.append(self.runtime.recorder.finish(self.comm, self.step))
+                recorded.append(self.runtime.recorder.finish(self.comm, self.step, micro.tokens))
             rehomed = rehome(
                 self.model,
                 self.optimizer,
