@@ -35,6 +35,6 @@ def observe(
     keys = copy_keys(tokens.topk_expert_ids, tokens.experts, mesh.ep_rank, "ranks")
     counts = counts_per_sequence(keys, layout, mesh.ep_size, layout.num_sequences)
     if runtime.observed is not None:
-        runtime.observed.append(counts)
+        runtime.observed.append((layout, counts))
     favourite = torch.stack([counts.sum(), counts.amax(1).sum()]).to(stats.rows.dtype)
     return tokens, replace(stats, rows=favourite)
