@@ -66,9 +66,9 @@ class LibraryRouter(RouterBase):
         logits, scores, _, ids = self._scores(x)
         return logits, scores, ids
 
-    def forward(self, x: Tensor, layout: Layout) -> tuple[Routing, RouterStats]:
+    def forward(self, x: Tensor, layout: Layout, slot_of_expert: Tensor) -> tuple[Routing, RouterStats]:
         logits, scores, weights, ids = self._scores(x)
-        return Routing(ids, weights), router_stats(logits, scores, ids, layout, self.config.score)
+        return Routing(ids, weights), router_stats(logits, scores, ids, layout, self.config, slot_of_expert)
 
     def raise_bias(self, by: Tensor) -> None:
         assert self.bias_buffer is not None, "only families with a bias for the choice are given a rate"

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from luffy.config import RouterConfig
 from luffy.data.batch import Layout
-from luffy.exchange.audit import NUM_COUNTS
+from luffy.exchange.condense import NUM_COUNTS
+from luffy.model.seat_loss import seat_stats
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class RouterStats:
     probability_sum [E] (gradient): normalised scores. assigned [E]: choices. z_sum [] (gradient): sum of
     logsumexp^2. sequence_entropy [] (gradient): sum over sequences of length * H(mean probabilities), in nats.
     dropped []: choices beyond capacity. rows [2]: copies of this rank's tokens, and those of them that go to their
-    sequence's favourite rank; condensed [5]: see luffy.exchange.audit (both filled in by the layer).
+    sequence's favourite rank; condensed [2]: see luffy.exchange.condense (both filled in by the layer).
+    seat_pull [] (gradient), seat_traffic [C * C]: see luffy.model.seat_loss; 0 and [0] where sequences have no topics.
     """
 
     probability_sum: Tensor
@@ -47,6 +49,8 @@ class RouterStats:
     dropped: Tensor
     rows: Tensor
     condensed: Tensor
+    seat_pull: Tensor
+    seat_traffic: Tensor
 
 
 class RouterBase(nn.Module):
@@ -58,7 +62,8 @@ class RouterBase(nn.Module):
         """[T, D] -> logits [T, E], scores [T, E] and the ids of the k chosen [T, K]."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, layout: Layout) -> tuple[Routing, RouterStats]:
+    def forward(self, x: Tensor, layout: Layout, slot_of_expert: Tensor) -> tuple[Routing, RouterStats]:
+        """slot_of_expert: int64 [E], by which experts belong to topics."""
         raise NotImplementedError
 
     def raise_bias(self, by: Tensor) -> None:
@@ -82,12 +87,14 @@ class Router(RouterBase):
         logits = x.to(self.weight.dtype) @ self.weight.t()
         scores = logits.softmax(-1) if self.config.score == "softmax" else logits.sigmoid()
         choice = scores + self.choice_bias.to(scores.dtype) if self.config.bias_update_rate > 0 else scores
+        if self.config.num_groups:
+            choice = within_best_groups(choice, self.config)
         return logits, scores, choice.topk(self.config.top_k, dim=-1).indices
 
     def raise_bias(self, by: Tensor) -> None:
         self.choice_bias.add_(by.to(self.choice_bias.dtype))
 
-    def forward(self, x: Tensor, layout: Layout) -> tuple[Routing, RouterStats]:
+    def forward(self, x: Tensor, layout: Layout, slot_of_expert: Tensor) -> tuple[Routing, RouterStats]:
         cfg = self.config
         logits, scores, ids = self.choose(x)
         chosen = ids
@@ -99,16 +106,31 @@ class Router(RouterBase):
             keep = within_capacity(ids, layout, cfg.num_experts, cfg.capacity_factor)
             dropped = (~keep).sum().to(scores.dtype)
             ids, weights = ids.masked_fill(~keep, -1), weights * keep
-        return Routing(ids, weights), router_stats(logits, scores, chosen, layout, cfg.score, dropped)
+        return Routing(ids, weights), router_stats(logits, scores, chosen, layout, cfg, slot_of_expert, dropped)
+
+
+def within_best_groups(choice: Tensor, config: RouterConfig) -> Tensor:
+    """[T, E] with -inf for experts outside of each token's best groups (see RouterConfig)."""
+    grouped = choice.detach().unflatten(-1, (config.num_groups, -1))  # [T, G, E / G]
+    best = grouped.topk(min(max(1, config.top_k // config.top_k_groups), grouped.shape[-1]), dim=-1).values.sum(-1)
+    kept = torch.zeros_like(best, dtype=torch.bool).scatter_(1, best.topk(config.top_k_groups, dim=-1).indices, True)
+    return grouped.masked_fill(~kept[..., None], -torch.inf).flatten(1)
 
 
 def router_stats(
-    logits: Tensor, scores: Tensor, topk_expert_ids: Tensor, layout: Layout, score: str, dropped: Tensor | None = None
+    logits: Tensor,
+    scores: Tensor,
+    topk_expert_ids: Tensor,
+    layout: Layout,
+    config: RouterConfig,
+    slot_of_expert: Tensor,
+    dropped: Tensor | None = None,
 ) -> RouterStats:
-    """What choices [T, K], made from logits and scores [T, E], say to auxiliary losses. `score`: see RouterConfig."""
+    """What choices [T, K], made from logits and scores [T, E], say to auxiliary losses."""
     E = scores.shape[1]
-    probabilities = scores if score == "softmax" else scores / scores.sum(-1, keepdim=True)
+    probabilities = scores if config.score == "softmax" else scores / scores.sum(-1, keepdim=True)
     by_sequence = sequence_sums(probabilities, layout)  # [S, E]
+    pull, traffic = seat_stats(probabilities, topk_expert_ids, layout, slot_of_expert, config)
     return RouterStats(
         probability_sum=by_sequence.sum(0),
         assigned=scores.new_zeros(E).index_add_(0, topk_expert_ids.flatten(), scores.new_ones(topk_expert_ids.numel())),
@@ -117,6 +139,8 @@ def router_stats(
         dropped=scores.new_zeros(()) if dropped is None else dropped,
         rows=scores.new_zeros(2),
         condensed=scores.new_zeros(NUM_COUNTS),
+        seat_pull=pull,
+        seat_traffic=traffic,
     )
 
 

@@ -2,7 +2,6 @@
 
 from luffy.testing.oracle import Condensing, OracleOutput
 from luffy.testing.oracle_tools import (
-    foretell_anything,
     gather_full,
     largest_error,
     load_full,
@@ -20,7 +19,6 @@ __all__ = [
     "OracleStep",
     "Outcome",
     "RankFailedError",
-    "foretell_anything",
     "gather_full",
     "largest_error",
     "load_full",

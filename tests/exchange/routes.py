@@ -51,7 +51,7 @@ def pass_through(
     """
     mesh = comm.mesh
     keys = copy_keys(ids, experts, mesh.ep_rank, per)
-    copies, _ = exchange_counts(keys, ids, comm)
+    copies, _, _ = exchange_counts(keys, ids, comm)
     received = finish(dispatch(hidden, ids, weights, copies, per))
     pairs = pairs_by_expert(received.expert_ids, experts, mesh.ep_rank, copies.num_pairs)
     answers = work(received.rows[pairs.row], received.expert_ids.flatten()[pairs.flat])
