@@ -2,7 +2,7 @@
 
 * `features`    what a sequence is like, from its token ids alone
 * `predictor`   rows that it will send to each rank, from its features
-* `seater`      seats from predicted rows: as read, or learnt
+* `layout`, `seater`, `cells`   what there is to sit on; seats from predicted rows, as read or learnt; their parts
 * `sharing`     one predictor on all ranks
 * `exchange`    sequences to their seats, for loaders where every rank reads its own
 

@@ -17,10 +17,10 @@ def planted(seed: int, num: int = 400) -> tuple[np.ndarray, np.ndarray, np.ndarr
     """Sequences of four domains, of token ids that lean to their domain, and rows that lean to its rank."""
     rng = np.random.default_rng(seed)
     domain, lengths = rng.integers(0, N, num), rng.integers(20, 200, num)
-    own = [rng.random(n) < 0.3 for n in lengths]
-    tokens = [
-        np.where(o, d * 100 + rng.integers(0, 100, len(o)), rng.integers(400, 900, len(o))) for d, o in zip(domain, own)
-    ]
+    tokens = []
+    for d, n in zip(domain, lengths, strict=True):
+        own, common = d * 100 + rng.integers(0, 100, n), rng.integers(400, 900, n)
+        tokens.append(np.where(rng.random(n) < 0.3, own, common))
     share = np.full((num, N), 0.8)
     share[np.arange(num), domain] = 2.5
     return features_of(tokens), lengths, np.rint(share * lengths[:, None]).astype(np.int64)
