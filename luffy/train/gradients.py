@@ -93,7 +93,7 @@ class GradientSync:
             yield
 
     def _take_back(self) -> None:
-        """Leave sums that gradients hold from earlier backward passes to one rank, so that the next counts them once."""
+        """Leave to one rank what gradients hold of earlier sums, so that the next sum counts it once."""
         if not self._holds_sums:
             return
         self._wait()
