@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from luffy.comm.sums import SUM_FORMATS
+from luffy.compose import check
 from luffy.config import DTYPES, ModelConfig, _one_of, _require, model_preset
 from luffy.plan.topology import Topology, parse_topology
-from luffy.recipes import Recipe, check_recipe, get_recipe
+from luffy.recipes import Recipe, get_recipe
 from luffy.train.rates import parse_num_bytes
 
 
@@ -29,7 +30,7 @@ def option_name(f: Field[Any]) -> str:
 class TrainOptions:
     """What `luffy train` was asked to do. None in a model setting means: as in the preset."""
 
-    recipe: str = option("vanilla_dedup", "How rows are exchanged; `luffy recipes` lists them.", "Run")
+    recipe: str = option("luffy", "How rows are exchanged; `luffy recipes` lists them.", "Run")
     model: str = option("moe-gpt2-tiny", "Model preset; `luffy models` lists them.", "Run")
     ranks: int = option(1, "Local ranks to start (ignored under torchrun).", "Run")
     steps: int = option(200, "Optimizer steps in total, including those before a resume.", "Run")
@@ -70,8 +71,11 @@ class TrainOptions:
     clip_norm: float = option(1.0, "Largest global gradient norm; 0 turns clipping off.", "Training")
     dtype: str = option("auto", "bfloat16, float32, float64; auto: bfloat16 on GPUs.", "Training")
     recompute: bool = option(False, "Recompute attention and experts in the backward pass.", "Training")
-    gradient_dtype: str = option(
-        "model", f"How gradients travel while ranks sum them: {', '.join(SUM_FORMATS)} (32, 16, 8.5 bits).", "Training"
+    gradient_dtype: str | None = option(
+        None,
+        f"How gradients travel while ranks sum them: {', '.join(SUM_FORMATS)} (32, 16, 8.5 bits) (default: the "
+        "recipe's).",
+        "Training",
     )
     eval_every: int = option(50, "Steps between held-out evaluations; 0: only at the end.", "Training")
     eval_batches: int = option(8, "Batches, of --batch-size, of an evaluation.", "Training")
@@ -88,11 +92,17 @@ class TrainOptions:
     profile_attention: bool = option(
         True, "Measure attention at the start where plans weigh it; without, plans repeat bit for bit.", "Training"
     )
+    seats: str | None = option(
+        None,
+        "Where a step's sequences are computed: as-read (where they were read), learnt (by the rows that they are "
+        "predicted to send, from their token ids) (default: the recipe's).",
+        "Training",
+    )
     wire: str | None = option(
         None,
-        "Format of rows on links: model, bf16, fp8, fp8_e5m2, int16, int8, int4, safe, aggressive, or "
-        "DIRECTION=FORMAT,... with dispatch, combine, dispatch_backward, combine_backward; -sr rounds gradients at "
-        "random; behind it may stand ,local ,residual=int16 (default: the recipe's).",
+        "Format of rows on links: model, bf16, int16, int8, int4, safe, aggressive, or DIRECTION=FORMAT,... with "
+        "dispatch, combine, dispatch_backward, combine_backward; -sr rounds gradients stochastically; ,local rounds "
+        "rows that stay as well (default: the recipe's).",
         "Training",
     )
     residency: str | None = option(
@@ -107,8 +117,8 @@ class TrainOptions:
     auto_every: int = option(200, "Most steps between the looks of --recipe auto.", "Training")
     condense: str | None = option(
         None,
-        "Let similar tokens share a row: none, static:0.9, paper, budget:0.1, lsh:6, lsh-causal:6; behind it may stand "
-        ",local ,window=N ,correct ,centroid ,spread (default: the recipe's).",
+        "Let similar tokens share a row: none, static:0.9, paper, lsh:6, lsh-causal:6; ,local ,window=N ,correct may "
+        "follow (default: the recipe's).",
         "Training",
     )
     condense_warmup: int = option(0, "Steps before condensation begins.", "Training")
@@ -145,7 +155,7 @@ class TrainOptions:
         _one_of("--device", self.device, ("auto", "cpu", "cuda"))
         _one_of("--backend", self.backend, ("auto", "nccl", "gloo"))
         _one_of("--dtype", self.dtype, ("auto", *DTYPES))
-        _one_of("--gradient-dtype", self.gradient_dtype, SUM_FORMATS)
+        _one_of("--gradient-dtype", self.get_gradient_dtype(), SUM_FORMATS)
         _one_of("--layout", self.layout, ("packed", "padded"))
         _one_of("--sequence-mode", self.sequence_mode, ("documents", "fixed", "streams"))
         for name in ("ranks", "steps", "batch_size", "accumulate", "eval_batches", "auto_every"):
@@ -174,12 +184,7 @@ class TrainOptions:
             _require(self.sequence_mode == "streams", "--memory-length needs --sequence-mode streams")
         if self.topology is not None:
             parse_topology(self.topology)
-        check_recipe(recipe, config)
-        _require(
-            not recipe.settles or self.get_rehome_every() > 0,
-            f"--rehome-every 0: --recipe {recipe.name} learns where sequences should live when experts are re-homed; "
-            "leave the option out",
-        )
+        check(recipe, config)
         if self.fetch_limit is not None:
             parse_num_bytes(self.fetch_limit, "--fetch-limit")
 
@@ -196,8 +201,17 @@ class TrainOptions:
     def get_recipe(self) -> Recipe:
         recipe = get_recipe(self.recipe)
         recipe = recipe if self.wire is None else replace(recipe, wire=self.wire)
+        recipe = recipe if self.seats is None else replace(recipe, seats=self.seats)
         recipe = recipe if self.residency is None else replace(recipe, residency=self.residency)
         return recipe if self.condense is None else replace(recipe, condense=self.condense)
+
+    def get_gradient_dtype(self) -> str:
+        """How gradients are written while ranks sum them."""
+        return self.get_recipe().gradient_dtype if self.gradient_dtype is None else self.gradient_dtype
+
+    def seat_strength(self, step: int) -> float:
+        """Factor of the seat loss at `step`, counted from 0."""
+        return 1.0
 
     def get_rehome_every(self) -> int:
         """Steps between re-homings of experts; 0 is never."""

@@ -25,11 +25,15 @@ from luffy.model import Transformer
 from luffy.model.moe_layer import MoELayer
 from luffy.plan.cost import AttentionCost
 from luffy.plan.mapping import MappingPlan, plan_mapping
-from luffy.plan.outlook import learn_outlook
 from luffy.plan.replay import Wire
 from luffy.plan.trace import TraceStep
 
 MOST_RECORDED = 6  # micro-batches: half to fit, half to judge
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether experts are re-homed before step `step`: every so many steps, and at 1/8, 1/4 and 1/2 of the first."""
+    return every > 0 and (step % every == 0 or (step < every and step in (every // 8, every // 4, every // 2)))
 
 
 def num_recorded(sequences: int, num_experts: int) -> int:
@@ -64,8 +68,7 @@ def wire_of(model: Transformer, padded: bool) -> Wire:
     Layers differ in residency at most.
     """
     rt, width = model.runtime, model.config.hidden_size
-    recipe = model.moe_layers[0].recipe if model.moe_layers else rt.recipe
-    assert rt.topology is not None
+    recipe = rt.recipe
     size = sum(p[0].numel() for p in model.moe_layers[0].experts.parameters()) if model.moe_layers else 0
     itemsize, state = model.stream_dtype.itemsize, rt.residency
     return Wire(
@@ -77,11 +80,9 @@ def wire_of(model: Transformer, padded: bool) -> Wire:
         copies=recipe.copies,
         attention=AttentionCost(width) if rt.planner is None else rt.planner.attention,
         padded=padded,
-        residency=tuple(moe.recipe.residency for moe in model.moe_layers) or recipe.residency,
+        residency=recipe.residency,
         expert_num_bytes=size * itemsize,
         expert_costs=None if state is None else state.costs(width, size, itemsize),
-        settles=recipe.settles,
-        outlook=_outlook_by_expert(model) if recipe.settles else None,
     )
 
 
@@ -93,6 +94,7 @@ def rehome(
     padded: bool,
     micro_batches: int,
     steps_until_next: int,
+    seats: Any = None,
 ) -> Rehomed:
     """Plan from `recorded` and move experts where it pays; every rank of the world takes part.
 
@@ -117,8 +119,6 @@ def rehome(
         for layer, moe in enumerate(model.moe_layers):
             if (decided[layer] != owners[layer]).any():
                 move_experts(moe, optimizer, decided[layer], comm)
-    if wire.settles:
-        _learn_outlook(model, recorded, comm)
     dp = comm.mesh.dp_size
     return Rehomed(
         pays=bool((decided != owners).any()),
@@ -139,25 +139,6 @@ def _agree(plan: MappingPlan, owners: np.ndarray, comm: Comm) -> np.ndarray:
     if odd:
         raise RankMismatchError(f"re-homing: ranks {odd} planned another mapping of experts than rank 0; none moved")
     return everyone[0]
-
-
-def _learn_outlook(model: Transformer, recorded: list[TraceStep], comm: Comm) -> None:
-    """Give the first MoE layer what the recorded micro-batches say of the later ones: rank 0's, on all ranks."""
-    first, *later = model.moe_layers
-    E = first.router.config.num_experts
-    mine = torch.from_numpy(learn_outlook(recorded, E)).to(comm.mesh.device)
-    by_expert = comm.all_gather_world(mine)[0]
-    for i, moe in enumerate(later):
-        first.outlook[:, i, moe.slot_of_expert] = by_expert[:, i]
-
-
-def _outlook_by_expert(model: Transformer) -> np.ndarray:
-    """The outlook with the later layers' experts by their ids, as replay wants it."""
-    first, *later = model.moe_layers
-    by_expert = torch.empty_like(first.outlook)
-    for i, moe in enumerate(later):
-        by_expert[:, i] = first.outlook[:, i, moe.slot_of_expert]
-    return by_expert.cpu().numpy()
 
 
 def _stacked(moe: MoELayer, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
