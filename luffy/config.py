@@ -36,7 +36,8 @@ class RouterConfig:
 
     `score`: "softmax" over all experts, or independent "sigmoid" scores (DeepSeek-V3).
     `normalize_topk`: the k chosen weights are rescaled to sum to one.
-    `balance_loss`: weight of E * sum_e f_e P_e (Switch, arXiv 2101.03961), f and P over *all* tokens of a step.
+    `balance_loss`: weight of E * sum_e f_e P_e (Switch, arXiv 2101.03961), f and P over the tokens of a micro-batch on
+    all ranks.
     `z_loss`: weight of mean(logsumexp(logits)^2) (ST-MoE, arXiv 2202.08906).
     `locality_loss`: weight of sum_s (L_s / T) H(p_s) - H(p), with p_s the mean probabilities of sequence s (L_s of T
     tokens) and p the mean of all: minus the mutual information of sequence and expert. It asks that a sequence be

@@ -24,6 +24,7 @@ from luffy.hf.model import ParallelModel, parallelize
 from luffy.hf.placing import source_of
 from luffy.model.moe_layer import MoELayer
 from luffy.model.ownership import expert_parameters
+from luffy.model.router import wide
 from luffy.recipes import Recipe
 from luffy.train.checkpoint import everyone
 
@@ -124,7 +125,7 @@ def fill(parallel: ParallelModel, checkpoint: Checkpoint) -> None:
             value = checkpoint.read(keys[0])
             _check_shape(keys[0], tuple(value.shape), target.shape)
             if name in own and value.dtype != target.dtype:
-                target.data = target.data.to(value.dtype)  # a bias of the choice keeps its precision
+                target.data = target.data.to(wide(value.dtype))  # a bias of the choice: see RouterBase
             target.copy_(value)
             continue
         first = parallel.runtime.comm.mesh.ep_rank * target.shape[0]

@@ -165,7 +165,7 @@ class ParallelModel(Stack):
         top_k: not the sum over layers that `balance_loss` is.
         """
         E, K, L = self.config.router.num_experts, self.config.router.top_k, len(stats)
-        load = aux.load.mean(0) * K  # [E]
+        load = aux.totals.load.mean(0) * K  # [E]
         probability = torch.stack([s.probability_sum for s in stats]).sum(0) / (L * max(num_tokens, 1))  # [E], local
         return E * (load * probability).sum()
 

@@ -106,7 +106,7 @@ class MoELayer(nn.Module):
             batch, normed, routing.topk_expert_ids, routing.topk_weights, self.expert_map, norm, base,
             condenses=self.training and torch.is_grad_enabled(), departed=departed,
         )  # fmt: skip
-        tokens, stats = observe(tokens, stats, predict_next, self.runtime)
+        tokens = observe(tokens, predict_next, self.runtime)
         received = yield from self.dispatcher.dispatch(tokens)
         if received.condensed is not None:
             stats = replace(stats, condensed=received.condensed.counts().to(stats.condensed.dtype))

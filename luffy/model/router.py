@@ -3,11 +3,13 @@
 Scores are computed in float32 at least. The auxiliary losses are *global*: their statistics run over all tokens of
 a micro-batch on all ranks, so that they do not depend on which rank holds a sequence (a per-rank balance loss would
 fight sequence migration, which gathers alike sequences on purpose). Each rank therefore keeps local sums; one small
-all-reduce after the last layer turns the sums of all layers into the losses (`luffy.model.aux_loss`).
+all-reduce after the last layer turns the sums of all layers into the losses (`luffy.model.aux_loss`). A micro-batch
+cannot know what later ones will choose; what is shown of a step and the loss-free bias see them all.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -37,8 +39,7 @@ class RouterStats:
 
     probability_sum [E] (gradient): normalised scores. assigned [E]: choices. z_sum [] (gradient): sum of
     logsumexp^2. sequence_entropy [] (gradient): sum over sequences of length * H(mean probabilities), in nats.
-    dropped []: choices beyond capacity. rows [2]: copies of this rank's tokens, and those of them that go to their
-    sequence's favourite rank; condensed [2]: see luffy.exchange.condense (both filled in by the layer).
+    dropped []: choices beyond capacity. condensed [2]: see luffy.exchange.condense (filled in by the layer).
     seat_pull [] (gradient), seat_traffic [C * C]: see luffy.model.seat_loss; 0 and [0] where sequences have no topics.
     """
 
@@ -47,16 +48,51 @@ class RouterStats:
     z_sum: Tensor
     sequence_entropy: Tensor
     dropped: Tensor
-    rows: Tensor
     condensed: Tensor
     seat_pull: Tensor
     seat_traffic: Tensor
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type that a router computes in, for weights or rows of `dtype`: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 class RouterBase(nn.Module):
-    """What a MoELayer asks of a router: normed rows [T, D] -> Routing, RouterStats."""
+    """What a MoELayer asks of a router: normed rows [T, D] -> Routing, RouterStats.
+
+    Logits, scores and weights are in float32 at least, under autocast too, whatever the model's dtype is; and so are
+    its buffers: a step of 0.001 is lost on a bias of 1 in bfloat16.
+    """
 
     config: RouterConfig
+    chosen: Tensor | None = None  # see `take_chosen`
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RouterBase:
+        """As every module's `to`, `bfloat16` and so on, but buffers of floats stay in float32 at least."""
+        owned = [(m, n, b) for m in self.modules() for n, b in m._buffers.items() if b is not None]
+        super()._apply(fn, recurse)
+        for module, name, before in owned:
+            after = module._buffers[name]
+            if after is not None and after.is_floating_point() and after.dtype != wide(after.dtype):
+                module._buffers[name] = before.to(after.device, wide(after.dtype))
+        return self
+
+    def note(self, topk_expert_ids: Tensor) -> None:
+        """Count choices [T, K] of a training pass, until they are taken."""
+        if self.config.bias_update_rate > 0 and self.training and torch.is_grad_enabled():
+            E = self.config.num_experts
+            ones = torch.ones_like(topk_expert_ids.flatten())
+            counts = ones.new_zeros(E).index_add_(0, topk_expert_ids.flatten(), ones)
+            self.chosen = counts if self.chosen is None else self.chosen + counts
+
+    def take_chosen(self) -> Tensor:
+        """How often this rank's tokens chose each expert since this was last asked: int64 [E]."""
+        taken, self.chosen = self.chosen, None
+        if taken is None:
+            device = next(self.parameters()).device
+            taken = torch.zeros(self.config.num_experts, dtype=torch.int64, device=device)
+        return taken
 
     def choose(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[T, D] -> logits [T, E], scores [T, E] and the ids of the k chosen [T, K]."""
@@ -84,7 +120,9 @@ class Router(RouterBase):
 
     def choose(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[T, D] -> logits [T, E], scores [T, E] and the ids of the k best [T, K]."""
-        logits = x.to(self.weight.dtype) @ self.weight.t()
+        dtype = wide(torch.promote_types(x.dtype, self.weight.dtype))
+        with torch.autocast(x.device.type, enabled=False):
+            logits = x.to(dtype) @ self.weight.to(dtype).t()
         scores = logits.softmax(-1) if self.config.score == "softmax" else logits.sigmoid()
         choice = scores + self.choice_bias.to(scores.dtype) if self.config.bias_update_rate > 0 else scores
         if self.config.num_groups:
@@ -98,6 +136,7 @@ class Router(RouterBase):
         cfg = self.config
         logits, scores, ids = self.choose(x)
         chosen = ids
+        self.note(ids)
         weights = scores.gather(-1, ids)
         if cfg.normalize_topk:
             weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
@@ -137,7 +176,6 @@ def router_stats(
         z_sum=_SquaredLogNormaliser.apply(logits),
         sequence_entropy=entropy_of_sums(by_sequence).sum(),
         dropped=scores.new_zeros(()) if dropped is None else dropped,
-        rows=scores.new_zeros(2),
         condensed=scores.new_zeros(NUM_COUNTS),
         seat_pull=pull,
         seat_traffic=traffic,

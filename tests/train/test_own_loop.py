@@ -1,4 +1,4 @@
-"""GradientSync in a loop of one's own: the habits that such loops have give the gradients of one process, or an error."""
+"""GradientSync in a loop of one's own: its habits give the gradients of one process, or an error."""
 
 from __future__ import annotations
 
