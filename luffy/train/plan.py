@@ -63,7 +63,7 @@ def wire_for(
         expert_num_bytes=num_bytes,
         expert_costs=costs,
         row_bytes=recipe.wire_spec.row_bytes(trace.hidden_size, itemsize) if recipe.wire != "model" else None,
-        settles=recipe.settles,
+        seats="predicted" if recipe.seats == "learnt" else "as-read",
     )
 
 

@@ -26,7 +26,8 @@ def choose_parts(trainer: Trainer) -> list[Any]:
         parts.append(SeatLearning(learnt, trainer.reader, runtime, trainer.comm))
     if runtime.condense is not None:
         parts.append(Condensing(runtime.condense, o.condense_warmup, o.condense_until, o.steps))
-    if (every := o.get_rehome_every()) > 0:
+    every = o.get_rehome_every()
+    if every > 0 or learnt is not None:
         parts.append(
             Placing(
                 model, trainer.optimizer, trainer.read_micro_batch, every=every, steps=o.steps,

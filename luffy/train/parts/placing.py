@@ -15,7 +15,15 @@ from luffy.model.stack import MicroBatch, Stack
 from luffy.plan.trace import TraceStep
 from luffy.seats.seater import LearntSeats
 from luffy.train.parts import Done, Stateless
-from luffy.train.rehoming import Rehomed, is_due, num_recorded, rehome
+from luffy.train.rehoming import (
+    Rehomed,
+    current_owners,
+    is_due,
+    learn_seats,
+    num_recorded,
+    rehome,
+    steps_until_next,
+)
 from luffy.train.seating import StepReader
 
 
@@ -46,6 +54,7 @@ class Placing(Stateless):
         self.every, self.steps, self.trained, self.padded = every, steps, trained, padded
         self.num_micro_batches, self.sequences_each = num_micro_batches, sequences_each
         self.last: Rehomed | None = None
+        self.first: int | None = None  # step of this process
 
     @property
     def comm(self) -> Comm:
@@ -53,21 +62,25 @@ class Placing(Stateless):
 
     @torch.no_grad()
     def before(self, step: int) -> None:
+        self.first = step if self.first is None else self.first
         self.last = None
-        untrained = step == 0 and not self.trained
-        if untrained or self.comm.mesh.ep_size == 1 or not self.model.moe_layers or not is_due(step, self.every):
+        due = is_due(step, self.every) or (step == 0 and self.trained and self.every > 0)
+        # Trained routers, and nothing known of them: resumed at another number of ranks, or begun from weights.
+        unknown = self.seats is not None and not self.seats.is_fitted and (step > 0 or self.trained)
+        unknown = unknown and step == self.first
+        if self.comm.mesh.ep_size == 1 or not self.model.moe_layers or not (due or unknown):
             return
         with self.comm.meter.charging("experts"):
             number = num_recorded(self.sequences_each, self.model.config.router.num_experts)
-            self.last = rehome(
-                self.model,
-                self.optimizer,
-                [self._record(step, m) for m in range(number)],
-                padded=self.padded,
-                micro_batches=self.num_micro_batches,
-                steps_until_next=min(self.every, self.steps - step),
-                seats=self.seats,
-            )
+            recorded = [self._record(step, m) for m in range(number)]
+            if due:
+                until_next = steps_until_next(step, self.every, self.steps)
+                self.last = rehome(
+                    self.model, self.optimizer, recorded, padded=self.padded, micro_batches=self.num_micro_batches,
+                    steps_until_next=until_next, seats=self.seats,
+                )  # fmt: skip
+            elif self.seats is not None:
+                learn_seats(self.seats, recorded, current_owners(self.model), self.comm)
         self.model.runtime.tally.take()  # the recording's rows are not the step's
         if self.reader is not None:
             self.reader.decide_anew()
