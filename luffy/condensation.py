@@ -22,6 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from luffy.errors import UserError
+from luffy.ranges import SHARE, Range
 
 WINDOWS = ("16", "32", "64", "128")
 POLICIES = ("static", "paper", "budget", "lsh", "lsh-causal")
@@ -80,12 +81,12 @@ def parse_condense(text: str) -> Condensation | None:
         except ValueError:
             raise UserError(f"--condense {text}: {value!r} is not a number; give one of {EXAMPLES}") from None
     assert level is not None
-    if name == "static" and not -1 <= level <= 2:
-        raise UserError(f"--condense {text}: a threshold lies between -1 and 1 (above 1 nothing is condensed)")
-    if name == "budget" and not 0 <= level <= 1:
-        raise UserError(f"--condense {text}: an error budget lies between 0 and 1")
-    if name.startswith("lsh") and not (level == int(level) and 1 <= level <= 16):
-        raise UserError(f"--condense {text}: give between 1 and 16 hashes")
+    if name == "static" and level not in Range(-1, 1):
+        raise UserError(f"--condense {text}: the least cosine of alike tokens, {Range(-1, 1)}")
+    if name == "budget" and level not in SHARE:
+        raise UserError(f"--condense {text}: the error budget is {SHARE}")
+    if name.startswith("lsh") and (level not in Range(1, 16) or level != int(level)):
+        raise UserError(f"--condense {text}: the hashes are {Range(1, 16, whole=True)}")
     scheme = Condensation(name, level)
     if name == "paper":
         scheme = replace(scheme, window=0, history=True, nearest=False, local=True)
