@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from luffy.comm.sums import SUM_FORMATS
 from luffy.compose import check
 from luffy.config import DTYPES, ModelConfig, _one_of, _require, model_preset
+from luffy.inputs import keep_run_apart
 from luffy.plan.topology import Topology, parse_topology
+from luffy.ranges import AT_LEAST_ONE, COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE, Range
 from luffy.recipes import Recipe, get_recipe
 from luffy.train.rates import parse_num_bytes
 
@@ -26,9 +28,29 @@ def option_name(f: Field[Any]) -> str:
     return "--" + f.name.replace("_", "-")
 
 
+RANGES = {
+    **dict.fromkeys(
+        ("ranks", "steps", "batch_size", "accumulate", "eval_batches", "auto_every", "ep_size", "ranks_per_node",
+         "sequence_length", "vocab_size"), AT_LEAST_ONE,
+    ),
+    **dict.fromkeys(
+        ("eval_every", "checkpoint_every", "rehome_every", "trace_every", "keep_checkpoints", "condense_warmup",
+         "warmup_steps"), COUNT,
+    ),
+    **dict.fromkeys(("lr", "weight_decay", "clip_norm"), NOT_NEGATIVE),
+    **dict.fromkeys(("min_lr", "condense_until"), SHARE),
+    "valid_fraction": Range(0, 1, above=True, below=True),
+    "timeout_seconds": POSITIVE,
+    "seed": SEED,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class TrainOptions:
     """What `luffy train` was asked to do. None in a model setting means: as in the preset."""
+
+    RANGES: ClassVar[dict[str, Range]] = RANGES
+    INPUTS: ClassVar[tuple[str, ...]] = ("--data", "--tokenizer", "--start-weights")  # files and folders that are read
 
     recipe: str = option("luffy", "How rows are exchanged; `luffy recipes` lists them.", "Run")
     model: str = option("moe-gpt2-tiny", "Model preset; `luffy models` lists them.", "Run")
@@ -158,22 +180,17 @@ class TrainOptions:
         _one_of("--gradient-dtype", self.get_gradient_dtype(), SUM_FORMATS)
         _one_of("--layout", self.layout, ("packed", "padded"))
         _one_of("--sequence-mode", self.sequence_mode, ("documents", "fixed", "streams"))
-        for name in ("ranks", "steps", "batch_size", "accumulate", "eval_batches", "auto_every"):
-            value = getattr(self, name)
-            _require(value >= 1, f"--{name.replace('_', '-')} {value} must be at least 1")
-        for name in ("eval_every", "checkpoint_every", "clip_norm", "weight_decay", "lr", "timeout_seconds",
-                     "rehome_every", "trace_every", "keep_checkpoints", "condense_warmup"):  # fmt: skip
-            value = getattr(self, name)
-            _require(value is None or value >= 0, f"--{name.replace('_', '-')} {value} must not be negative")
+        for name, allowed in self.RANGES.items():
+            allowed.check(f"--{name.replace('_', '-')}", getattr(self, name))
         _require(
             self.start_weights is None or Path(self.start_weights).is_file(),
             f"--start-weights {self.start_weights}: no such file; name the model.safetensors of an earlier --export",
         )
         _require(not (self.resume and self.overwrite), "--resume and --overwrite exclude each other")
-        _require(0 <= self.condense_until <= 1, f"--condense-until {self.condense_until} must lie between 0 and 1")
+        keep_run_apart(self.out, {name: getattr(self, name[2:].replace("-", "_")) for name in self.INPUTS}, ("--data",))
         recipe, config = self.get_recipe(), self.model_config()
         _require(
-            self.sequence_length is None or 1 <= self.sequence_length <= config.max_sequence_length,
+            self.sequence_length is None or self.sequence_length <= config.max_sequence_length,
             f"--sequence-length {self.sequence_length} is more than {config.name} allows "
             f"({config.max_sequence_length}); raise --max-sequence-length",
         )

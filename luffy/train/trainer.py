@@ -44,6 +44,7 @@ from luffy.train.checkpoint import (
 from luffy.train.export import export_safetensors, load_safetensors
 from luffy.train.gradients import GradientSync, make_optimizer
 from luffy.train.measure import LOAD_EVERY, Measure
+from luffy.train.memory import training_need, without_vocabulary
 from luffy.train.metrics import MetricsWriter, RunSummary, describe_machine, read_metrics, write_json_atomic
 from luffy.train.options import TrainOptions
 from luffy.train.parts import Done
@@ -67,6 +68,7 @@ class Trainer:
         self.dtype_name = options.dtype
         if options.dtype == "auto":
             self.dtype_name = "bfloat16" if mesh.device.type == "cuda" else "float32"
+        self._check_memory()
         self._load_data()
         self.model = self._build_model()
         self.config, self.runtime = self.model.config, self.model.runtime
@@ -91,6 +93,16 @@ class Trainer:
         self.turns = 2 if options.overlap else 1
         self.reader = StepReader(self._read, self._seat_layout(), self.comm)
         self.parts = choose_parts(self)
+
+    def _check_memory(self) -> None:
+        """UserError for sizes that cannot fit, before minutes have passed."""
+        o, mesh = self.options, self.mesh
+        length = o.sequence_length or o.model_config().max_sequence_length
+        rows = self.micro_size // mesh.world_size * (1 if o.sequence_mode == "documents" else length)
+        config = without_vocabulary(o.model_config())
+        dtype = getattr(torch, self.dtype_name)
+        need = training_need(config, mesh.ep_size, dtype, rows)
+        need.check(mesh.device, "--layers, --hidden-size, --expert-hidden-size, --experts or --batch-size")
 
     def _load_data(self) -> None:
         """Set `config`, `mask_id`, `loader` and `valid_loader`."""
