@@ -44,7 +44,17 @@ class TrainOptions:
     topology: str | None = option(
         None, "Links of the expert-parallel group for planning, such as 2x4:intra=64gbit,inter=10gbit.", "Run"
     )
-    timeout_seconds: float = option(600.0, "A rank that is silent for so long ends the job.", "Run")
+    timeout_seconds: float = option(600.0, "A rank that others wait for so long ends the job, by name.", "Run")
+    interface: str | None = option(
+        None,
+        "Network interface that ranks listen on, such as eth1; its network must be trusted (default: the loopback "
+        "where all ranks are on one machine).",
+        "Run",
+    )
+    max_restarts: int = option(0, "Times that local ranks are started again when one is lost.", "Run")
+    min_ranks: int | None = option(
+        None, "Fewest ranks of a restart, where one at the same number came to nothing (default: --ranks).", "Run"
+    )
 
     data: str = option("stdlib", "File or folder of .txt, .jsonl[.gz], .parquet; or stdlib.", "Data")
     text_field: str = option("text", "Field that holds the text (.jsonl, .parquet).", "Data")
@@ -77,6 +87,12 @@ class TrainOptions:
     eval_batches: int = option(8, "Batches, of --batch-size, of an evaluation.", "Training")
     checkpoint_every: int = option(100, "Steps between checkpoints; 0: only at the end.", "Training")
     keep_checkpoints: int = option(2, "Checkpoints to keep; 0: write none.", "Training")
+    async_checkpoints: bool = option(
+        True, "Write checkpoints while training goes on, from a copy in the host's memory.", "Training"
+    )
+    skip_bad_steps: int = option(
+        0, "Most steps to leave out, without an update, whose loss or gradient is not finite.", "Training"
+    )
     start_weights: str | None = option(
         None, "Begin from the model.safetensors of an earlier --export, at any number of ranks.", "Training"
     )
@@ -152,7 +168,8 @@ class TrainOptions:
             value = getattr(self, name)
             _require(value >= 1, f"--{name.replace('_', '-')} {value} must be at least 1")
         for name in ("eval_every", "checkpoint_every", "clip_norm", "weight_decay", "lr", "timeout_seconds",
-                     "rehome_every", "trace_every", "keep_checkpoints", "condense_warmup"):  # fmt: skip
+                     "rehome_every", "trace_every", "keep_checkpoints", "condense_warmup",
+                     "max_restarts", "skip_bad_steps"):  # fmt: skip
             value = getattr(self, name)
             _require(value is None or value >= 0, f"--{name.replace('_', '-')} {value} must not be negative")
         _require(
@@ -161,6 +178,12 @@ class TrainOptions:
         )
         _require(not (self.resume and self.overwrite), "--resume and --overwrite exclude each other")
         _require(0 <= self.condense_until <= 1, f"--condense-until {self.condense_until} must lie between 0 and 1")
+        _require(self.timeout_seconds > 0, f"--timeout-seconds {self.timeout_seconds:g} must be more than 0")
+        _require(0 <= self.seed < 2**63, f"--seed {self.seed} must be at least 0 and less than 2**63")
+        _require(
+            self.min_ranks is None or 1 <= self.min_ranks <= self.ranks,
+            f"--min-ranks {self.min_ranks} must be at least 1 and at most --ranks {self.ranks}",
+        )
         recipe, config = self.get_recipe(), self.model_config()
         _require(
             self.sequence_length is None or 1 <= self.sequence_length <= config.max_sequence_length,

@@ -30,21 +30,16 @@ from luffy.model import ModelOutput, Runtime, build_model
 from luffy.model.aux_loss import AuxLoss
 from luffy.plan.topology import Topology, parse_topology
 from luffy.plan.trace import RoutingTrace, TraceStep
+from luffy.train import ranklog, stopping
 from luffy.train.attention import AttentionFit, attention_for_planning
 from luffy.train.auto import AutoControl
 from luffy.train.batching import gather_step, make_micro_batch
-from luffy.train.checkpoint import (
-    list_checkpoints,
-    load_checkpoint,
-    prepare_optimizer,
-    read_meta,
-    save_checkpoint,
-    training_state,
-)
+from luffy.train.checkpoint import load_checkpoint, newest_sound, prepare_optimizer, read_meta, training_state
 from luffy.train.condensing import CondenseControl
 from luffy.train.export import export_safetensors, load_safetensors
 from luffy.train.gradients import GradientSync, make_optimizer
 from luffy.train.metrics import MetricsWriter, RunSummary, describe_machine, read_metrics, write_json_atomic
+from luffy.train.operations import Operations
 from luffy.train.options import TrainOptions
 from luffy.train.progress import TrainProgress, phase
 from luffy.train.rates import half_of_memory, measure_experts, measure_links, parse_num_bytes
@@ -88,6 +83,7 @@ class Trainer:
         self.valid_loss: float | None = None
         self.attention_fit: AttentionFit | None = None
         self.condensing = CondenseControl(self.runtime.condense, options)
+        self.ops = Operations(options, self.model, mesh)
         # Rows and experts sent to each rank since this process began: this rank's row of the traffic matrix.
         self._sent, self._sent_steps = np.zeros(mesh.world_size, dtype=np.int64), 0
 
@@ -152,6 +148,8 @@ class Trainer:
         """One optimizer step on all ranks; the record for `metrics.jsonl`, the same on every rank."""
         begin, A, turns = time.perf_counter(), self.options.num_micro_batches, 2 if self.options.overlap else 1
         self.clock.start()
+        self.ops.begin_step(self.step + 1)
+        memory = self.memory
         rehomed = self._rehome()
         self.condensing.before(self.step)
         self.runtime.draws.begin(self.step)
@@ -191,14 +189,18 @@ class Trainer:
         norm = self.sync.clip(self.options.clip_norm)
         lr = self.learning_rate(self.step + 1)
         totals = self._share(token_loss, aux, norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
+        skipped = "skipped" in totals
+        if skipped:
+            self.memory = memory
+        else:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            self._move_choice_bias(aux)
         self.optimizer.zero_grad(set_to_none=True)
-        self._move_choice_bias(aux)
         if self.runtime.residency is not None:
             totals["residency"] = self.runtime.residency.take()
-        totals |= self._planning() | self.condensing.after(totals["loss"], condensed)
+        totals |= self._planning() | ({} if skipped else self.condensing.after(totals["loss"], condensed))
         self.step += 1
         if writes_trace:
             self._write_trace(traced)
@@ -288,12 +290,14 @@ class Trainer:
         under_way = self.comm.meter.take_under_way()
         hidden = max(0.0, under_way - seconds["exchange"])
         mine = np.concatenate([[seconds[p] for p in PHASES], [under_way, hidden], counts.reshape(-1)])
-        packed = torch.cat([token_loss[None], torch.from_numpy(mine).to(self.mesh.device)])
+        notes = self.ops.notes(seconds)
+        packed = torch.cat([token_loss[None], torch.from_numpy(np.concatenate([mine, notes])).to(self.mesh.device)])
         # The sum's own bytes belong to the next step: its counts are already on their way.
-        values = self.comm.all_reduce(packed).tolist()
-        grad_norm = float(norm)
-        if not math.isfinite(values[0]) or not math.isfinite(grad_norm):
-            self._stop_not_finite(values[0], grad_norm, aux)
+        values, notes = np.split(np.array(self.comm.all_reduce(packed).tolist()), [-len(notes)])
+        values, grad_norm = values.tolist(), float(norm)
+        told = self.ops.read(notes.tolist(), seconds)
+        if not self.ops.guard.passes(self.step + 1, values[0], grad_norm, self._forward_again):
+            told["skipped"] = self.ops.guard.skipped
         n = 1 + len(PHASES)
         means = [v / self.mesh.world_size for v in values[1 : n + 2]]
         split = dict(zip(PHASES, means, strict=False))
@@ -305,6 +309,7 @@ class Trainer:
             "bytes": by_direction(traffic),
             "bytes_by_link": by_link(traffic),
             "seconds_split": split,
+            **told,
         }
         if means[-2] > 0:
             record["exchange_under_way_seconds"], record["exchange_hidden_seconds"] = means[-2:]
@@ -324,15 +329,13 @@ class Trainer:
                 record["expert_load"] = [[round(x, 5) for x in row] for row in aux.load.tolist()]
         return record
 
-    def _stop_not_finite(self, loss: float, grad_norm: float, aux: AuxLoss | None) -> None:
-        where = ""
-        if aux is not None:
-            bad = [i for i, z in enumerate(aux.z.tolist()) if not math.isfinite(z)]
-            where = f"; first seen in the router of MoE layer {bad[0]}" if bad else ""
-        raise UserError(
-            f"step {self.step + 1}: loss {loss}, gradient norm {grad_norm}{where}. No update was made; lower --lr "
-            "or set --clip-norm, and continue from the last checkpoint with --resume"
-        )
+    def _forward_again(self) -> None:
+        """The forward pass of this step once more, without gradient and without segment recurrence."""
+        for m in range(self.options.num_micro_batches):
+            sequences = self._read(self.step * self.options.num_micro_batches + m)
+            announced = gather_step([sequences], self.comm)
+            padded, memory = self.options.layout == "padded", self._empty_memory(len(sequences))
+            self.model(make_micro_batch(sequences, 0, announced, self.comm, padded=padded, memory=memory))
 
     def _move_choice_bias(self, aux: AuxLoss | None) -> None:
         """Loss-free balancing (arXiv 2408.15664): raise the bias of experts that were chosen too rarely."""
@@ -388,10 +391,7 @@ class Trainer:
             "expert_flops": self.expert_flops,
             "auto": None if self.auto is None else self.auto.to_dict(),
         }
-        keep = self.options.keep_checkpoints
-        if not keep:
-            return
-        save_checkpoint(self.checkpoints, self.step, self._state(), meta, self.mesh, keep)
+        self.ops.save(self.step, self._state(), meta, self.optimizer)
 
     def _attention_fit(self) -> dict[str, Any] | None:
         return None if self.attention_fit is None else self.attention_fit.to_dict()
@@ -411,6 +411,7 @@ class Trainer:
         prepare_optimizer(self.optimizer)
         load_checkpoint(path, self._state(), self.mesh)
         self.step, self.valid_loss = meta["step"], meta["valid_loss"]
+        self.ops.guard.skipped = meta.get("skipped_steps", 0)
         self.condensing.restore(meta.get("condensing"))
         self.expert_flops, self._chosen = meta.get("expert_flops"), meta.get("auto")
         fit = meta.get("attention_fit")
@@ -421,9 +422,9 @@ class Trainer:
     def run(self) -> RunSummary | None:
         """Train to the last step, writing as it goes; the summary on rank 0, None elsewhere."""
         o, first = self.options, self.mesh.rank == 0
-        found = list_checkpoints(self.checkpoints) if o.resume else []
+        found = newest_sound(self.checkpoints, self.mesh, ranklog.tell) if o.resume else None
         if found:
-            self.restore(found[-1])
+            self.restore(found)
         elif o.start_weights is not None:
             load_safetensors(self.model, Path(o.start_weights))
         self.prepare()
@@ -437,7 +438,8 @@ class Trainer:
                 if o.resume and first:
                     note = f"resuming after step {self.step}" if found else "no checkpoint in --out: starting anew"
                     progress.message(note)
-                self._loop(writer, progress)
+                with stopping.at_step_ends():
+                    self._loop(writer, progress)
         finally:
             if writer is not None:
                 writer.close()
@@ -483,7 +485,9 @@ class Trainer:
         saved = self.step
         while self.step < o.steps:
             record = self.train_step()
-            last = self.step == o.steps
+            last, stops = self.step == o.steps, self.ops.stops
+            if self.ops.warning:
+                progress.message(self.ops.warning)
             note = ""
             if last or (o.eval_every and self.step % o.eval_every == 0):
                 self.valid_loss = record["valid_loss"] = self.evaluate()
@@ -495,13 +499,16 @@ class Trainer:
                 self.step, loss=record["loss"], tokens=record["tokens"], seconds=record["seconds"],
                 num_bytes=moved, note=note,
             )  # fmt: skip
-            if last or (o.checkpoint_every and self.step % o.checkpoint_every == 0):
+            if last or stops or (o.checkpoint_every and self.step % o.checkpoint_every == 0):
                 if writer is not None:
                     writer.sync()
                 self.save()
                 saved = self.step
+            if stops and not last:
+                self.ops.stop(self.step)
         if saved != self.step:
             self.save()
+        self.ops.writer.finish()
 
     def _peak_memory(self) -> int:
         if self.mesh.device.type == "cuda":
