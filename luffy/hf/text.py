@@ -78,7 +78,8 @@ class Examples:
 
     def __init__(self, folder: Path) -> None:
         self.tokens, self.trained, self.starts = (
-            np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "trained", "starts")
+            np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            for name in ("tokens", "trained", "starts")
         )
 
     def __len__(self) -> int:

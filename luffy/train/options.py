@@ -67,7 +67,17 @@ class TrainOptions:
     topology: str | None = option(
         None, "Links of the expert-parallel group for planning, such as 2x4:intra=64gbit,inter=10gbit.", "Run"
     )
-    timeout_seconds: float = option(600.0, "A rank that is silent for so long ends the job.", "Run")
+    timeout_seconds: float = option(600.0, "A rank that others wait for so long ends the job, by name.", "Run")
+    interface: str | None = option(
+        None,
+        "Network interface that ranks listen on, such as eth1; its network must be trusted (default: the loopback "
+        "where all ranks are on one machine).",
+        "Run",
+    )
+    max_restarts: int = option(0, "Times that local ranks are started again when one is lost.", "Run")
+    min_ranks: int | None = option(
+        None, "Fewest ranks of a restart, where one at the same number came to nothing (default: --ranks).", "Run"
+    )
 
     data: str = option("stdlib", "File or folder of .txt, .jsonl[.gz], .parquet; or stdlib.", "Data")
     text_field: str = option("text", "Field that holds the text (.jsonl, .parquet).", "Data")
@@ -103,6 +113,12 @@ class TrainOptions:
     eval_batches: int = option(8, "Batches, of --batch-size, of an evaluation.", "Training")
     checkpoint_every: int = option(100, "Steps between checkpoints; 0: only at the end.", "Training")
     keep_checkpoints: int = option(2, "Checkpoints to keep; 0: write none.", "Training")
+    async_checkpoints: bool = option(
+        True, "Write checkpoints while training goes on, from a copy in the host's memory.", "Training"
+    )
+    skip_bad_steps: int = option(
+        0, "Most steps to leave out, without an update, whose loss or gradient is not finite.", "Training"
+    )
     start_weights: str | None = option(
         None, "Begin from the model.safetensors of an earlier --export, at any number of ranks.", "Training"
     )
@@ -187,6 +203,10 @@ class TrainOptions:
             f"--start-weights {self.start_weights}: no such file; name the model.safetensors of an earlier --export",
         )
         _require(not (self.resume and self.overwrite), "--resume and --overwrite exclude each other")
+        _require(
+            self.min_ranks is None or 1 <= self.min_ranks <= self.ranks,
+            f"--min-ranks {self.min_ranks} must be at least 1 and at most --ranks {self.ranks}",
+        )
         keep_run_apart(self.out, {name: getattr(self, name[2:].replace("-", "_")) for name in self.INPUTS}, ("--data",))
         recipe, config = self.get_recipe(), self.model_config()
         _require(
