@@ -13,7 +13,7 @@ from luffy.hf.loading import load
 from luffy.hf.model import ParallelModel
 from luffy.hf.options import FinetuneOptions
 from luffy.hf.saving import save_pretrained
-from luffy.hf.text import ExampleLoader, Examples, held_out, prepare_examples
+from luffy.hf.text import ExampleLoader, Examples, divide, prepare_examples
 from luffy.train import run
 from luffy.train.checkpoint import everyone
 from luffy.train.progress import phase
@@ -55,8 +55,8 @@ class FineTuner(Trainer):
             except Exception as error:  # whatever is wrong with it, the mend is the same
                 raise UserError(f"--model {o.model}: its tokenizer cannot be read ({_line(error)})") from error
             return prepare_examples(
-                Path(o.data), tokenizer, folder,
-                sequence_length=o.longest(), loss_on=o.loss_on, vocab_size=self.config.vocab_size,
+                o.data, tokenizer, folder, sequence_length=o.longest(), loss_on=o.loss_on,
+                vocab_size=self.config.vocab_size, validation=o.validation, text_field=o.text_field,
             )  # fmt: skip
 
         with phase("prepare data", enabled=mesh.rank == 0):
@@ -64,9 +64,9 @@ class FineTuner(Trainer):
         if mesh.rank == 0:
             click.echo(summary, err=True)
         examples = Examples(folder)
-        train, valid = held_out(len(examples), o.valid_fraction, o.seed)
+        train, valid = divide(examples, o.valid_fraction, o.seed)
         self.loader: Any = ExampleLoader(examples, train, self.micro_size, o.seed)
-        self.valid_loader: Any = ExampleLoader(examples, valid, self.micro_size, o.seed)
+        self.valid_loader: Any = ExampleLoader(examples, valid, self.micro_size, o.seed) if len(valid) else None
 
     def _build_model(self) -> ParallelModel:
         o, stream = self.options, getattr(torch, self.dtype_name)

@@ -485,7 +485,7 @@ class Trainer:
             record = self.train_step()
             last = self.step == o.steps
             note = ""
-            if last or (o.eval_every and self.step % o.eval_every == 0):
+            if self.valid_loader is not None and (last or (o.eval_every and self.step % o.eval_every == 0)):
                 self.valid_loss = record["valid_loss"] = self.evaluate()
                 note = f"held-out loss {self.valid_loss:.4f}"
             if writer is not None:
