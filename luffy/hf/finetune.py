@@ -9,6 +9,8 @@ import click
 import torch
 
 from luffy.errors import UserError
+from luffy.hf.adapters import save_adapter
+from luffy.hf.freezing import freeze
 from luffy.hf.loading import load
 from luffy.hf.model import ParallelModel
 from luffy.hf.options import FinetuneOptions
@@ -77,7 +79,9 @@ class FineTuner(Trainer):
                 topology=self._links(), dense=o.dense, **o.router_losses(),
             )  # fmt: skip
         if o.lora:
-            parallel.adapt(o.lora, o.lora_alpha, o.seed)
+            parallel.adapt(o.lora, o.lora_alpha, o.seed, o.lora_targets, o.dora)
+        if o.freeze is not None:
+            freeze(parallel, o.freeze)
         self.comm = parallel.runtime.comm
         return parallel.train()
 
@@ -93,8 +97,8 @@ class FineTuner(Trainer):
         if not self.options.export:
             return
         save_pretrained(self.model, self.out / "model")
-        if self.options.lora and self.mesh.rank == 0:
-            self.model.library.save_pretrained(str(self.out / "adapter"), save_embedding_layers=False)  # type: ignore[operator]
+        if self.options.lora:
+            save_adapter(self.model, self.out / "adapter")
 
 
 def _line(error: Exception) -> str:

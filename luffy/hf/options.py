@@ -8,7 +8,9 @@ from pathlib import Path
 from luffy.config import ModelConfig, _one_of, _require
 from luffy.data.corpus import list_source_files
 from luffy.errors import UserError
+from luffy.hf.freezing import FROZEN, frozen_patterns
 from luffy.hf.hub import local_data, local_model
+from luffy.hf.targets import TARGETS, check_targets
 from luffy.train.options import TrainOptions, option
 
 LONGEST_DEFAULT = 2048
@@ -45,8 +47,15 @@ class FinetuneOptions(TrainOptions):
     batch_size: int = option(8, "Sequences per optimizer step over all ranks.", "Training")
     lr: float = option(1e-5, "Peak learning rate.", "Training")
     weight_decay: float = option(0.0, "On matrices only.", "Training")
-    lora: int = option(0, "Rank of adapters on attention, all else frozen; 0: train every weight.", "Training")
+    lora: int = option(0, "Rank of adapters on --lora-on, all else frozen; 0: train every weight.", "Training")
+    lora_on: str = option("attention", f"What gets adapters, with commas: {', '.join(TARGETS)}.", "Training")
     lora_alpha: int = option(16, "Scale of the adapters is this over their rank.", "Training")
+    dora: bool = option(False, "Adapters by magnitude and direction (DoRA), on attention.", "Training")
+    freeze: str | None = option(
+        None,
+        f"What stays as it is, with commas: {', '.join(FROZEN)}, or layers A-B (0-11, say) with all in them.",
+        "Training",
+    )
     dense: str = option(
         "replicated",
         "Attention, dense feed-forwards, embedding and head: replicated, or sharded over all ranks (FSDP2).",
@@ -74,6 +83,15 @@ class FinetuneOptions(TrainOptions):
             f"--gradient-dtype {self.gradient_dtype} cannot be combined with --dense sharded, which sums gradients "
             "as they are; leave it out",
         )
+        _require(
+            self.lora > 0 or (self.lora_on == "attention" and not self.dora),
+            "--lora-on and --dora need --lora, the rank of the adapters",
+        )
+        if self.lora:
+            check_targets(self.lora_targets, self.dora, self.dense == "sharded")
+        if self.freeze is not None:
+            _require(not self.lora, "--freeze cannot be combined with --lora, which freezes all but its adapters")
+            frozen_patterns(self.freeze)
         _require(self.lora >= 0, f"--lora {self.lora} must not be negative")
         _require(0 <= self.valid_fraction < 1, f"--valid-fraction {self.valid_fraction} must be 0 or more, below 1")
         super().__post_init__()
@@ -93,6 +111,10 @@ class FinetuneOptions(TrainOptions):
 
     def router_losses(self) -> dict[str, float]:
         return {n: getattr(self, n) for n in _LOSSES if getattr(self, n) is not None}
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in self.lora_on.split(","))
 
     def longest(self) -> int:
         return self.sequence_length or min(LONGEST_DEFAULT, self.model_config().max_sequence_length)

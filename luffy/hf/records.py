@@ -1,5 +1,4 @@
-"""Records of fine-tuning data as users have them, made into one of three kinds: a text, a prompt with its completion, or
-a chat.
+"""Records of fine-tuning data as users have them, made into a text, a prompt with its completion, or a chat.
 
     {"text": ..}                                    a text (or another field, by --text-field)
     {"prompt": .., "completion": ..}                two strings, or two lists of messages

@@ -90,6 +90,12 @@ def plain_norm(folder: Path, examples: Examples, indices: Any) -> float:
     return float(torch.stack(norms).norm()) / labels
 
 
+def changed(one: Any, other: Any) -> set[str]:
+    """Names of the weights that differ."""
+    state = other.state_dict()
+    return {name for name, weight in one.state_dict().items() if not torch.equal(weight, state[name])}
+
+
 def opened(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
@@ -99,7 +105,8 @@ def test_a_run_its_resumption_and_what_it_leaves(folder: Path) -> None:
     runs = [
         options(folder, out=str(whole)),
         options(folder, out=str(halves)),  # stopped after 3 steps by removing what came later, below
-        options(folder, out=str(lora), lora=3, steps=4, lr=3e-2),
+        options(folder, out=str(lora), lora=3, steps=4, lr=3e-2, lora_on="attention,experts,router"),
+        options(folder, out=str(folder / "frozen"), steps=2, freeze="router,layers 0-1", valid_fraction=0.0),
     ]
     run_ranks(train, 2, runs)
 
@@ -124,14 +131,20 @@ def test_a_run_its_resumption_and_what_it_leaves(folder: Path) -> None:
     from peft import PeftModel
 
     old, merged = opened(folder / "model"), opened(lora / "model")
-    frozen = {n for n in old.state_dict() if torch.equal(old.state_dict()[n], merged.state_dict()[n])}
-    assert set(old.state_dict()) - frozen == {
-        f"model.layers.{i}.self_attn.{p}_proj.weight" for i in range(3) for p in "qkvo"
-    }
+    old_names = set(old.state_dict())
+    parts = [f"self_attn.{p}_proj.weight" for p in "qkvo"]
+    parts += ["mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    assert changed(old, merged) == {f"model.layers.{i}.{part}" for i in range(3) for part in parts}
     ids = torch.arange(30)[None]
     adapted = PeftModel.from_pretrained(old, str(lora / "adapter"))
     assert torch.allclose(adapted(ids).logits, merged(ids).logits, atol=1e-4)
     assert records(lora)[-1]["loss"] < records(lora)[0]["loss"]
+
+    # What is frozen stays, and with nothing held out there is no evaluation.
+    names = changed(opened(folder / "model"), opened(folder / "frozen" / "model"))
+    assert {n for n in old_names if ".layers.2." in n and ".gate." not in n} < names
+    assert not any(".layers.0." in n or ".layers.1." in n or ".gate." in n for n in names)
+    assert not any("valid_loss" in r for r in records(folder / "frozen"))
 
     # Killed between step 3 and step 6, and resumed: bit for bit what the uninterrupted run wrote.
     latest = halves / "checkpoints" / "step-00000006"
@@ -200,6 +213,12 @@ def test_a_model_without_tokenizer_stops_all_ranks(folder: Path, tmp_path: Path)
             ["--model", "{model}", "--data", "{data}", "--dense", "sharded", "--gradient-dtype", "bfloat16"],
             "cannot be combined with --dense sharded",
         ),
+        (
+            ["--model", "{model}", "--data", "{data}", "--lora", "2", "--lora-on", "heads"],
+            "--lora-on heads: name some of",
+        ),
+        (["--model", "{model}", "--data", "{data}", "--dora"], "--lora-on and --dora need --lora"),
+        (["--model", "{model}", "--data", "{data}", "--freeze", "gates"], "--freeze 'gates': name some of router"),
         (["--model", "{empty}", "--data", "{data}"], "config.json cannot be read"),
     ],
 )
