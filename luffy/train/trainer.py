@@ -378,7 +378,7 @@ class Trainer:
             if self.ops.warning:
                 progress.message(self.ops.warning)
             note = ""
-            if last or (o.eval_every and self.step % o.eval_every == 0):
+            if self.valid_loader is not None and (last or (o.eval_every and self.step % o.eval_every == 0)):
                 self.valid_loss = record["valid_loss"] = self.evaluate()
                 note = f"held-out loss {self.valid_loss:.4f}"
             if writer is not None:
