@@ -28,6 +28,7 @@ WIRE_SETS = {
     "aggressive": "dispatch=int4,combine=int8,dispatch_backward=int4,combine_backward=int8",
 }
 RESIDUAL_FORMATS = ("model", "bf16", "int16")
+SUM_FORMATS = ("model", "bfloat16", "int8")  # of gradients that ranks sum: --gradient-dtype
 RANDOM = "-sr"
 _CAN_BE_RANDOM = ("int16", "int8", "int4")
 

@@ -10,11 +10,11 @@ from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from luffy.comm.sums import SUM_FORMATS
 from luffy.config import DTYPES, ModelConfig, _one_of, _require, model_preset
 from luffy.plan.topology import Topology, parse_topology
 from luffy.recipes import Recipe, check_recipe, get_recipe
-from luffy.train.rates import parse_num_bytes
+from luffy.report.units import parse_num_bytes
+from luffy.wire_format import SUM_FORMATS
 
 
 def option(default: Any, help: str, group: str) -> Any:

@@ -15,7 +15,6 @@ from luffy.comm import Mesh
 from luffy.data.corpus import list_source_files
 from luffy.errors import UserError
 from luffy.lab.place import check_ranks, current_lab
-from luffy.train.checkpoint import list_checkpoints
 from luffy.train.launch import choose_device, join_world, launch, under_torchrun
 from luffy.train.options import TrainOptions
 
@@ -42,6 +41,8 @@ def _check_out(options: TrainOptions) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; choose a folder")
     if (out / "metrics.jsonl").exists() and not (options.resume or options.overwrite):
+        from luffy.train.checkpoint import list_checkpoints  # with torch's checkpoints, a second that few runs need
+
         step = list_checkpoints(out / "checkpoints")
         has = f" (checkpoint {step[-1].name})" if step else ""
         raise UserError(f"--out {out} already holds a run{has}; add --resume, --overwrite, or choose another folder")

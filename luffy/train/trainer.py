@@ -30,6 +30,7 @@ from luffy.model import ModelOutput, Runtime, build_model
 from luffy.model.aux_loss import AuxLoss
 from luffy.plan.topology import Topology, parse_topology
 from luffy.plan.trace import RoutingTrace, TraceStep
+from luffy.report.units import parse_num_bytes
 from luffy.train.attention import AttentionFit, attention_for_planning
 from luffy.train.auto import AutoControl
 from luffy.train.batching import gather_step, make_micro_batch
@@ -47,7 +48,7 @@ from luffy.train.gradients import GradientSync, make_optimizer
 from luffy.train.metrics import MetricsWriter, RunSummary, describe_machine, read_metrics, write_json_atomic
 from luffy.train.options import TrainOptions
 from luffy.train.progress import TrainProgress, phase
-from luffy.train.rates import half_of_memory, measure_experts, measure_links, parse_num_bytes
+from luffy.train.rates import half_of_memory, measure_experts, measure_links
 from luffy.train.reading import read_data
 from luffy.train.rehoming import Rehomed, current_owners, num_recorded, rehome, wire_of
 
