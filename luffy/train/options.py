@@ -10,14 +10,13 @@ from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from luffy.comm.sums import SUM_FORMATS
-from luffy.compose import check
 from luffy.config import DTYPES, ModelConfig, _one_of, _require, model_preset
 from luffy.inputs import keep_run_apart
 from luffy.plan.topology import Topology, parse_topology
 from luffy.ranges import AT_LEAST_ONE, COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE, Range
 from luffy.recipes import Recipe, get_recipe
-from luffy.train.rates import parse_num_bytes
+from luffy.report.units import parse_num_bytes
+from luffy.wire_format import SUM_FORMATS
 
 
 def option(default: Any, help: str, group: str) -> Any:
@@ -208,6 +207,8 @@ class TrainOptions:
             f"--min-ranks {self.min_ranks} must be at least 1 and at most --ranks {self.ranks}",
         )
         keep_run_apart(self.out, {name: getattr(self, name[2:].replace("-", "_")) for name in self.INPUTS}, ("--data",))
+        from luffy.compose import check  # with torch, which the command line does without
+
         recipe, config = self.get_recipe(), self.model_config()
         _require(
             self.sequence_length is None or self.sequence_length <= config.max_sequence_length,

@@ -30,6 +30,7 @@ from luffy.model.aux_loss import RouterTotals
 from luffy.model.stack import MicroBatch
 from luffy.plan.cost import AttentionCost
 from luffy.plan.topology import Topology, parse_topology
+from luffy.report.units import parse_num_bytes
 from luffy.seats.layout import SeatLayout
 from luffy.train import ranklog, stopping
 from luffy.train.attention import AttentionFit, attention_for_planning
@@ -46,7 +47,7 @@ from luffy.train.parts import Done
 from luffy.train.parts.choose import choose_parts
 from luffy.train.parts.saving import load_states, states_of
 from luffy.train.progress import TrainProgress, phase
-from luffy.train.rates import half_of_memory, measure_experts, measure_links, parse_num_bytes
+from luffy.train.rates import half_of_memory, measure_experts, measure_links
 from luffy.train.reading import read_data
 from luffy.train.seating import StepReader
 
