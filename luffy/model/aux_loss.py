@@ -33,8 +33,8 @@ class AuxLoss:
     used evenly), `z` [layers], `load` [layers, E] (share of choices), `dropped` [] (share of choices).
     `sequence_entropy`, `expert_entropy` [layers]: mean H(p_s) and H(p) in nats. `favourite_share` [layers]: of a
     sequence's rows, the share at the rank that holds most of them, mean over rows. `condensed` [layers, 5]: see
-    luffy.exchange.audit; zeros where nothing is condensed. `seat_traffic` [layers, C, C]: tokens by topic and by block
-    of experts chosen; [layers, 0, 0] where sequences have no topics.
+    luffy.exchange.audit; zeros where nothing is condensed. `seat_traffic` [layers, C, C]: share of tokens by topic and
+    by block of experts chosen; [layers, 0, 0] where sequences have no topics.
     """
 
     local: Tensor
@@ -90,5 +90,5 @@ def auxiliary_loss(
         expert_entropy=entropy_of_sums(mean_probability),
         favourite_share=rows[:, 1] / rows[:, 0].clamp_min(1),
         condensed=condensed,
-        seat_traffic=traffic.unflatten(1, (math.isqrt(traffic.shape[1]), -1)) if traffic.shape[1] else traffic[:, :, None],
+        seat_traffic=(traffic / T).view(len(stats), *[math.isqrt(traffic.shape[1])] * 2),
     )

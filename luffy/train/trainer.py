@@ -49,6 +49,7 @@ from luffy.train.options import TrainOptions
 from luffy.train.progress import TrainProgress, phase
 from luffy.train.rates import half_of_memory, measure_experts, measure_links, parse_num_bytes
 from luffy.train.reading import read_data
+from luffy.train.topics import TopicControl, topic_record
 from luffy.train.rehoming import Rehomed, current_owners, num_recorded, rehome, wire_of
 
 LOAD_EVERY = 10  # steps between records of the load of every expert of every layer
@@ -88,6 +89,7 @@ class Trainer:
         self.valid_loss: float | None = None
         self.attention_fit: AttentionFit | None = None
         self.condensing = CondenseControl(self.runtime.condense, options)
+        self.topics = TopicControl(options, mesh.ep_size) if options.seats == "topic" else None
         # Rows and experts sent to each rank since this process began: this rank's row of the traffic matrix.
         self._sent, self._sent_steps = np.zeros(mesh.world_size, dtype=np.int64), 0
 
@@ -162,6 +164,7 @@ class Trainer:
         traced: list[TraceStep] = []
         micro_batches = [self._read(self.step * A + m) for m in range(A)]
         announced = gather_step(micro_batches, self.comm)
+        seated = [{}] * A if self.topics is None else self.topics.of_step(self.loader, self.step, self.mesh.world_size)
         token_loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         aux: AuxLoss | None = None
         condensed: torch.Tensor | None = None
@@ -171,7 +174,7 @@ class Trainer:
             micros = [
                 make_micro_batch(
                     micro_batches[i], i, announced, self.comm,
-                    padded=self.options.layout == "padded", memory=self._memory_for(micro_batches[i]),
+                    padded=self.options.layout == "padded", memory=self._memory_for(micro_batches[i]), **seated[i],
                 ) for i in range(m, m + turns)
             ]  # fmt: skip
             self.runtime.recorder.active = tracing
@@ -319,7 +322,11 @@ class Trainer:
                     "favourite_rank_share": float(aux.favourite_share.mean()),
                 },
             }
+            if self.topics is not None:
+                record["topics"] = topic_record(aux.seat_traffic)
             if (self.step + 1) % LOAD_EVERY == 0 or self.step + 1 == self.options.steps:
+                if self.topics is not None:
+                    record["topics_by_layer"] = [topic_record(traffic[None]) for traffic in aux.seat_traffic]
                 record["favourite_rank_share"] = [round(x, 5) for x in aux.favourite_share.tolist()]
                 record["expert_load"] = [[round(x, 5) for x in row] for row in aux.load.tolist()]
         return record
@@ -427,6 +434,8 @@ class Trainer:
         elif o.start_weights is not None:
             load_safetensors(self.model, Path(o.start_weights))
         self.prepare()
+        if self.topics is not None:
+            self.topics.prepare(self.loader, self.config.vocab_size, self.out, self.mesh.rank, resumed=bool(found))
         writer = None
         if first:
             writer = MetricsWriter(self.out, self.step if found else None, tensorboard=o.tensorboard)
