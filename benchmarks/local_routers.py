@@ -38,6 +38,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "16x2": {"experts": 16, "top_k": 2, "expert_hidden_size": 1024},
 }
 MODEL = {"model": "moe-llm", "layers": 6, "hidden_size": 512, "heads": 8, "max_sequence_length": 512, "vocab_size": 8192}
+DOMAIN_SEQUENCES = 512  # of each domain, at most
 MEASURED = 16  # unseen batches whose choices are counted
 
 
@@ -124,7 +125,7 @@ def loss_by_domain(trainer: Trainer, valid: Path, corpus_valid: Any, length: int
             piece = tokens[begin : begin + length + 1]
             pieces.setdefault(domain, []).append(Sequence(0, piece[:-1], piece[1:].copy(), True))
     for domain, sequences in pieces.items():
-        for begin in range(0, len(sequences), 64):
+        for begin in range(0, min(len(sequences), DOMAIN_SEQUENCES), 64):
             batch = sequences[begin : begin + 64]
             micro = make_micro_batch(batch, 0, gather_step([batch], trainer.comm), trainer.comm)
             entry = sums.setdefault(domain, [0.0, 0])
@@ -134,7 +135,7 @@ def loss_by_domain(trainer: Trainer, valid: Path, corpus_valid: Any, length: int
 
 
 @torch.no_grad()
-def record_trace(trainer: Trainer, path: Path, batches: int = 18) -> None:
+def record_trace(trainer: Trainer, path: Path, batches: int) -> None:
     """Choices of unseen batches, for placements and seats fitted afterwards."""
     recorded, recorder = [], trainer.runtime.recorder
     for step in range(batches):
@@ -142,7 +143,8 @@ def record_trace(trainer: Trainer, path: Path, batches: int = 18) -> None:
         micro = make_micro_batch(sequences, 0, gather_step([sequences], trainer.comm), trainer.comm)
         recorder.active = True
         trainer.model(micro)
-        recorded.append(recorder.finish(trainer.comm, trainer.step, micro.tokens))
+        step_trace = recorder.finish(trainer.comm, trainer.step, micro.tokens)
+        recorded.append(replace(step_trace, foreseen=np.full_like(step_trace.foreseen, -1)))  # nobody asks, much to keep
     router, wire = trainer.config.router, wire_of(trainer.model, False)
     about = {"model": "local_routers " + path.stem, "ep_size": 1, "expert_num_bytes": wire.expert_num_bytes}
     RoutingTrace(
@@ -151,8 +153,8 @@ def record_trace(trainer: Trainer, path: Path, batches: int = 18) -> None:
     ).save(path)  # fmt: skip
 
 
-def train_one(variant: dict[str, Any], options: TrainOptions, mesh: Mesh, work: Path) -> dict[str, Any]:
-    """Train a variant, and all that is asked of it afterwards."""
+def train_one(variant: dict[str, Any], options: TrainOptions, mesh: Mesh, work: Path) -> None:
+    """Train a variant, measure it, write WORK/results/NAME.json, and record choices where asked."""
     begin = time.perf_counter()
     trainer = (MixedTrainer if variant.get("mixed") else Trainer)(options, mesh)
     summary = trainer.run()
@@ -171,14 +173,17 @@ def train_one(variant: dict[str, Any], options: TrainOptions, mesh: Mesh, work: 
     valid = next(iter(data.glob("*valid*.gz")), None) if data.is_dir() else None
     if valid is not None and not variant.get("mixed"):
         result["domains"] = loss_by_domain(trainer, valid, trainer.valid_loader._pieces._split, 512)
-    if variant.get("trace"):
-        (work / "traces").mkdir(parents=True, exist_ok=True)
-        record_trace(trainer, work / "traces" / f"{variant['name']}.npz")
     if C <= 16:
         result["telling"] = trainer.topics.topics.telling_ids(12).tolist()  # type: ignore[union-attr]
     result["seconds_a_step"] = float(np.median([r["seconds"] for r in records[5:]] or [0]))
     result["minutes"] = (time.perf_counter() - begin) / 60
-    return result
+    (work / "results").mkdir(parents=True, exist_ok=True)
+    path = work / "results" / f"{variant['name']}.json"
+    path.with_suffix(".part").write_text(json.dumps(result))
+    path.with_suffix(".part").rename(path)
+    if variant.get("trace"):
+        (work / "traces").mkdir(parents=True, exist_ok=True)
+        record_trace(trainer, work / "traces" / f"{variant['name']}.npz", variant["trace"])
 
 
 @click.group()
@@ -193,17 +198,13 @@ def main() -> None:
 @click.option("--cache", default=None)
 @click.argument("variant")
 def one(work: Path, data: str, device: str, cache: str | None, variant: str) -> None:
-    """Train one variant, given as JSON, and write WORK/results/NAME.json."""
+    """Train one variant, given as JSON."""
     described = json.loads(variant)
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = str(20000 + os.getpid() % 20000)
     options = options_of(described, work, data, device, cache)
     mesh = join_world(options.device, "gloo", None, None, 600.0)
-    result = train_one(described, options, mesh, work)
-    (work / "results").mkdir(parents=True, exist_ok=True)
-    path = work / "results" / f"{described['name']}.json"
-    path.with_suffix(".part").write_text(json.dumps(result))
-    path.with_suffix(".part").rename(path)
+    train_one(described, options, mesh, work)
 
 
 @main.command()
