@@ -9,8 +9,13 @@ from typing import Any
 
 from luffy.version import __version__
 
-_HOMES = {"MoEBlock": "model.block", "GradientSync": "train.gradients", "join_world": "train.launch"}
-__all__ = ["GradientSync", "MoEBlock", "__version__", "join_world"]
+_HOMES = {
+    "MoEBlock": "model.block",
+    "GradientSync": "train.gradients",
+    "LossFreeBias": "model.balancing",
+    "join_world": "train.launch",
+}
+__all__ = ["GradientSync", "LossFreeBias", "MoEBlock", "__version__", "join_world"]
 
 
 def __getattr__(name: str) -> Any:

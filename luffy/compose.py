@@ -17,6 +17,7 @@ from luffy.comm import Comm
 from luffy.comm.clock import PhaseClock
 from luffy.condensation import parse_condense
 from luffy.config import ModelConfig
+from luffy.data.batch import Layout
 from luffy.errors import UserError
 from luffy.exchange.condense import CondenseState
 from luffy.exchange.condensing import Condensing
@@ -41,8 +42,8 @@ class Runtime:
 
     topology: of the EP group, for everything that plans. planner: None for recipes that move no sequence behind layers.
     condense: None for recipes that condense no tokens. residency: None for recipes that leave experts where they are.
-    draws: where stochastic rounding is in the run. tally: rows between ranks. observed: while a list, layers add the
-    rows of each local sequence to each rank, int64 [S, N], for the predictor of seats.
+    draws: where stochastic rounding is in the run. tally: rows between ranks. observed: while a list, layers add
+    the rows of each local sequence to each rank, int64 [S, N], beside how sequences lie, for the predictor of seats.
     """
 
     comm: Comm
@@ -56,7 +57,7 @@ class Runtime:
     residency: ResidencyState | None = None
     recorder: Recorder = field(default_factory=Recorder)
     tally: RowTally = field(default_factory=RowTally)
-    observed: list[Tensor] | None = None
+    observed: list[tuple[Layout, Tensor]] | None = None
     transports: list[Transport] = field(default_factory=list)
 
     @classmethod

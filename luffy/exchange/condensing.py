@@ -62,7 +62,7 @@ class Condensing:
         return replace(received, condensed=condensed, all_keys=keys, history=history)
 
     def _decide(self, tokens: Tokens, keys: CopyKeys) -> tuple[Condensed, History | None, Forecast | None]:
-        """What is condensed, what was found of pairs, the forecast. On a GPU the first two have a stream of their own."""
+        """What is condensed, what was found of pairs, the forecast. On a GPU the first two run on a side stream."""
 
         def decide() -> tuple[Condensed, History | None]:
             return condense(

@@ -55,8 +55,8 @@ class Tokens:
 
     Set by wrappers: keys, the copies to send (None: one for each choice or rank); weights, those sent along; shared,
     bool [T, K], choices answered with weight one; rows(copies), what to send in place of the stream [C, D]; norm_there,
-    what the receiver applies in place of `norm`; ask(keys, shared), counts that ranks gather beside their split sizes, int64
-    [S_max, n]; told(counts of all ranks [N, S_max, n]), host work while the rows travel; names_tokens: global ids
+    what the receiver applies in place of `norm`; ask(keys, shared), counts that ranks gather beside their split sizes,
+    int64 [S_max, n]; told(counts of all ranks [N, S_max, n]), host work while the rows travel; names_tokens: global ids
     travel along.
     """
 

@@ -48,12 +48,6 @@ def _by_sequence(rank: Tensor, mask: Tensor, layout: Layout, num_ranks: int, num
     return out
 
 
-def rows_at_favourite(keys: CopyKeys, layout: Layout, num_ranks: int) -> Tensor:
-    """int64 [2]: copies of the local sequences, and those that go to their sequence's most wanted rank."""
-    counts = counts_per_sequence(keys, layout, num_ranks, layout.num_sequences)
-    return torch.stack([counts.sum(), counts.amax(1).sum()])
-
-
 def by_table(gathered: np.ndarray, table: SequenceTable) -> np.ndarray:
     """[ranks, rows per rank, n] as gathered -> [S, n] in the order of the sequence table."""
     out = np.zeros((len(table.lengths), gathered.shape[2]), dtype=np.int64)

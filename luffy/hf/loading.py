@@ -23,7 +23,8 @@ from luffy.hf.files import Checkpoint
 from luffy.hf.model import ParallelModel, parallelize
 from luffy.hf.placing import source_of
 from luffy.model.moe_layer import MoELayer
-from luffy.model.transformer import is_expert
+from luffy.model.ownership import expert_parameters
+from luffy.model.router import wide
 from luffy.recipes import Recipe
 from luffy.train.checkpoint import everyone
 
@@ -105,6 +106,7 @@ def fill(parallel: ParallelModel, checkpoint: Checkpoint) -> None:
     blocks = sparse_blocks(parallel)
     tied = tied_names(lm)
     used: set[str] = set()
+    stacked = expert_parameters(parallel)
     own = {name: b for name, b in parallel.named_buffers() if is_stored(parallel, name)}
     for name, target in [*parallel.named_parameters(), *own.items()]:
         library = parallel.library_name(name)
@@ -115,7 +117,7 @@ def fill(parallel: ParallelModel, checkpoint: Checkpoint) -> None:
             if key not in where:
                 raise UserError(f"--model: {key} is missing in {checkpoint.folder}{_alike(key, where)}")
         used.update(keys)
-        if not is_expert(name):
+        if name not in stacked:
             if is_sharded(target):
                 _check_shape(keys[0], where[keys[0]].shape, target.shape)
                 local_part(target).copy_(checkpoint.read(keys[0], *rows_of(target, parallel.runtime.comm)))
@@ -123,7 +125,7 @@ def fill(parallel: ParallelModel, checkpoint: Checkpoint) -> None:
             value = checkpoint.read(keys[0])
             _check_shape(keys[0], tuple(value.shape), target.shape)
             if name in own and value.dtype != target.dtype:
-                target.data = target.data.to(value.dtype)  # a bias of the choice keeps its precision
+                target.data = target.data.to(wide(value.dtype))  # a bias of the choice: see RouterBase
             target.copy_(value)
             continue
         first = parallel.runtime.comm.mesh.ep_rank * target.shape[0]

@@ -35,9 +35,9 @@ from luffy.hf.families import Family, family_of
 from luffy.hf.parts import LibraryExperts, LibraryRouter, SharedExperts, call_in, lent
 from luffy.model.aux_loss import AuxLoss
 from luffy.model.moe_layer import MoELayer, Predictor
+from luffy.model.ownership import expert_parameters
 from luffy.model.router import RouterStats
 from luffy.model.stack import MicroBatch, Stack, StackBlock, in_chunks, summed_cross_entropy
-from luffy.model.transformer import is_expert
 from luffy.plan.topology import Topology
 from luffy.recipes import Recipe, get_recipe
 
@@ -165,7 +165,7 @@ class ParallelModel(Stack):
         top_k: not the sum over layers that `balance_loss` is.
         """
         E, K, L = self.config.router.num_experts, self.config.router.top_k, len(stats)
-        load = aux.load.mean(0) * K  # [E]
+        load = aux.totals.load.mean(0) * K  # [E]
         probability = torch.stack([s.probability_sum for s in stats]).sum(0) / (L * max(num_tokens, 1))  # [E], local
         return E * (load * probability).sum()
 
@@ -296,7 +296,8 @@ def _refuse(module: nn.Module, arguments: Any) -> None:
 @torch.no_grad()
 def _check_alike(parallel: ParallelModel) -> None:
     """RankMismatchError if ranks hold other replicated weights, as they would with random ones of another seed."""
-    named = [(n, p) for n, p in parallel.named_parameters() if not is_expert(n)]
+    experts = expert_parameters(parallel)
+    named = [(n, p) for n, p in parallel.named_parameters() if n not in experts]
     sums = torch.stack([p.detach().double().sum() for _, p in named])
     everyone = parallel.runtime.comm.all_gather_world(sums)
     odd = (everyone != everyone[0]).any(0).nonzero().flatten().tolist()

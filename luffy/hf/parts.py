@@ -19,7 +19,7 @@ from luffy.config import RouterConfig
 from luffy.data.batch import Layout
 from luffy.hf.families import Activation, Family
 from luffy.model.experts import Experts
-from luffy.model.router import RouterBase, RouterStats, Routing, router_stats
+from luffy.model.router import RouterBase, RouterStats, Routing, router_stats, wide
 
 
 def call_in(dtype: torch.dtype, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -47,7 +47,7 @@ class SharedExperts(nn.Module):
 class LibraryRouter(RouterBase):
     """The library's gate: what it chooses and weighs, and what that says to the auxiliary losses.
 
-    It computes in its weights' dtype, float32 where those are kept so.
+    It computes in float32 at least, whatever the weights are kept in.
     """
 
     gate: Any
@@ -55,20 +55,23 @@ class LibraryRouter(RouterBase):
     def __init__(self, gate: nn.Module, config: RouterConfig, bias_buffer: str | None) -> None:
         super().__init__()
         self.gate, self.config, self.bias_buffer = gate, config, bias_buffer
+        self._apply(lambda t: t)  # buffers of a model in bfloat16 become float32
 
     def _scores(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        logits, weights, ids = self.gate(x.to(self.gate.weight.dtype))
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        scores = wide.softmax(-1) if self.config.score == "softmax" else wide.sigmoid()
-        return wide, scores, weights.to(scores.dtype), ids
+        dtype = wide(torch.promote_types(x.dtype, next(self.gate.parameters()).dtype))
+        with torch.autocast(x.device.type, enabled=False):
+            logits, weights, ids = call_in(dtype, self.gate, x.to(dtype))
+        scores = logits.softmax(-1) if self.config.score == "softmax" else logits.sigmoid()
+        return logits, scores, weights.to(scores.dtype), ids
 
     def choose(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits, scores, _, ids = self._scores(x)
         return logits, scores, ids
 
-    def forward(self, x: Tensor, layout: Layout) -> tuple[Routing, RouterStats]:
+    def forward(self, x: Tensor, layout: Layout, slot_of_expert: Tensor) -> tuple[Routing, RouterStats]:
         logits, scores, weights, ids = self._scores(x)
-        return Routing(ids, weights), router_stats(logits, scores, ids, layout, self.config.score)
+        self.note(ids)
+        return Routing(ids, weights), router_stats(logits, scores, ids, layout, self.config, slot_of_expert)
 
     def raise_bias(self, by: Tensor) -> None:
         assert self.bias_buffer is not None, "only families with a bias for the choice are given a rate"

@@ -2,6 +2,7 @@
 
 from luffy.compose import Runtime
 from luffy.model.moe_layer import MoELayer
-from luffy.model.transformer import MicroBatch, ModelOutput, Transformer, build_model, is_expert
+from luffy.model.ownership import expert_parameters
+from luffy.model.transformer import MicroBatch, ModelOutput, Transformer, build_model
 
-__all__ = ["MicroBatch", "MoELayer", "ModelOutput", "Runtime", "Transformer", "build_model", "is_expert"]
+__all__ = ["MicroBatch", "MoELayer", "ModelOutput", "Runtime", "Transformer", "build_model", "expert_parameters"]

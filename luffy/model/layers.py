@@ -26,16 +26,16 @@ class LayerNorm(nn.LayerNorm):
     """Layer norm with its statistics in float32 at least; output in the input's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.bias, self.eps).to(
-            x.dtype
-        )
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(wide)
+        return F.layer_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), bias, self.eps).to(x.dtype)
 
 
 class RMSNorm(nn.RMSNorm):
     """Root-mean-square norm (arXiv 1910.07467), statistics in float32 at least; output in the input's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(self.weight.dtype)
+        wide = x.to(torch.promote_types(self.weight.dtype, torch.float32))
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + (self.eps or 0.0))
         return (wide * scale * self.weight).to(x.dtype)
 

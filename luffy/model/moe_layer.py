@@ -101,12 +101,12 @@ class MoELayer(nn.Module):
             return rows + self.shared_experts(norm(rows) if normed is None else normed)
 
         normed = norm(batch.hidden)  # [T, D]
-        routing, stats = self.router(normed, batch.layout)
+        routing, stats = self.router(normed, batch.layout, self.slot_of_expert)
         tokens = Tokens(
             batch, normed, routing.topk_expert_ids, routing.topk_weights, self.expert_map, norm, base,
             condenses=self.training and torch.is_grad_enabled(), departed=departed,
         )  # fmt: skip
-        tokens, stats = observe(tokens, stats, predict_next, self.runtime)
+        tokens = observe(tokens, predict_next, self.runtime)
         received = yield from self.dispatcher.dispatch(tokens)
         if received.condensed is not None:
             stats = replace(stats, condensed=received.condensed.counts().to(stats.condensed.dtype))

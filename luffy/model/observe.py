@@ -5,21 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from luffy.compose import Runtime
 from luffy.exchange.copies import copy_keys
 from luffy.exchange.dispatcher import Forecast, Tokens
 from luffy.exchange.migrate import counts_per_sequence
-from luffy.model.router import RouterStats
 
 
-def observe(
-    tokens: Tokens, stats: RouterStats, predict_next: Callable[[Tensor], Forecast] | None, runtime: Runtime
-) -> tuple[Tokens, RouterStats]:
-    """Note what is to be noted; the tokens with their copies decided, and a forecast for whoever asks for one."""
-    hidden, layout, mesh = tokens.hidden, tokens.batch.layout, runtime.comm.mesh
+def observe(tokens: Tokens, predict_next: Callable[[Tensor], Forecast] | None, runtime: Runtime) -> Tokens:
+    """Note what is to be noted in this step; the tokens, with a forecast for whoever asks for one."""
+    hidden, layout, ep = tokens.hidden, tokens.batch.layout, runtime.comm.mesh
     if predict_next is not None:
         found: list[Forecast] = []
 
@@ -32,9 +28,7 @@ def observe(
     if runtime.recorder.active:
         foreseen = tokens.forecast()
         runtime.recorder.note(layout, tokens.topk_expert_ids, None if foreseen is None else foreseen.topk_expert_ids)
-    keys = copy_keys(tokens.topk_expert_ids, tokens.experts, mesh.ep_rank, "ranks")
-    counts = counts_per_sequence(keys, layout, mesh.ep_size, layout.num_sequences)
     if runtime.observed is not None:
-        runtime.observed.append(counts)
-    favourite = torch.stack([counts.sum(), counts.amax(1).sum()]).to(stats.rows.dtype)
-    return tokens, replace(stats, rows=favourite)
+        keys = copy_keys(tokens.topk_expert_ids, tokens.experts, ep.ep_rank, "ranks")
+        runtime.observed.append((layout, counts_per_sequence(keys, layout, ep.ep_size, layout.num_sequences)))
+    return tokens

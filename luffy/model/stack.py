@@ -39,7 +39,7 @@ class MicroBatch:
     tokens, labels: int64 [T], sequences end to end as `layout` says; labels are IGNORE_INDEX where there is none.
     num_tokens: tokens of this micro-batch on all ranks. step_tokens, step_labels: tokens and labels of the whole
     optimizer step on all ranks, which is more where gradients are accumulated.
-    memory: see TokenBatch.
+    memory: see TokenBatch. seat_strength: factor of the seat loss in this step.
     """
 
     tokens: Tensor
@@ -50,6 +50,7 @@ class MicroBatch:
     step_labels: int
     padded: bool = False
     memory: tuple[Tensor, ...] | None = None
+    seat_strength: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class Stack(nn.Module):
         token_loss = self.sum_loss(batch.hidden, labels) / max(micro.step_labels, 1)
         token_loss = boundary(token_loss, self.runtime.clock, "other", "other")
         loss, stats = token_loss, batch.router_stats
-        aux = auxiliary_loss(stats, self.config.router, comm, micro.num_tokens)
+        aux = auxiliary_loss(stats, self.config.router, comm, micro.num_tokens, micro.seat_strength)
         if aux is not None:
             own = self.own_aux(stats, aux, micro.num_tokens)
             loss = loss + own * (micro.num_tokens / max(micro.step_tokens, 1))

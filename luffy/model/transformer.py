@@ -20,6 +20,7 @@ from luffy.exchange.stage import Stage
 from luffy.model.attention import Attention, remember
 from luffy.model.layers import FeedForward, Linear, make_norm
 from luffy.model.moe_layer import MoELayer, Predictor
+from luffy.model.ownership import expert_parameters
 from luffy.model.stack import IGNORE_INDEX, MicroBatch, ModelOutput, Stack, StackBlock, in_chunks, summed_cross_entropy
 
 __all__ = [
@@ -30,7 +31,6 @@ __all__ = [
     "Transformer",
     "build_model",
     "initialize",
-    "is_expert",
 ]
 
 
@@ -135,18 +135,13 @@ def build_model(
     return model.to(runtime.comm.mesh.device)
 
 
-def is_expert(name: str) -> bool:
-    """Whether a parameter is sharded over the EP group (stacked over local experts) rather than replicated."""
-    return ".experts." in name
-
-
 @torch.no_grad()
 def initialize(model: Transformer, seed: int) -> None:
     """Initialise every weight from (seed, its name): the same model at every number of ranks.
 
     Normal with `init_std`; projections into the stream scaled by 1/sqrt(2 layers) (GPT-2); norms one, biases zero.
     """
-    config, mesh = model.config, model.runtime.comm.mesh
+    config, mesh, experts = model.config, model.runtime.comm.mesh, expert_parameters(model)
     scale_out = (2 * config.num_layers) ** -0.5
     norms = {n for n, m in model.named_modules() if "norm" in n.rsplit(".", 1)[-1]}
 
@@ -163,7 +158,7 @@ def initialize(model: Transformer, seed: int) -> None:
             p.fill_(1.0 if leaf == "weight" else 0.0)
         elif leaf in ("bias", "b_in", "b_out", "content_bias", "position_bias"):
             p.zero_()
-        elif is_expert(name):
+        elif name in experts:
             for i in range(p.shape[0]):
                 fill(p[i], f"{name}.{mesh.ep_rank * p.shape[0] + i}")
         else:

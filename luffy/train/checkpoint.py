@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from luffy.comm import Mesh
 from luffy.errors import UserError
-from luffy.model import Transformer, is_expert
+from luffy.model import Transformer, expert_parameters
 
 FORMAT_VERSION = 1
 _NAME = re.compile(r"step-(\d{8})$")
@@ -47,9 +47,10 @@ def training_state(
     """Everything that training continues from, as a flat dict of tensors (what ranks share as DTensors)."""
     mesh = model.runtime.comm.mesh.device_mesh
     expert_layout = (Replicate(), Shard(0))
+    experts = expert_parameters(model)
 
     def describe(name: str, tensor: Tensor) -> Any:
-        if is_expert(name) and tensor.dim() > 0:
+        if name in experts and tensor.dim() > 0:
             return DTensor.from_local(tensor.detach(), mesh, expert_layout, run_check=False)
         return tensor.detach()
 

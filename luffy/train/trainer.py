@@ -27,7 +27,8 @@ from luffy.data.loader import Sequence
 from luffy.errors import UserError
 from luffy.lab.place import Lab, current_lab
 from luffy.model import ModelOutput, Runtime, build_model
-from luffy.model.aux_loss import AuxLoss
+from luffy.model.aux_loss import RouterTotals
+from luffy.model.balancing import LossFreeBias
 from luffy.plan.topology import Topology, parse_topology
 from luffy.plan.trace import RoutingTrace, TraceStep
 from luffy.train.attention import AttentionFit, attention_for_planning
@@ -46,6 +47,7 @@ from luffy.train.export import export_safetensors, load_safetensors
 from luffy.train.gradients import GradientSync, make_optimizer
 from luffy.train.metrics import MetricsWriter, RunSummary, describe_machine, read_metrics, write_json_atomic
 from luffy.train.options import TrainOptions
+from luffy.train.over_ranks import over_ranks
 from luffy.train.progress import TrainProgress, phase
 from luffy.train.rates import half_of_memory, measure_experts, measure_links, parse_num_bytes
 from luffy.train.reading import read_data
@@ -83,6 +85,7 @@ class Trainer:
         fused = mesh.device.type == "cuda"
         self.optimizer = make_optimizer(self.model, options.lr, options.weight_decay, fused)
         self.sync = GradientSync(self.model, self.comm, options.gradient_dtype, self.clock)
+        self.bias = LossFreeBias(self.model, self.comm)
         self.memory = self._empty_memory(self.micro_size // mesh.world_size)
         self.step = 0
         self.valid_loss: float | None = None
@@ -163,8 +166,7 @@ class Trainer:
         micro_batches = [self._read(self.step * A + m) for m in range(A)]
         announced = gather_step(micro_batches, self.comm)
         token_loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        aux: AuxLoss | None = None
-        condensed: torch.Tensor | None = None
+        routers: RouterTotals | None = None
         if tracing:
             turns = 1  # one at a time is recorded
         for m in range(0, A, turns):
@@ -178,27 +180,30 @@ class Trainer:
             output: ModelOutput | tuple[ModelOutput, ...] = self.sync(*micros, last=m + turns == A)
             outputs = output if isinstance(output, tuple) else (output,)
             if tracing:
-                traced.append(self.runtime.recorder.finish(self.comm, self.step + 1))
+                traced.append(self.runtime.recorder.finish(self.comm, self.step + 1, micros[0].tokens))
             torch.stack([output.loss for output in outputs]).sum().backward()
             for output in outputs:
                 token_loss += output.token_loss
-                aux = output.aux
-                if aux is not None:
-                    condensed = aux.condensed if condensed is None else condensed + aux.condensed
+                if output.aux is not None:
+                    routers = output.aux.totals if routers is None else routers + output.aux.totals
                 if self.memory is not None:
                     self.memory = output.memory
         self.sync.finish()
         norm = self.sync.clip(self.options.clip_norm)
         lr = self.learning_rate(self.step + 1)
-        totals = self._share(token_loss, aux, norm)
+        totals = self._share(token_loss, routers, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._move_choice_bias(aux)
+        self.bias.step()
         if self.runtime.residency is not None:
-            totals["residency"] = self.runtime.residency.take()
-        totals |= self._planning() | self.condensing.after(totals["loss"], condensed)
+            held = self.runtime.residency.take()
+            held = over_ranks(self.comm, {}, {"peak_num_bytes": held["peak_num_bytes"]}, {"guests": held["guests"]})
+            totals["residency"] = {name: int(value) for name, value in held.items()}
+        totals |= self._planning(show=True) | self.condensing.after(
+            totals["loss"], None if routers is None else routers.condensed
+        )
         self.step += 1
         if writes_trace:
             self._write_trace(traced)
@@ -231,7 +236,7 @@ class Trainer:
                 micro = make_micro_batch(sequences, 0, announced, self.comm, padded=padded, memory=memory)
                 self.runtime.recorder.active = True
                 self.model(micro)
-                recorded.append(self.runtime.recorder.finish(self.comm, self.step))
+                recorded.append(self.runtime.recorder.finish(self.comm, self.step, micro.tokens))
             rehomed = rehome(
                 self.model,
                 self.optimizer,
@@ -262,25 +267,25 @@ class Trainer:
         )
         trace.save(self.out / "trace" / f"step-{self.step:08d}.npz")
 
-    def _planning(self) -> dict[str, Any]:
-        """What placing sequences came to in this step, as this rank saw it; nothing for recipes that move none."""
+    def _planning(self, show: bool = False) -> dict[str, Any]:
+        """What placing sequences came to in this step, mean over ranks; nothing for recipes that move none."""
         planner, meter = self.runtime.planner, self.comm.meter
         exposed, meter.exposed_seconds = meter.exposed_seconds, 0.0
         if planner is None:
             return {}
         tally = planner.tally.take()
-        share = tally.moved / max(1, tally.sequences)
-        return {
-            "plan": {
-                "moved_share": share,
-                "seconds": tally.seconds,
-                "exposed_seconds": exposed,
-                "wait_seconds": tally.wait_seconds,
-            },
-            "tokens_max_over_mean": tally.tokens_max_over_mean,
+        if not show:
+            return {}
+        plan = {
+            "moved_share": tally.moved / max(1, tally.sequences),
+            "seconds": tally.seconds,
+            "exposed_seconds": exposed,
+            "wait_seconds": tally.wait_seconds,
         }
+        seen = over_ranks(self.comm, plan, {"tokens_max_over_mean": tally.tokens_max_over_mean})
+        return {"plan": {name: seen[name] for name in plan}, "tokens_max_over_mean": seen["tokens_max_over_mean"]}
 
-    def _share(self, token_loss: torch.Tensor, aux: AuxLoss | None, norm: torch.Tensor) -> dict[str, Any]:
+    def _share(self, token_loss: torch.Tensor, routers: RouterTotals | None, norm: torch.Tensor) -> dict[str, Any]:
         """Sum what ranks counted, in one small all-reduce, and stop everywhere if a number is not finite."""
         self._sent, self._sent_steps = self._sent + self.comm.meter.read_to_rank(), self._sent_steps + 1
         seconds, counts = self.clock.take(), self.comm.meter.take()
@@ -293,7 +298,7 @@ class Trainer:
         values = self.comm.all_reduce(packed).tolist()
         grad_norm = float(norm)
         if not math.isfinite(values[0]) or not math.isfinite(grad_norm):
-            self._stop_not_finite(values[0], grad_norm, aux)
+            self._stop_not_finite(values[0], grad_norm, routers)
         n = 1 + len(PHASES)
         means = [v / self.mesh.world_size for v in values[1 : n + 2]]
         split = dict(zip(PHASES, means, strict=False))
@@ -308,39 +313,20 @@ class Trainer:
         }
         if means[-2] > 0:
             record["exchange_under_way_seconds"], record["exchange_hidden_seconds"] = means[-2:]
-        if aux is not None:
-            record |= {
-                "balance": float(aux.balance),
-                "router_z": float(aux.z.mean()),
-                "dropped": float(aux.dropped),
-                "locality": {
-                    "sequence_entropy": float(aux.sequence_entropy.mean()),
-                    "expert_entropy": float(aux.expert_entropy.mean()),
-                    "favourite_rank_share": float(aux.favourite_share.mean()),
-                },
-            }
-            if (self.step + 1) % LOAD_EVERY == 0 or self.step + 1 == self.options.steps:
-                record["favourite_rank_share"] = [round(x, 5) for x in aux.favourite_share.tolist()]
-                record["expert_load"] = [[round(x, 5) for x in row] for row in aux.load.tolist()]
+        if routers is not None:
+            in_full = (self.step + 1) % LOAD_EVERY == 0 or self.step + 1 == self.options.steps
+            record |= routers.to_record(in_full)
         return record
 
-    def _stop_not_finite(self, loss: float, grad_norm: float, aux: AuxLoss | None) -> None:
+    def _stop_not_finite(self, loss: float, grad_norm: float, routers: RouterTotals | None) -> None:
         where = ""
-        if aux is not None:
-            bad = [i for i, z in enumerate(aux.z.tolist()) if not math.isfinite(z)]
+        if routers is not None:
+            bad = [i for i, z in enumerate(routers.z.tolist()) if not math.isfinite(z)]
             where = f"; first seen in the router of MoE layer {bad[0]}" if bad else ""
         raise UserError(
             f"step {self.step + 1}: loss {loss}, gradient norm {grad_norm}{where}. No update was made; lower --lr "
             "or set --clip-norm, and continue from the last checkpoint with --resume"
         )
-
-    def _move_choice_bias(self, aux: AuxLoss | None) -> None:
-        """Loss-free balancing (arXiv 2408.15664): raise the bias of experts that were chosen too rarely."""
-        rate = self.config.router.bias_update_rate
-        if aux is None or rate == 0:
-            return
-        for layer, load in zip(self.model.moe_layers, aux.load, strict=True):
-            layer.router.raise_bias(rate * torch.sign(load.mean() - load))
 
     # ---------------------------------------------------------------- evaluation
 

@@ -77,7 +77,7 @@ def test_a_threshold_above_one_is_the_uncondensed_step_bit_for_bit():
 def _states(rank: int, case: Case, changes: list[tuple[int, int] | None]) -> list[tuple[np.ndarray, int]]:
     """As in training, for each (sequence, place) whose token changes: last states, and how many copies were spared."""
     return [
-        (states, int((out.aux.condensed[:, 0] - out.aux.condensed[:, 1]).sum()))
+        (states, int((out.aux.totals.condensed[:, 0] - out.aux.totals.condensed[:, 1]).sum()))
         for states, out in states_and_outputs(case, changes)
     ]
 
@@ -114,7 +114,7 @@ def _evaluate(rank: int, case: Case) -> None:
         model, comm = build(replace(case, recipe=recipe))
         with torch.no_grad():
             out = model(place(Trial(sequences, tuple(i % 2 for i in range(8))), comm))
-            assert out.aux.condensed.abs().sum() == 0
+            assert out.aux.totals.condensed.abs().sum() == 0
         losses.append(float(out.token_loss))
     assert losses[0] == losses[1]
 
