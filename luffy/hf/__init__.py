@@ -14,6 +14,7 @@ _HOMES = {
     "load": "loading",
     "ParallelModel": "model",
     "parallelize": "model",
+    "save_adapter": "adapters",
     "save_pretrained": "saving",
 }
 __all__ = sorted(_HOMES)

@@ -42,8 +42,8 @@ class RowPredictor:
         self.moments *= FADE
 
     def forget(self) -> None:
-        """Drop all that was observed, as when experts have moved. Coefficients stay until the next `solve`."""
-        self.moments[:] = 0.0
+        """Drop all that was observed and found, as when experts have moved."""
+        self.moments[:], self.coefficients = 0.0, None
 
     def solve(self) -> bool:
         """Fit the coefficients to what was observed; whether there was anything."""

@@ -73,7 +73,7 @@ def test_old_sequences_fade_and_moved_experts_are_forgotten():
     predictor.fade()
     np.testing.assert_array_equal(predictor.moments, FADE * before)
     predictor.forget()
-    assert predictor.coefficients is not None and not predictor.solve()
+    assert predictor.coefficients is None and not predictor.solve()
     predictor.observe(features, lengths, rows)
     np.testing.assert_array_equal(predictor.moments, new.moments)
 
