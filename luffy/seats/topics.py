@@ -45,7 +45,7 @@ class Topics:
 
     @classmethod
     def fit(cls, sequences: Sequence[np.ndarray], num_topics: int, vocab_size: int, seed: int = 0) -> Topics:
-        """Topics of sequences of token ids, each with an equal share of their tokens. UserError if there are too few."""
+        """Topics of sequences of token ids, each with an equal share of tokens. UserError if there are too few."""
         bags = _bags(sequences, vocab_size)
         counts = [bags[rows].sum(0) for rows in _bisect(bags, np.arange(len(sequences)), num_topics, seed)]
         return cls(np.concatenate([np.asarray(c) for c in counts]).astype(np.int64))
@@ -59,7 +59,7 @@ class Topics:
             return Topics(self.counts.reshape(num_topics, C // num_topics, V).sum(1))
         if num_topics % C:
             raise UserError(
-                f"--topics {num_topics}: the model was trained with {C}; choose a number that divides it or that it divides"
+                f"--topics {num_topics}: the model was trained with {C}; choose a number that divides it, or a multiple"
             )
         bags, belongs, parts = _bags(sequences, V), self.gains(sequences).argmax(1), []
         for c in range(C):
@@ -174,7 +174,7 @@ def _bisect(bags: csr_matrix, rows: np.ndarray, num: int, seed: int) -> list[np.
 
 
 def _halve(bags: csr_matrix, share: float, rng: np.random.Generator) -> np.ndarray:
-    """bool [S]: the part that holds `share` of the tokens and, with the rest, says most of them; best of some starts."""
+    """bool [S]: the part that holds `share` of the tokens and, with the rest, says most of them; best of starts."""
     length = np.asarray(bags.sum(1)).ravel()
     total = np.asarray(bags.sum(0)).ravel()
     common = (total + 0.01) / (total + 0.01).sum()

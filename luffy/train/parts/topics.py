@@ -73,9 +73,9 @@ class TopicKeeping:
 def topic_record(traffic: Tensor) -> dict[str, float]:
     """For the metrics, from the share of tokens by topic and block of experts chosen, [layers, C, C].
 
-    Means over layers. blocks_touched: blocks that a token chose experts of; rows_away: those that are not its topic's own; rows_at_home:
-    the share of a token's blocks that is its own. busiest: the rows that the busiest block sends or receives, over
-    what vanilla_dedup would receive on average at the same choices. All as if each block were a rank.
+    Means over layers, as if each block were a rank. blocks_touched: blocks that a token chose experts of; rows_away:
+    those that are not its topic's own; rows_at_home: the share of a token's blocks that is its own. busiest: rows that
+    the busiest block sends or receives, over what vanilla_dedup would receive on average at the same choices.
     """
     traffic = traffic.to(torch.float64).cpu()
     touched, home = traffic.sum((1, 2)), traffic.diagonal(dim1=1, dim2=2).sum(1)
