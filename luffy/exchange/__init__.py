@@ -14,7 +14,7 @@ from luffy.exchange.migrate import (
     rows_at_favourite,
     transfer,
 )
-from luffy.exchange.permute import Pairs, pairs_by_expert, weighted_sum
+from luffy.exchange.permute import pairs_by_expert
 from luffy.exchange.planning import Planned, Planner, PlanTally
 from luffy.exchange.rebuild import SharedAnswers, carries_residual, combine_at_new_home, orphan_tokens, own_shared
 from luffy.exchange.recorder import Recorder
@@ -30,7 +30,6 @@ __all__ = [
     "ExpertMap",
     "History",
     "Migration",
-    "Pairs",
     "PlanTally",
     "Planned",
     "Planner",
@@ -63,5 +62,4 @@ __all__ = [
     "rows_to_send",
     "tally",
     "transfer",
-    "weighted_sum",
 ]

@@ -87,7 +87,7 @@ class LibraryExperts(Experts):
 
     def __init__(self, stacked: nn.Module, family: Family, activate: Activation, num_local: int, first: int) -> None:
         super().__init__()
-        self.num_local, self.transposed, self._activate = num_local, family.transposed, activate
+        self.num_local, self.transposed, self.activation = num_local, family.transposed, activate
         names = ["gate_up_proj", "down_proj"]
         names += ["gate_up_proj_bias", "down_proj_bias"] if family.biases else []
         for name in names:
@@ -100,9 +100,6 @@ class LibraryExperts(Experts):
         if not self.transposed:
             w_in, w_out = w_in.transpose(1, 2), w_out.transpose(1, 2)
         return w_in, w_out, getattr(self, "gate_up_proj_bias", None), getattr(self, "down_proj_bias", None)
-
-    def activate(self, x: Tensor) -> Tensor:
-        return self._activate(x)
 
 
 def lent(norm: nn.Module) -> Callable[[Tensor], Tensor]:

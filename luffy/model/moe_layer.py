@@ -61,7 +61,6 @@ from luffy.exchange import (
     rows_at_favourite,
     rows_to_send,
     tally,
-    weighted_sum,
 )
 from luffy.exchange.copies import CopyKeys
 from luffy.exchange.guests import Departed
@@ -69,7 +68,7 @@ from luffy.exchange.wire import WireCodecs
 from luffy.model.experts import Experts, GroupedExperts
 from luffy.model.layers import FeedForward
 from luffy.model.residency import LayerResidency, ResidencyState
-from luffy.model.router import Router, RouterBase
+from luffy.model.router import Router, RouterBase, RouterStats
 from luffy.plan.cost import AttentionCost
 from luffy.plan.outlook import expected_rows
 from luffy.plan.topology import Topology
@@ -244,6 +243,8 @@ class MoELayer(nn.Module):
         normed = norm(hidden)
         routing, stats = self.router(normed, layout)
         ids, weights = routing.topk_expert_ids, routing.topk_weights  # [T, K]
+        if self._stays_here:
+            return self._alone(batch, normed, ids, weights, stats)
 
         experts, guests = ExpertMap(self.slot_of_expert, self.experts.num_local), None
         if self.residency is not None and self.recipe.residency != "static":
@@ -306,6 +307,33 @@ class MoELayer(nn.Module):
         return replace(
             batch, hidden=hidden, layout=layout, router_stats=(*batch.router_stats, stats), similarity=history
         )
+
+    @property
+    def _stays_here(self) -> bool:
+        """Whether this rank has all experts and keeps every row as it is."""
+        rt = self.runtime
+        return rt.comm.mesh.ep_size == 1 and self.planner is None and rt.condense is None
+
+    def _alone(
+        self, batch: TokenBatch, normed: Tensor, ids: Tensor, weights: Tensor, stats: RouterStats
+    ) -> TokenBatch:
+        """The layer on a rank by itself: nothing is sent, and the residual is added in the experts' sum."""
+        rt, hidden = self.runtime, batch.hidden
+        if rt.recorder.active:
+            rt.recorder.note(batch.layout, ids, None)
+        stats = replace(stats, rows=(ids >= 0).any(1).sum().to(stats.rows.dtype).expand(2))
+        pairs = pairs_by_expert(ids, ExpertMap(self.slot_of_expert, self.experts.num_local), 0)
+        normed = boundary(normed, rt.clock, "other", "experts")
+
+        def local_work(rows: Tensor, w: Tensor, residual: Tensor) -> Tensor:
+            return self.experts(rows, w, pairs, residual=residual)
+
+        if rt.recompute and torch.is_grad_enabled():
+            hidden = checkpoint(local_work, normed, weights, hidden, use_reentrant=False)
+        else:
+            hidden = local_work(normed, weights, hidden)
+        hidden = boundary(self._base(hidden, normed), rt.clock, "experts", "other")
+        return replace(batch, hidden=hidden, router_stats=(*batch.router_stats, stats), similarity=None)
 
     def _base(self, hidden: Tensor, normed: Tensor) -> Tensor:
         """What a token has besides its routed experts: its residual, and the experts that all tokens share."""
@@ -433,8 +461,7 @@ class MoELayer(nn.Module):
         pairs = pairs_by_expert(received.expert_ids, experts, ep_rank, num_pairs, received.source_for(experts))
 
         def local_work(rows: Tensor, weights: Tensor) -> Tensor:
-            answers = self.experts(norm(rows).index_select(0, pairs.row), pairs.num_tokens_per_expert, guests)
-            return weighted_sum(answers, weights, pairs, rows.shape[0])
+            return self.experts(norm(rows), weights, pairs, guests)
 
         if self.runtime.recompute and torch.is_grad_enabled():
             return checkpoint(local_work, received.rows, received.weights, use_reentrant=False)
