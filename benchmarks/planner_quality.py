@@ -48,7 +48,7 @@ def problems(trace: RoutingTrace, links: Topology) -> list[PlacementProblem]:
 def relaxation(problem: PlacementProblem) -> float:
     """The least weighted bytes of any fractional placement within the token and attention budgets."""
     S, N = problem.num_sequences, problem.num_ranks
-    cost = (problem.rows @ problem.topology.weight_matrix()).astype(np.float64) * problem.unit_num_bytes  # [S, N]
+    cost = (problem.rows @ problem.topology.weight_matrix()).astype(np.float64) * problem.row_num_bytes  # [S, N]
     scale = cost.max()
     limit = budgets(problem)
     s, r = np.divmod(np.arange(S * N), N)

@@ -9,11 +9,20 @@ from typing import Any
 
 from luffy.version import __version__
 
-_HOMES = {"MoEBlock": "model.block", "GradientSync": "train.gradients", "join_world": "train.launch"}
-__all__ = ["GradientSync", "MoEBlock", "__version__", "join_world"]
+_HOMES = {
+    "MoEBlock": "model.block",
+    "GradientSync": "train.gradients",
+    "LossFreeBias": "model.balancing",
+    "join_world": "train.launch",
+}
+__all__ = ["GradientSync", "LossFreeBias", "MoEBlock", "__version__", "join_world"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"luffy.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

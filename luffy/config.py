@@ -16,8 +16,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from luffy.errors import UserError
+from luffy.ranges import AT_LEAST_ONE, COUNT, NOT_NEGATIVE, POSITIVE
 
 DTYPES = ("bfloat16", "float32", "float64")
+SEAT_LOSS_FORMS = ("mass", "log", "chosen", "rows")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -35,12 +37,18 @@ class RouterConfig:
 
     `score`: "softmax" over all experts, or independent "sigmoid" scores (DeepSeek-V3).
     `normalize_topk`: the k chosen weights are rescaled to sum to one.
-    `balance_loss`: weight of E * sum_e f_e P_e (Switch, arXiv 2101.03961), f and P over *all* tokens of a step.
+    `balance_loss`: weight of E * sum_e f_e P_e (Switch, arXiv 2101.03961), f and P over the tokens of a micro-batch on
+    all ranks.
     `z_loss`: weight of mean(logsumexp(logits)^2) (ST-MoE, arXiv 2202.08906).
     `locality_loss`: weight of sum_s (L_s / T) H(p_s) - H(p), with p_s the mean probabilities of sequence s (L_s of T
     tokens) and p the mean of all: minus the mutual information of sequence and expert. It asks that a sequence be
     served by few experts while all experts stay in use, which is what sequence migration lives on. It is a
     mean over MoE layers, where the other two are sums: a weight that is free for 6 layers is free for 24.
+    `seat_loss`: weight of what pulls tokens to the experts of their sequence's topic, where sequences have topics
+    (luffy.model.seat_loss); a mean over MoE layers as well. `seat_loss_form`: how it counts.
+    `num_groups`, `top_k_groups`: experts stand in so many equal groups, and a token chooses among the experts of its
+    best few groups only (DeepSeek-V2, arXiv 2405.04434, limits devices so; a group's score is the sum of its best
+    k / top_k_groups scores). 0: no groups.
     `bias_update_rate`: > 0 turns on the loss-free balancing bias (arXiv 2408.15664), added for the choice only.
     `capacity_factor`: None is dropless; else an expert takes at most ceil(factor * length * k / E) tokens of each
     sequence, earlier tokens first. Capacity is per sequence, so what is dropped depends neither on the rank that
@@ -54,25 +62,38 @@ class RouterConfig:
     balance_loss: float = 0.01
     z_loss: float = 0.001
     locality_loss: float = 0.0
+    seat_loss: float = 0.0
+    seat_loss_form: str = "mass"
+    num_groups: int = 0
+    top_k_groups: int = 0
     bias_update_rate: float = 0.0
     capacity_factor: float | None = None
 
     def __post_init__(self) -> None:
         _one_of("--router-score", self.score, ("softmax", "sigmoid"))
-        _require(self.num_experts >= 1, "--experts must be at least 1")
+        AT_LEAST_ONE.check("--experts", self.num_experts)
+        AT_LEAST_ONE.check("--top-k", self.top_k)
         _require(
-            1 <= self.top_k <= self.num_experts,
-            f"--top-k {self.top_k} must lie between 1 and --experts {self.num_experts}",
+            self.top_k <= self.num_experts,
+            f"--top-k {self.top_k}: give a whole number from 1 to --experts, {self.num_experts}",
         )
         for option, value in (
             ("--balance-loss", self.balance_loss),
             ("--z-loss", self.z_loss),
             ("--locality-loss", self.locality_loss),
+            ("--seat-loss", self.seat_loss),
             ("--bias-update-rate", self.bias_update_rate),
         ):
-            _require(value >= 0, f"{option} {value} must not be negative")
-        if self.capacity_factor is not None:
-            _require(self.capacity_factor > 0, "--capacity-factor must be positive (leave it out for dropless)")
+            NOT_NEGATIVE.check(option, value)
+        POSITIVE.check("--capacity-factor", self.capacity_factor)  # None is dropless
+        _one_of("--seat-loss-form", self.seat_loss_form, SEAT_LOSS_FORMS)
+        if self.num_groups or self.top_k_groups:
+            G, limit, E = self.num_groups, self.top_k_groups, self.num_experts
+            _require(G >= 1 and E % G == 0, f"--num-groups {G} must divide --experts {E}; give it with --top-k-groups")
+            _require(
+                1 <= limit <= G and limit * (E // G) >= self.top_k,
+                f"--top-k-groups {limit} of {G} groups of {E // G} experts do not hold --top-k {self.top_k}",
+            )
 
 
 @dataclass(frozen=True)
@@ -124,13 +145,17 @@ class ModelConfig:
             ("--vocab-size", self.vocab_size),
             ("--moe-every", self.moe_every),
         ):
-            _require(value >= 1, f"{option} {value} must be at least 1")
+            AT_LEAST_ONE.check(option, value)
+        COUNT.check("--shared-experts", self.num_shared_experts)
+        COUNT.check("--memory-length", self.memory_length)
+        for option, number in (("rope_base", self.rope_base), ("norm_eps", self.norm_eps)):
+            POSITIVE.check(option, number)
+        NOT_NEGATIVE.check("init_std", self.init_std)
         _require(
             self.hidden_size % self.num_heads == 0,
             f"--hidden-size {self.hidden_size} must be a multiple of --heads {self.num_heads}",
         )
         _require(self.position != "rope" or self.head_size % 2 == 0, "rotary positions need an even head size")
-        _require(self.num_shared_experts >= 0, "--shared-experts must not be negative")
         _require(
             self.memory_length == 0 or (self.position == "relative" and self.causal),
             "--memory-length needs a causal model with relative positions (moe-transformer-xl)",

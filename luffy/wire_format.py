@@ -1,16 +1,17 @@
-"""What `--wire` can say: how rows are written on links, and what that costs in bytes.
+"""Wire formats: what `--wire` can say, and what a row then weighs.
 
     model                       as they are (the default)
-    bf16, fp8, fp8_e5m2         narrower floating point; fp8 is e4m3
-    int16, int8, int4           integers in blocks of 32 with a scale each
+    bf16                        narrower floating point
+    int16, int8, int4           integers in blocks of 32 values with one bfloat16 scale each
     safe, aggressive            int8 everywhere; int4 to the experts and for the gradient on its way home, else int8
     dispatch=int4,combine=int8  by direction; those not named are as they are
 
-Behind a format of gradients may stand -sr: rounded at random, to the value in the mean (`int4-sr` alone: int4
-everywhere, gradients at random). Behind everything, separated by commas:
+`-sr` behind a format of gradients asks for stochastic rounding, right in the mean (`int4-sr` alone: int4 everywhere,
+gradients rounded stochastically). `,local` behind everything also rounds rows that stay on their rank: as many bytes,
+but then no result depends on who stays.
 
-    local              rows that stay on their rank are rounded as well: as many bytes, but nothing depends on who stays
-    residual=int16     how the residual of a sequence that moves travels: model (the default), bf16 or int16
+`FORMATS` is the one table of formats: how many bits a value takes, and how far it may be off. A new format is an entry
+here and a codec of the same name in luffy.exchange.wire.
 """
 
 from __future__ import annotations
@@ -21,52 +22,65 @@ from dataclasses import dataclass, replace
 from luffy.errors import UserError
 
 BLOCK = 32
-WIRE_FORMATS = ("model", "bf16", "fp8", "fp8_e5m2", "int16", "int8", "int4")
+
+
+@dataclass(frozen=True)
+class Format:
+    """bits: of a value, None: as many as it has. blocks: values share a bfloat16 scale, 32 by 32.
+
+    error: the largest error of a value, over the largest magnitude of its block (of the value itself without blocks).
+    stochastic: whether gradients may be rounded stochastically.
+    """
+
+    bits: int | None
+    blocks: bool
+    error: float
+    stochastic: bool = False
+
+    def row_num_bytes(self, size: int, itemsize: int) -> int:
+        """Bytes of a row of `size` values that take `itemsize` bytes each as they are; the last block may be short."""
+        if self.bits is None:
+            return itemsize * size
+        if not self.blocks:
+            return self.bits * size // 8
+        blocks = -(-size // BLOCK)
+        return (self.bits * size // 8 if self.bits >= 8 else blocks * BLOCK * self.bits // 8) + 2 * blocks
+
+
+FORMATS = {
+    "model": Format(None, False, 0.0),
+    "bf16": Format(16, False, 1 / 256),
+    "int16": Format(16, True, 1 / 65000, stochastic=True),
+    "int8": Format(8, True, 1 / 250, stochastic=True),
+    "int4": Format(4, True, 1 / 13, stochastic=True),
+}
+WIRE_FORMATS = tuple(FORMATS)
 WIRE_DIRECTIONS = ("dispatch", "combine", "dispatch_backward", "combine_backward")
 WIRE_SETS = {
     "safe": "int8",
     "aggressive": "dispatch=int4,combine=int8,dispatch_backward=int4,combine_backward=int8",
 }
-RESIDUAL_FORMATS = ("model", "bf16", "int16")
-RANDOM = "-sr"
-_CAN_BE_RANDOM = ("int16", "int8", "int4")
+STOCHASTIC = "-sr"
+SUM_FORMATS = ("model", "bfloat16", "int8")  # of gradients that ranks sum: --gradient-dtype
 
 
 def row_num_bytes(name: str, size: int, itemsize: int) -> int:
-    """Bytes of a row of `size` values that take `itemsize` bytes each as they are; the last block may be short."""
-    name = name.removesuffix(RANDOM)
-    if name == "model":
-        return itemsize * size
-    if name == "bf16":
-        return 2 * size
-    blocks = -(-size // BLOCK)
-    payload = {"int16": 2 * size, "int4": blocks * BLOCK // 2}.get(name, size)
-    return payload + 2 * blocks
+    """Bytes of a row in the format called `name`: see `Format.row_num_bytes`."""
+    return FORMATS[name.removesuffix(STOCHASTIC)].row_num_bytes(size, itemsize)
 
 
 @dataclass(frozen=True)
 class RowBytes:
-    """Bytes of one row by direction. residual: of a token that moves, each way; 0 where a row carries it free."""
+    """Bytes of one row by direction."""
 
     dispatch: int
     combine: int
     dispatch_backward: int
     combine_backward: int
-    residual: int = 0
 
     @classmethod
     def uniform(cls, num_bytes: int) -> RowBytes:
         return cls(num_bytes, num_bytes, num_bytes, num_bytes)
-
-    @property
-    def priced(self) -> tuple[int, int, int]:
-        """(combine, next dispatch, residual) as placement weighs them: there and back, in the smallest whole units.
-
-        Uniform rows are priced at their own size, so that a plan of rows as they are says what one direction costs.
-        """
-        both = (self.combine + self.combine_backward, self.dispatch + self.dispatch_backward, 2 * self.residual)
-        half = all(n % 2 == 0 for n in both)
-        return (both[0] // 2, both[1] // 2, both[2] // 2) if half else both
 
     @property
     def mean(self) -> float:
@@ -76,14 +90,13 @@ class RowBytes:
 
 @dataclass(frozen=True)
 class WireSpec:
-    """`--wire`, read: a format a direction, with "-sr" where rounded at random. local, residual: as above."""
+    """`--wire`, read: a format a direction, with "-sr" where gradients are rounded stochastically."""
 
     dispatch: str = "model"
     combine: str = "model"
     dispatch_backward: str = "model"
     combine_backward: str = "model"
     local: bool = False
-    residual: str = "model"
 
     def format(self, direction: str) -> str:
         """The format of one of WIRE_DIRECTIONS."""
@@ -99,9 +112,7 @@ class WireSpec:
 
     def row_bytes(self, size: int, itemsize: int) -> RowBytes:
         """Of rows of `size` values."""
-        ways = {d: row_num_bytes(name, size, itemsize) for d, name in self.formats.items()}
-        residual = row_num_bytes(self.residual, size, itemsize) if self.rounds(itemsize) else 0
-        return RowBytes(**ways, residual=residual)
+        return RowBytes(**{d: row_num_bytes(name, size, itemsize) for d, name in self.formats.items()})
 
 
 @functools.lru_cache(maxsize=256)
@@ -115,13 +126,11 @@ def parse_wire(text: str) -> WireSpec:
     for i, item in enumerate(items):
         name, equals, value = (part.strip() for part in item.partition("="))
         if i == 0 and not equals and _is_format(name, gradient=True):
-            forward = name.removesuffix(RANDOM)
+            forward = name.removesuffix(STOCHASTIC)
             spec = WireSpec(forward, forward, name, name)
             given.update(WIRE_DIRECTIONS)
         elif item == "local" and i > 0:
             spec = replace(spec, local=True)
-        elif name == "residual" and value in RESIDUAL_FORMATS and i > 0:
-            spec = replace(spec, residual=value)
         elif name in WIRE_DIRECTIONS and _is_format(value, gradient=name.endswith("_backward")):
             if name in given:
                 raise UserError(f"--wire {text}: {name} is given twice")
@@ -131,12 +140,13 @@ def parse_wire(text: str) -> WireSpec:
             raise UserError(
                 f"--wire {text}: cannot read '{item}'; give one of {', '.join((*WIRE_SETS, *WIRE_FORMATS))}, or "
                 f"DIRECTION=FORMAT,... with directions {', '.join(WIRE_DIRECTIONS)}; integers of gradients may end in "
-                f"{RANDOM}; behind it may stand local, residual={'|'.join(RESIDUAL_FORMATS)}"
+                f"{STOCHASTIC}; ,local may follow"
             )
     return spec
 
 
 def _is_format(name: str, *, gradient: bool) -> bool:
-    if name.endswith(RANDOM):
-        return gradient and name.removesuffix(RANDOM) in _CAN_BE_RANDOM
-    return name in WIRE_FORMATS
+    plain = name.removesuffix(STOCHASTIC)
+    if plain not in FORMATS:
+        return False
+    return name == plain or (gradient and FORMATS[plain].stochastic)

@@ -14,8 +14,7 @@ that was computed between the two, waits for them. So whatever hid a transfer fo
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -147,6 +146,10 @@ class RowsUnderWay:
         message, self.message = self.message, None
         return message.wait()
 
+    def is_over(self) -> bool:
+        """Whether what is under way has arrived already."""
+        return self.message is None or self.message.is_over
+
     @property
     def returning(self) -> list[int]:
         """The tensors whose gradients travel back."""
@@ -198,24 +201,16 @@ def depart(
     directions: Sequence[str],
     backward_directions: Sequence[str],
     codecs: Codecs | None = None,
-    meanwhile: Callable[[], None] | None = None,
 ) -> RowsUnderWay:
     """Send rows to the ranks of the EP group; `arrive` gives those of the others. Differentiable in floating tensors.
 
     tensors: each [sum(input_splits), ...], rows ordered by destination rank.
     directions, backward_directions: the meter's name for each tensor's bytes, forward and backward.
     codecs: how each tensor is written on the wire (coded ones are [n, D]); None: all as they are.
-    meanwhile: host work to do while the rows travel (planning); the meter is told what of it was not hidden.
     """
     coding = tuple(codecs) if codecs is not None else ((None, None),) * len(tensors)
     under_way = RowsUnderWay(exchange, tuple(backward_directions), coding)
     under_way.token = _Depart.apply(under_way, tuple(directions), *tensors)
-    if meanwhile is not None:
-        begin = time.perf_counter()
-        meanwhile()
-        assert under_way.message is not None
-        if under_way.message.is_over:
-            exchange.comm.meter.exposed_seconds += time.perf_counter() - begin
     return under_way
 
 

@@ -24,10 +24,14 @@ class SequenceTable:
 
     Sequences are named by their index in the table. On its rank a sequence stands in index order. A token's
     global id is `first_token[sequence] + position`, the same on every rank and under every placement.
+
+    topic: int64 [S] in 0 .. num_topics - 1, where routers learn to stay near (luffy.model.seat_loss); None elsewhere.
     """
 
     lengths: np.ndarray
     home_rank: np.ndarray
+    topic: np.ndarray | None = None
+    num_topics: int = 0
 
     @cached_property
     def first_token(self) -> np.ndarray:
@@ -43,7 +47,7 @@ class SequenceTable:
         return np.flatnonzero(self.home_rank == rank)
 
     def moved(self, new_home: np.ndarray) -> SequenceTable:
-        return SequenceTable(self.lengths, new_home)
+        return replace(self, home_rank=new_home)
 
 
 class Layout:
@@ -88,6 +92,12 @@ class Layout:
     def sequence_of_token(self) -> Tensor:
         """Local index (0 .. S_local-1) of each token's sequence, int64 [T]."""
         return self._to_device(np.repeat(np.arange(self.num_sequences), self._host_lengths), torch.int64)
+
+    @cached_property
+    def topic_of_token(self) -> Tensor:
+        """The topic of each token's sequence, int64 [T]; the table must have topics."""
+        assert self.table.topic is not None
+        return self._to_device(np.repeat(self.table.topic[self.sequences], self._host_lengths), torch.int64)
 
     @property
     def num_moments(self) -> int:

@@ -35,13 +35,14 @@ class Sequence:
     `sequence_id` is its place in the whole run (step * global_batch_size + place in the batch), unique over
     steps and ranks. `tokens` and `labels` are int64 [length]; a label of `IGNORE_INDEX` is not trained on.
     `starts_stream` says that nothing goes before this text: state carried over from the last batch must be
-    cleared.
+    cleared. `topic`: that of its seat, where it has one (luffy.seats.topic).
     """
 
     sequence_id: int
     tokens: np.ndarray
     labels: np.ndarray
     starts_stream: bool
+    topic: int | None = None
 
 
 class SequenceLoader:

@@ -11,8 +11,6 @@ Decided from what the sender knows, before anything is sent:
 
     group      copies by expert; also by sequence where sequences move, so that whom a copy represents lives with it
     window     copies of a group in the order of position, W at a time (luffy.kernels.representatives)
-    audit      a few condensed copies are sent all the same; where both answers are computed they are compared
-               (luffy.exchange.audit)
 
 Written twice: below with torch operations, which is what is meant, and fused, which is what GPUs run
 (luffy.kernels.condense; luffy.kernels.graph for the paper's whole graph). Both give the same answer, and the tests hold
@@ -38,6 +36,7 @@ from luffy.kernels import graph
 from luffy.kernels.representatives import choose_representatives, settle
 from luffy.plan.condensation import ALIKE, UNLIKE
 
+NUM_COUNTS = 2  # of `Condensed.counts`
 LARGEST_GRAPH = 1 << 28  # pairs of tokens of one layer on one rank
 LARGEST_FUSED_GRAPH = (1 << 31) - 1  # pairs of copies that may meet, a byte each
 _GRAPH_CHUNK = 1 << 24  # pairs looked at at once
@@ -47,13 +46,12 @@ _GRAPH_CHUNK = 1 << 24  # pairs looked at at once
 class CondenseState:
     """The scheme, and what changes from step to step; shared by all layers, equal on all ranks.
 
-    thresholds: of each MoE layer. on: False in warm-up and after the condensed part of a run. step: seeds the audit.
+    thresholds: of each MoE layer. on: False in warm-up and after the condensed part of a run.
     """
 
     scheme: Condensation
     thresholds: list[float] = field(default_factory=list)
     on: bool = True
-    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,8 +59,7 @@ class Condensed:
     """What became of the T * K possible copies of this rank under a scheme; [T, K] each, copies named t * K + k.
 
     leader: the copy whose answer serves this one, itself where it is sent. copy: real ones. sent: those that travel.
-    shared: those sent with weight one. audited: of a condensed copy that is sent all the same, the copy that would have
-    represented it, else -1.
+    shared: those sent with weight one.
     """
 
     scheme: Condensation
@@ -70,7 +67,10 @@ class Condensed:
     copy: Tensor
     sent: Tensor
     shared: Tensor
-    audited: Tensor
+
+    def counts(self) -> Tensor:
+        """int64 [NUM_COUNTS]: copies of this rank's tokens, and those of them that travel."""
+        return torch.stack([self.copy.sum(), self.sent.sum()])
 
     @property
     def takes_shared(self) -> Tensor:
@@ -180,10 +180,9 @@ def condense(
             kernel = (graph.available(x) if scheme.history else fused.available(x, scheme.window)) and not scheme.hashed
         found: History | None = None
         if kernel:
-            audit = (scheme.audit_share, state.step, layer) if scheme.audits else None
             question = fused.Question(
                 x, ids, keys.rank, keys.is_copy, layout, E, ep_rank, state.thresholds[layer], scheme.window,
-                causal, scheme.nearest, local, by_sequence, pairs, audit,
+                causal, scheme.nearest, local, by_sequence, pairs,
             )  # fmt: skip
             if scheme.history:
                 assert history is None or isinstance(history, graph.Graph)
@@ -191,7 +190,7 @@ def condense(
                 answer, found = graph.decide(question, history)
             else:
                 answer = fused.decide(question)
-            return Condensed(scheme, answer.leader, keys.is_copy, answer.sent, answer.shared, answer.audited), found
+            return Condensed(scheme, answer.leader, keys.is_copy, answer.sent, answer.shared), found
         group, G = find_groups(ids, keys, layout, E, ep_rank, local=local, by_sequence=by_sequence, pairs=pairs)
         if scheme.hashed:
             leader = same_bucket(x, group, G, layout, int(scheme.level), layer)
@@ -205,7 +204,7 @@ def condense(
             else:
                 place = choose_representatives(unit, token, threshold, causal=causal, nearest=scheme.nearest)
             leader = leaders(rows, place, T * K)
-        return _settle_copies(leader.unflatten(0, (T, K)), keys, state, layer, layout), found
+        return _condensed(leader.unflatten(0, (T, K)), keys, scheme), found
 
 
 def _unit_rows(x: Tensor) -> Tensor:
@@ -222,35 +221,14 @@ def _check_graph(pairs: int, most: int, num_tokens: int, scheme: Condensation) -
         )
 
 
-def _settle_copies(leader: Tensor, keys: CopyKeys, state: CondenseState, layer: int, layout: Layout) -> Condensed:
+def _condensed(leader: Tensor, keys: CopyKeys, scheme: Condensation) -> Condensed:
+    """Who represents each copy, int64 [T, K] -> what becomes of it."""
     T, K = leader.shape
     own = torch.arange(T * K, device=leader.device).unflatten(0, (T, K))
     condensed = (leader != own) & keys.is_copy
     stands = torch.zeros(T * K + 1, dtype=torch.bool, device=leader.device)
     stands[torch.where(condensed, leader, T * K).flatten()] = True
-    audited = torch.full_like(leader, -1)
-    if state.scheme.audits:
-        name = layout.global_token[:, None] * K + torch.arange(K, device=leader.device)
-        picked = condensed & (_mix(name, state.step, layer) < state.scheme.audit_share)
-        audited = torch.where(picked, leader, audited)
-        leader, condensed = torch.where(picked, own, leader), condensed & ~picked
-    return Condensed(
-        scheme=state.scheme,
-        leader=leader,
-        copy=keys.is_copy,
-        sent=keys.is_copy & ~condensed,
-        shared=stands[:-1].unflatten(0, (T, K)) | (audited >= 0),
-        audited=audited,
-    )
-
-
-def _mix(name: Tensor, step: int, layer: int) -> Tensor:
-    """A number in [0, 1) for each name: the same wherever the token is and whenever the step is repeated."""
-    salt = (step * 0x3F58476D1CE4E5B9 + layer * 0x14D049BB133111EB) & (2**63 - 1)
-    z = name * 0x1E3779B97F4A7C15 + salt
-    z = (z ^ (z >> 30)) * 0x3F58476D1CE4E5B9
-    z = (z ^ (z >> 27)) * 0x14D049BB133111EB
-    return ((z ^ (z >> 31)) & 0xFFFFFF).to(torch.float32) / 0x1000000
+    return Condensed(scheme, leader, keys.is_copy, keys.is_copy & ~condensed, stands[:-1].unflatten(0, (T, K)))
 
 
 def _with_history(

@@ -15,12 +15,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from luffy.comm import Comm, RowExchange
-from luffy.kernels.order import stable_order
+from luffy.kernels.sort import Pairs, sort_by_group
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,11 @@ class GuestMap:
     """Which ranks hold experts of others (luffy.plan.residency).
 
     resident: bool [E, N]. place: int64 [E], place of each expert among this rank's guests, of which there are `num`.
-    anywhere: bool [E], set where sequences move: experts that every rank holds, and that a choice of therefore need
-    not cost a row: it is served wherever the token's first other choice is, and at home where there is no other.
     """
 
     resident: Tensor
     place: Tensor
     num: int
-    anywhere: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -43,12 +41,14 @@ class ExpertMap:
     """Where experts live: expert e fills slot `slot_of_expert[e]`; rank r owns slots [r * n, (r+1) * n).
 
     guests: experts that ranks hold besides, None for none. A choice is then served at the token's home if that holds
-    the expert, so methods ask for `source`: the home of all tokens, or of each row (int64 [R]).
+    the expert, so methods ask for `source`: the home of all tokens, or of each row (int64 [R]). serves_all: every rank
+    holds whatever its tokens chose, so that no row travels.
     """
 
     slot_of_expert: Tensor
     num_local_experts: int
     guests: GuestMap | None = None
+    serves_all: bool = False
 
     @property
     def num_resident(self) -> int:
@@ -63,11 +63,6 @@ class ExpertMap:
             assert source is not None, "with guests, who serves a choice depends on where it is made"
             home = source[:, None] if isinstance(source, Tensor) else torch.full_like(known, source)
             rank = torch.where(self.guests.resident[known, home], home, rank)
-            if self.guests.anywhere is not None:
-                free = self.guests.anywhere[known]
-                bound = (expert_ids >= 0) & ~free
-                first = rank.gather(1, bound.to(torch.int8).argmax(1, keepdim=True))
-                rank = torch.where(free & bound.any(1, keepdim=True), first, rank)
         return torch.where(expert_ids < 0, -1, rank)
 
     def local_slot(self, expert_ids: Tensor, rank: int, source: int | Tensor | None = None) -> Tensor:
@@ -99,11 +94,10 @@ def copy_keys(topk_expert_ids: Tensor, experts: ExpertMap, ep_rank: int, per: st
     return CopyKeys(is_copy, rank)
 
 
-def in_order(keys: CopyKeys, ep_rank: int, ep_size: int) -> Tensor:
-    """token * K + slot of the copies, own ones first, then by rank, then by token; others behind: int64 [T * K]."""
+def in_order(keys: CopyKeys, ep_rank: int, ep_size: int, num_copies: int) -> Pairs:
+    """The copies, own ones first, then by rank, then by token."""
     destination = torch.where(keys.rank == ep_rank, 0, keys.rank + 1)
-    destination = torch.where(keys.is_copy, destination, ep_size + 1)
-    return stable_order(destination.flatten(), ep_size + 2)
+    return sort_by_group(destination.masked_fill(~keys.is_copy, -1), ep_size + 1, num_copies)
 
 
 @dataclass(frozen=True)
@@ -114,6 +108,7 @@ class Copies:
     destination rank, then by token. slot: which of the token's K choices it stands for (its first on that rank).
     num_local: copies that stay. exchange: split sizes for the others.
     num_pairs: (row, expert) pairs this rank's experts will compute, from all sources.
+    place: int32 [T, K], where each possible copy stands among these, -1 for those that are none.
     """
 
     flat: Tensor
@@ -121,6 +116,7 @@ class Copies:
     exchange: RowExchange
     num_pairs: int
     top_k: int
+    place: Tensor
 
     @cached_property
     def token(self) -> Tensor:
@@ -134,9 +130,9 @@ class Copies:
 
     def places(self, num_possible: int) -> Tensor:
         """Where each possible copy stands among these, C for those that are not: int64 [num_possible]."""
-        place = torch.full((num_possible,), len(self.token), dtype=torch.int64, device=self.token.device)
-        place[self.flat] = torch.arange(len(self.token), device=self.token.device)
-        return place
+        assert num_possible == self.place.numel()
+        place = self.place.flatten().long()
+        return torch.where(place < 0, len(self.flat), place)
 
 
 def all_local(keys: CopyKeys, topk_expert_ids: Tensor, comm: Comm) -> Copies:
@@ -149,11 +145,12 @@ def all_local(keys: CopyKeys, topk_expert_ids: Tensor, comm: Comm) -> Copies:
 
 def exchange_counts(
     keys: CopyKeys, topk_expert_ids: Tensor, comm: Comm, per_sequence: Tensor | None = None
-) -> tuple[Copies, Tensor]:
+) -> tuple[Copies, np.ndarray, np.ndarray]:
     """Tell every rank how many copies go where: one small all-gather, one read-back to the host.
 
     per_sequence: optional int64 [S_max, W >= N] of what the planner wants to know, gathered along.
-    Returns the copies, and `per_sequence` of all ranks on the host, int64 [N, S_max, W].
+    Returns the copies; on the host, int64 each, how many go from each rank to each [N, N], and `per_sequence` of all
+    ranks [N, S_max, W].
     """
     mesh = comm.mesh
     rank = keys.rank.flatten().clamp_min(0)
@@ -163,16 +160,17 @@ def exchange_counts(
     mine = by_rank
     if per_sequence is not None:
         mine = torch.cat([F.pad(by_rank, (0, per_sequence.shape[1] - mesh.ep_size)), per_sequence])
-    gathered = comm.all_gather_ep(mine.to(torch.int32)).cpu().to(torch.int64)
-    me = mesh.ep_rank
-    out = gathered[me, 0, : mesh.ep_size].tolist()
-    into = gathered[:, 0, me].tolist()
+    gathered = comm.all_gather_ep(mine.to(torch.int32)).cpu().numpy().astype(np.int64)
+    counts, me = gathered[:, 0, : mesh.ep_size], mesh.ep_rank
+    out, into = counts[me].tolist(), counts[:, me].tolist()
     num_local, num_copies = out[me], sum(out)
     out[me] = into[me] = 0
     exchange, num_pairs = RowExchange(comm, tuple(out), tuple(into)), int(gathered[:, 1, me].sum())
-    return _copies(keys, topk_expert_ids.shape[1], num_copies, num_local, num_pairs, exchange), gathered[:, 2:]
+    copies = _copies(keys, topk_expert_ids.shape[1], num_copies, num_local, num_pairs, exchange)
+    return copies, counts, gathered[:, 2:]
 
 
 def _copies(keys: CopyKeys, K: int, num_copies: int, num_local: int, num_pairs: int, exchange: RowExchange) -> Copies:
     mesh = exchange.comm.mesh
-    return Copies(in_order(keys, mesh.ep_rank, mesh.ep_size)[:num_copies], num_local, exchange, num_pairs, K)
+    order = in_order(keys, mesh.ep_rank, mesh.ep_size, num_copies)
+    return Copies(order.flat.long(), num_local, exchange, num_pairs, K, order.place)

@@ -27,11 +27,6 @@ def counts_per_sequence(keys: CopyKeys, layout: Layout, num_ranks: int, num_rows
     return _by_sequence(keys.rank, keys.is_copy, layout, num_ranks, num_rows)
 
 
-def choices_per_sequence(topk_expert_ids: Tensor, layout: Layout, num_experts: int, num_rows: int) -> Tensor:
-    """Tokens of each local sequence by the experts that they chose, [T, K]: int64 [num_rows, E]."""
-    return _by_sequence(topk_expert_ids, topk_expert_ids >= 0, layout, num_experts, num_rows)
-
-
 def alone_per_sequence(keys: CopyKeys, shared: Tensor | None, layout: Layout, num_ranks: int, num_rows: int) -> Tensor:
     """Tokens whose residual must come from the old home if their sequence is rebuilt at a rank, int64 [num_rows, N].
 
@@ -51,12 +46,6 @@ def _by_sequence(rank: Tensor, mask: Tensor, layout: Layout, num_ranks: int, num
     cell = layout.sequence_of_token[:, None] * num_ranks + rank.clamp_min(0)  # [T, K]
     out.view(-1).index_add_(0, cell.flatten(), mask.flatten().long())
     return out
-
-
-def rows_at_favourite(keys: CopyKeys, layout: Layout, num_ranks: int) -> Tensor:
-    """int64 [2]: copies of the local sequences, and those that go to their sequence's most wanted rank."""
-    counts = counts_per_sequence(keys, layout, num_ranks, layout.num_sequences)
-    return torch.stack([counts.sum(), counts.amax(1).sum()])
 
 
 def by_table(gathered: np.ndarray, table: SequenceTable) -> np.ndarray:
@@ -128,26 +117,6 @@ class Migration:
         after_rows = [self.new.starts[after[int(s)]] + np.arange(lengths[s]) for _, s in keep]
         rows = [np.concatenate([empty, *parts]) for parts in (before_rows, after_rows)]
         return self.on_device(rows[0]), self.on_device(rows[1])
-
-    def moving_rows(self, comm: Comm) -> tuple[Tensor, Tensor, RowExchange]:
-        """(rows before, at this rank, of its tokens that leave; rows after of those that come; split sizes).
-
-        Rows are ordered by the other side's rank, then by sequence: int64 each.
-        """
-        me, N, lengths = comm.mesh.ep_rank, comm.mesh.ep_size, self.old.table.lengths
-        old_home, new_home = self.old.table.home_rank, self.new.table.home_rank
-
-        def side(layout: Layout, other: np.ndarray) -> tuple[Tensor, tuple[int, ...]]:
-            place = {int(s): i for i, s in enumerate(layout.sequences)}
-            mine = sorted((s for s in place if other[s] != me), key=lambda s: (other[s], s))
-            parts = [layout.starts[place[s]] + np.arange(lengths[s]) for s in mine]
-            tokens = np.bincount(other[mine], lengths[mine], minlength=N) if mine else np.zeros(N)
-            rows = np.concatenate([np.zeros(0, dtype=np.int64), *parts])
-            return self.on_device(rows), tuple(int(n) for n in tokens)
-
-        leaving, out = side(self.old, new_home)
-        coming, into = side(self.new, old_home)
-        return leaving, coming, RowExchange(comm, out, into)
 
 
 def transfer(columns: list[Tensor], old: Layout, new: Layout, comm: Comm, direction: str) -> list[Tensor]:

@@ -23,7 +23,6 @@ from luffy.plan.cost import AttentionCost
 from luffy.plan.placement import plan_placement
 from luffy.plan.problem import Balance, PlacementProblem
 from luffy.plan.topology import Topology
-from luffy.wire_format import RowBytes
 
 
 @dataclass
@@ -77,28 +76,23 @@ class Planner:
         counts: np.ndarray,
         alone: np.ndarray | None,
         next_counts: np.ndarray | None,
-        row_bytes: RowBytes,
+        row_num_bytes: int,
         padded: bool,
-        there_and_back: bool = False,
     ) -> Planned:
         """Where each sequence is rebuilt. Call `confirm` before acting on it.
 
-        counts, next_counts: int64 [S, N]. there_and_back: rows of next_counts return to where they were sent from.
-        alone: int64 [S, N], residuals that travel if a sequence is rebuilt there. row_bytes: what rows weigh; with a
-        residual, every token that moves sends one, and `alone` is None.
+        counts, next_counts: int64 [S, N]. alone: int64 [S, N], residuals that travel if a sequence is rebuilt there.
+        row_num_bytes: what a row weighs.
         """
         begin = time.perf_counter()
-        combine, next_dispatch, residual = row_bytes.priced
         table = layout.table
         problem = PlacementProblem(
             counts=counts if alone is None else counts + kept_off_the_wire(alone, table.home_rank),
             lengths=table.lengths,
             home_rank=table.home_rank,
             topology=self.topology,
-            row_num_bytes=combine,
-            residual_num_bytes=residual,
+            row_num_bytes=row_num_bytes,
             next_counts=next_counts,
-            next_row_num_bytes=next_dispatch + combine if there_and_back else next_dispatch,
             attention=self.attention,
             layout="padded" if padded else "packed",
             balance=Balance.for_lengths(table.lengths),

@@ -8,10 +8,6 @@ Two kinds of row cannot carry. A row whose answer is shared (luffy.exchange.cond
 take it too; b can still take the residual from such a row of its own. A token that sent no row at all, condensed or
 dropped by capacity, has none. Where neither b nor any other row can, the old home sends the residual: an *orphan*.
 
-Where rows are written in fewer bits nobody carries: what arrived is rounded, and so would be a sum that a residual is
-part of. Each token that moves then sends its residual from the old home, in a message of its own (`move_residuals`),
-as it is or in a format fine enough: it meets no rounding that a token that stays would not meet.
-
 What a receiver must be told is which token each row belongs to: one int32 a row. Where answers are shared it must also
 learn who takes which, and with what weight: that table follows its sequence from the old home.
 """
@@ -24,14 +20,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from luffy.comm import Codec, Comm, RowsUnderWay, arrive, depart
+from luffy.comm import Comm, arrive, depart
 from luffy.exchange.condense import Condensed
 from luffy.exchange.copies import CopyKeys, ExpertMap
-from luffy.exchange.dispatch import Received
+from luffy.exchange.dispatcher import Received
 from luffy.exchange.migrate import Migration, transfer
 from luffy.exchange.shared import take_shared
 from luffy.exchange.stage import Stage
-from luffy.exchange.wire import AS_THEY_ARE, WireCodecs
 from luffy.kernels.order import stable_order
 
 
@@ -105,22 +100,17 @@ class SharedAnswers:
         return table[torch.where(rank < 0, 0, at)], rank >= 0, weights
 
 
-def move_residuals(
-    own: Tensor, migration: Migration, comm: Comm, codecs: tuple[Codec | None, Codec | None]
-) -> tuple[RowsUnderWay, Tensor]:
-    """own [T, D] of this rank's tokens -> (those of tokens that move here [n, D], on their way; their rows here, [n]).
+@dataclass(frozen=True)
+class AtNewHome:
+    """What arrives at this rank for a sequence plan, and where it goes.
 
-    Both sides order them by the other's rank, then by sequence: nothing but the rows is sent.
+    slot int64 [n]: the new row of the token that each answer is for, -1 - row where the answer is shared. num_own: of
+    these, answers that were here already. source int64 [n]: the rank that each came from.
     """
-    leaving, coming, exchange = migration.moving_rows(comm)
-    under_way = depart(
-        [own.index_select(0, leaving)],
-        exchange,
-        directions=("combine",),
-        backward_directions=("combine_backward",),
-        codecs=(codecs,),
-    )
-    return under_way, coming
+
+    slot: Tensor
+    num_own: int
+    source: Tensor
 
 
 def combine_at_new_home(
@@ -130,22 +120,50 @@ def combine_at_new_home(
     migration: Migration,
     comm: Comm,
     base: Callable[[Tensor], Tensor],
-    orphans: Tensor | None = None,
-    apart: Tensor | None = None,
-    shared: SharedAnswers | None = None,
-    wire: WireCodecs = AS_THEY_ARE,
-    residual: tuple[Codec | None, Codec | None] | None = None,
+    carried: Carried,
+    orphans: Tensor | None,
+    shared: SharedAnswers | None,
 ) -> Stage[Tensor]:
     """Partial sums (residuals already added by their carriers) to the new homes: the stream there, [T_new, D].
 
     hidden [T, D]: the stream at the old home. partial [R, D]. base(h): what a token has besides its routed experts,
     h itself plus shared experts; applied here to tokens that stay, to orphans (int64, rows of `hidden`) and to what is
-    taken from rows `apart` (bool [R]). shared: who takes which answer; None where each is its token's own. wire: how
-    rows are written. residual: how those of all tokens that move are, which then no row carries; None: they do not.
+    taken from rows that are carried apart. shared: who takes which answer; None where each is its token's own.
     """
     assert received.global_token is not None
-    me, T_new = comm.mesh.ep_rank, migration.new.num_tokens
-    tokens, rows = received.global_token, partial
+    T_new = migration.new.num_tokens
+    answers, at = yield from _send_home(hidden, partial, received, migration, comm, base, orphans, shared)
+    before, after = migration.stayed_rows()
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    out = torch.zeros(T_new, hidden.shape[1], dtype=wide, device=hidden.device)
+    out = out.index_add(0, after, base(hidden.index_select(0, before)).to(wide))
+    if carried.apart is not None:
+        index = carried.apart.nonzero().squeeze(1)
+        taken = base(received.rows.index_select(0, index)).to(wide)
+        out = out.index_add(0, migration.place_of(received.global_token[index])[2], taken)
+    if shared is None:
+        n = at.num_own
+        out = out.index_add(0, at.slot[:n], answers[:n].to(wide))
+        return out.index_add(0, at.slot[n:], answers[n:].to(wide)).to(hidden.dtype)
+    mine = at.slot < 0
+    out = out.index_add(0, torch.where(mine, 0, at.slot), answers.masked_fill(mine[:, None], 0).to(wide))
+    place, takes, weights = shared.follow(migration, comm, at.source, torch.where(mine, -1 - at.slot, -1))
+    return take_shared(out, answers, place, takes, weights).to(hidden.dtype)
+
+
+def _send_home(
+    hidden: Tensor,
+    partial: Tensor,
+    received: Received,
+    migration: Migration,
+    comm: Comm,
+    base: Callable[[Tensor], Tensor],
+    orphans: Tensor | None,
+    shared: SharedAnswers | None,
+) -> Stage[tuple[Tensor, AtNewHome]]:
+    """Answers of this rank, and its orphans' residuals, to their tokens' new homes: those that arrive here, [n, D]."""
+    me, tokens, rows = comm.mesh.ep_rank, received.global_token, partial
+    assert tokens is not None
     is_shared = None if shared is None else shared.own
     if orphans is not None:
         tokens = torch.cat([tokens, migration.old.global_token[orphans]])
@@ -153,47 +171,22 @@ def combine_at_new_home(
         if is_shared is not None:
             is_shared = torch.cat([is_shared, is_shared.new_zeros(len(orphans))])
     _, new_home, slot = migration.place_of(tokens)
-    order = torch.where(new_home == me, 0, new_home + 1)
-    by_home = stable_order(order, comm.mesh.ep_size + 1)
+    by_home = stable_order(torch.where(new_home == me, 0, new_home + 1), comm.mesh.ep_size + 1)
     exchange = migration.exchange(comm)
     n = rows.shape[0] - sum(exchange.input_splits)  # those that are at their new home already
     if is_shared is not None:
         slot = torch.where(is_shared, -1 - slot, slot)
     rows, slot = rows.index_select(0, by_home), slot[by_home].to(torch.int32)
-    here, away = rows.split([n, rows.shape[0] - n])
     under_way = depart(
-        [away, slot[n:]],
+        [rows[n:], slot[n:]],
         exchange,
         directions=("combine", "control"),
         backward_directions=("combine_backward", "control"),
-        codecs=(wire.plain, (None, None)),
     )
-    own = base(hidden) if residual is not None else None
-    moving = None if own is None or residual is None else move_residuals(own, migration, comm, residual)
     yield
     remote, remote_slot = arrive(under_way)
-    here = wire.staying(here)
-    before, after = migration.stayed_rows()
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    out = torch.zeros(T_new, hidden.shape[1], dtype=wide, device=hidden.device)
-    if own is None or moving is None:
-        out = out.index_add(0, after, base(hidden.index_select(0, before)).to(wide))
-    else:
-        out = out.index_add(0, after, own.index_select(0, before).to(wide))
-        (arrived,) = arrive(moving[0])
-        out = out.index_add(0, moving[1], arrived.to(wide))
-    if apart is not None:
-        index = apart.nonzero().squeeze(1)
-        taken = base(received.rows.index_select(0, index)).to(wide)
-        out = out.index_add(0, migration.place_of(received.global_token[index])[2], taken)
-    if shared is None:
-        out = out.index_add(0, slot[:n].long(), here.to(wide))
-        return out.index_add(0, remote_slot.long(), remote.to(wide)).to(hidden.dtype)
-    answers, slot = torch.cat([here, remote]), torch.cat([slot[:n], remote_slot]).long()
-    mine = slot < 0
-    out = out.index_add(0, torch.where(mine, 0, slot), answers.masked_fill(mine[:, None], 0).to(wide))
+    slot = torch.cat([slot[:n], remote_slot]).long()
     splits = torch.tensor([n, *exchange.output_splits], device=slot.device)  # own rows stand first
     ranks = torch.tensor([me, *range(comm.mesh.ep_size)], device=slot.device)
     source = torch.repeat_interleave(ranks, splits, output_size=len(slot))
-    place, takes, weights = shared.follow(migration, comm, source, torch.where(mine, -1 - slot, -1))
-    return take_shared(out, answers, place, takes, weights).to(hidden.dtype)
+    return torch.cat([rows[:n], remote]), AtNewHome(slot, n, source)

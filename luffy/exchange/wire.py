@@ -1,24 +1,18 @@
-"""Wire formats: what a row is turned into before it crosses a link, and back into after it.
+"""Codecs: what a row is turned into before it crosses a link, and back into after it.
 
-A row of D values is cut into blocks of 32. Each block is sent as integers (luffy.kernels.wire_rows) or float8 and one
-bfloat16 scale, the scales behind the payload in the same buffer:
+A codec writes rows in one format of luffy.wire_format. Integers are cut into blocks of 32 values; a block is sent with
+one bfloat16 scale, max|x| / 32767, 127 or 7, the scales behind the payload in the same buffer.
 
-    model  as it is                          int16     s = max|x| / 32767: 16.5 bits a value
-    bf16   16 bits, no blocks                int8      s = max|x| / 127:    8.5 bits
-    fp8    e4m3, s = max|x| / 448: 8.5 bits  int4      s = max|x| / 7:      4.5 bits, two values a byte
-    fp8_e5m2  s = max|x| / 57344: 8.5 bits
-
-A *codec* writes rows. Two more codecs wrap one, and are each other's partner: `From` gathers the rows that it encodes
-by index, `Into` adds the rows that it decodes into others by index. Dispatch goes forward as From and backward as Into,
-combine forward as Into and backward as From, so that on a GPU either is one pass over the data.
+Two more codecs wrap one, and are each other's partner: `GatheringCodec` picks the rows that it encodes by index,
+`SummingCodec` adds the rows that it decodes into others by index. Dispatch gathers forward and sums backward, combine
+sums forward and gathers backward, so that on a GPU either is one pass over the data.
 
 Quantisation is straight-through: backward does not differentiate the rounding, and the gradient is sent in the format
 of its own direction. A value that is not finite makes its block's scale so, hence the whole block and the loss, and the
 trainer stops with its usual error: nothing has to look for it, which on a GPU would mean waiting for the device.
 
 Which rows are rounded: those that leave their rank; with `local` all. Rounding a row that stays saves no byte. Without
-it, though, a result depends, within the format's error, on which rank a token and its experts live on. See
-`Recipe.wire_spec` for when it is implied.
+it, though, a result depends, within the format's error, on which rank a token and its experts live on.
 
 Block scales follow the practice of low-bit training (microscaling formats, arXiv 2310.10537; there scales are powers
 of two).
@@ -30,24 +24,11 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from luffy.comm import Codec
-from luffy.kernels.wire_rows import (
-    add_rows,
-    aligned,
-    bits_as_bytes,
-    decode_rows,
-    encode_rows,
-    largest_of_blocks,
-    rows_at_once,
-    scale_bits,
-)
-from luffy.kernels.wire_rows import scales_of as block_scales
-from luffy.wire_format import BLOCK, RANDOM, WIRE_DIRECTIONS, WireSpec, row_num_bytes
-
-_FLOAT8 = {"fp8": (torch.float8_e4m3fn, 448.0), "fp8_e5m2": (torch.float8_e5m2, 57344.0)}
+from luffy.kernels.wire_rows import add_rows, aligned, decode_rows, encode_rows
+from luffy.wire_format import STOCHASTIC, WIRE_DIRECTIONS, WireSpec
 
 
 class RowCodec(Codec, Protocol):
@@ -97,48 +78,11 @@ class BFloat16:
 
 
 @dataclass(frozen=True)
-class Float8:
-    """Blocks of 32 float8 values with a scale each; `name` is fp8 (e4m3) or fp8_e5m2.
-
-    Error of a value x: at most |x| / 15, of e5m2 |x| / 7.
-    """
-
-    name: str
-
-    def encode(self, rows: Tensor, index: Tensor | None = None) -> Tensor:
-        """[n, D] -> uint8 [n, D + 2 D / 32]."""
-        dtype, largest = _FLOAT8[self.name]
-        rows, D = _picked(rows, index), rows.shape[1]
-        out = torch.empty(rows.shape[0], row_num_bytes(self.name, D, 0), dtype=torch.uint8, device=rows.device)
-        step = max(1, rows_at_once(rows, rows.shape[0]))
-        for part, coded in zip(rows.split(step), out.split(step), strict=True):
-            blocks, most = largest_of_blocks(part)
-            bits, inverse = scale_bits(most, largest)
-            scaled = (blocks * inverse[:, :, None]).flatten(1)[:, :D].clamp_(-largest, largest)
-            coded[:, :D], coded[:, D:] = scaled.to(dtype).view(torch.uint8), bits_as_bytes(bits)
-        return out
-
-    def decode(self, coded: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-        """uint8 [n, size + 2 size / 32] -> [n, size] of dtype."""
-        num_blocks = -(-size // BLOCK)
-        out = torch.empty(coded.shape[0], size, dtype=dtype, device=coded.device)
-        step = max(1, rows_at_once(out, coded.shape[0]))
-        for part, rows in zip(coded.split(step), out.split(step), strict=True):
-            values = part[:, : -2 * num_blocks].view(_FLOAT8[self.name][0]).float()
-            values = F.pad(values, (0, -size % BLOCK)) if size % BLOCK else values
-            blocks = values.unflatten(1, (-1, BLOCK)).mul_(block_scales(part, num_blocks))
-            rows.copy_(blocks.flatten(1)[:, :size])
-        return out
-
-    def add(self, total: Tensor, index: Tensor, coded: Tensor, dtype: torch.dtype) -> Tensor:
-        return total.index_add_(0, index, self.decode(coded, total.shape[1], total.dtype))
-
-
-@dataclass(frozen=True)
 class Integers:
-    """Blocks of 32 integers with a scale each; `name` is int16, int8 or int4. seed: round at random.
+    """Blocks of 32 integers with a scale each; `name` is int16, int8 or int4. seed: round stochastically.
 
-    Error of a value, with m the largest magnitude of its block: at most m / 65000, m / 250, m / 13; at random, twice.
+    Error of a value, with m the largest magnitude of its block: at most m / 65000, m / 250, m / 13; twice
+    that if stochastic.
     """
 
     name: str
@@ -157,7 +101,7 @@ class Integers:
 
 
 @dataclass(frozen=True)
-class From:
+class GatheringCodec:
     """Encodes rows[index], index int64 [n]; decodes as `codec` does."""
 
     codec: RowCodec
@@ -173,7 +117,7 @@ class From:
 
 
 @dataclass(frozen=True)
-class Into:
+class SummingCodec:
     """Encodes as `codec` does; decodes to sums [num_rows, size], where index, int64 [n], says who gets each row."""
 
     codec: RowCodec
@@ -191,15 +135,13 @@ class Into:
 
 
 def row_codec(name: str, seed: int = 0) -> RowCodec:
-    """The codec of a format; `seed` counts where it rounds at random."""
-    plain = name.removesuffix(RANDOM)
+    """The codec of a format; `seed` counts where it rounds stochastically."""
+    plain = name.removesuffix(STOCHASTIC)
     if plain == "model":
         return AsTheyAre()
     if plain == "bf16":
         return BFloat16()
-    if plain in _FLOAT8:
-        return Float8(plain)
-    return Integers(plain, seed if name.endswith(RANDOM) else None)
+    return Integers(plain, seed if name.endswith(STOCHASTIC) else None)
 
 
 @dataclass(frozen=True)
@@ -218,17 +160,17 @@ class WireCodecs:
 
     def gathering(self, index: Tensor, num_rows: int) -> tuple[Codec, Codec]:
         """For all_to_all_rows, given rows [num_rows, D], of which those at index are sent."""
-        return From(self.forward, index), Into(self.backward, index, num_rows)
+        return GatheringCodec(self.forward, index), SummingCodec(self.backward, index, num_rows)
 
     def adding(self, index: Tensor, num_rows: int) -> tuple[Codec, Codec]:
         """For all_to_all_rows, to get sums [num_rows, D] of what arrives, by index."""
-        return Into(self.forward, index, num_rows), From(self.backward, index)
+        return SummingCodec(self.forward, index, num_rows), GatheringCodec(self.backward, index)
 
     def staying(self, rows: Tensor) -> Tensor:
         """Rows that do not leave: as they are or, with `local`, as if they had."""
-        return _Round.apply(rows, self.forward, self._apart()) if self.coded and self.local else rows
+        return _Round.apply(rows, self.forward, self._other_draw()) if self.coded and self.local else rows
 
-    def _apart(self) -> RowCodec:
+    def _other_draw(self) -> RowCodec:
         """The backward codec for rows that stay, whose places in their message are others' as well: another draw."""
         back = self.backward
         if isinstance(back, Integers) and back.seed is not None:
@@ -255,7 +197,7 @@ class _Round(torch.autograd.Function):
 
 @dataclass
 class Draws:
-    """Where random rounding is in a run: counts that are the same when a step is repeated. `rank`: of the world."""
+    """Where stochastic rounding is in a run: counts that are the same when a step is repeated. `rank`: of the world."""
 
     rank: int
     step: int = 0
@@ -276,22 +218,23 @@ class Draws:
         return x >> 33
 
 
-def codecs_of(spec: WireSpec, direction: str, draws: Draws, layer: int) -> WireCodecs:
-    """How rows travel in `direction` ("dispatch" or "combine"), and their gradients on the way back."""
-    there, back = spec.format(direction), spec.format(f"{direction}_backward")
-    if there == back == "model":
-        return AS_THEY_ARE
-    seed = draws.seed(layer, f"{direction}_backward") if back.endswith(RANDOM) else 0
-    return WireCodecs(row_codec(there), row_codec(back, seed), local=spec.local)
+@dataclass
+class Transport:
+    """In which formats the rows of one layer cross links. Each layer has its own; `spec` may change between steps."""
 
+    spec: WireSpec
+    draws: Draws
+    layer: int
 
-def residual_codec(spec: WireSpec) -> tuple[Codec | None, Codec | None]:
-    """How the residual of a token that moves travels, and its gradient."""
-    made = None if spec.residual == "model" else row_codec(spec.residual)
-    return made, made
+    @property
+    def codes(self) -> bool:
+        """Whether any direction changes rows."""
+        return any(name != "model" for name in self.spec.formats.values())
 
-
-__all__ = [
-    "AS_THEY_ARE", "Draws", "Float8", "From", "Integers", "Into", "RowCodec", "WireCodecs", "codecs_of",
-    "residual_codec", "row_codec", "row_num_bytes",
-]  # fmt: skip
+    def codecs(self, direction: str) -> WireCodecs:
+        """How rows travel in `direction` ("dispatch" or "combine"), and their gradients on the way back."""
+        there, back = self.spec.format(direction), self.spec.format(f"{direction}_backward")
+        if there == back == "model":
+            return AS_THEY_ARE
+        seed = self.draws.seed(self.layer, f"{direction}_backward") if back.endswith(STOCHASTIC) else 0
+        return WireCodecs(row_codec(there), row_codec(back, seed), local=self.spec.local)

@@ -23,9 +23,11 @@ from luffy.hf.files import Checkpoint
 from luffy.hf.model import ParallelModel, parallelize
 from luffy.hf.placing import source_of
 from luffy.model.moe_layer import MoELayer
-from luffy.model.transformer import is_expert
+from luffy.model.ownership import expert_parameters
+from luffy.model.router import wide
 from luffy.recipes import Recipe
 from luffy.train.checkpoint import everyone
+from luffy.train.memory import Need
 
 
 def read_config(folder: Path | str) -> Any:
@@ -67,6 +69,8 @@ def load(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype or stored)
     parallel = parallelize(model, mesh, recipe, **options | {"family": family})
     parallel.folder, parallel.stored_dtype = folder, stored
+    weights = sum(local_part(p).nbytes for p in parallel.parameters())
+    Need({f"for weights in {dtype or stored}": weights}).check(mesh.device, "--dtype or --dense sharded")
     _materialise(parallel, mesh.device)
     everyone(mesh, lambda: fill(parallel, Checkpoint(folder)))
     return parallel
@@ -105,6 +109,7 @@ def fill(parallel: ParallelModel, checkpoint: Checkpoint) -> None:
     blocks = sparse_blocks(parallel)
     tied = tied_names(lm)
     used: set[str] = set()
+    stacked = expert_parameters(parallel)
     own = {name: b for name, b in parallel.named_buffers() if is_stored(parallel, name)}
     for name, target in [*parallel.named_parameters(), *own.items()]:
         library = parallel.library_name(name)
@@ -115,7 +120,7 @@ def fill(parallel: ParallelModel, checkpoint: Checkpoint) -> None:
             if key not in where:
                 raise UserError(f"--model: {key} is missing in {checkpoint.folder}{_alike(key, where)}")
         used.update(keys)
-        if not is_expert(name):
+        if name not in stacked:
             if is_sharded(target):
                 _check_shape(keys[0], where[keys[0]].shape, target.shape)
                 local_part(target).copy_(checkpoint.read(keys[0], *rows_of(target, parallel.runtime.comm)))
@@ -123,7 +128,7 @@ def fill(parallel: ParallelModel, checkpoint: Checkpoint) -> None:
             value = checkpoint.read(keys[0])
             _check_shape(keys[0], tuple(value.shape), target.shape)
             if name in own and value.dtype != target.dtype:
-                target.data = target.data.to(value.dtype)  # a bias of the choice keeps its precision
+                target.data = target.data.to(wide(value.dtype))  # a bias of the choice: see RouterBase
             target.copy_(value)
             continue
         first = parallel.runtime.comm.mesh.ep_rank * target.shape[0]

@@ -12,7 +12,7 @@ process would compute, and gradients are *summed* over ranks too (luffy.train.gr
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,21 +22,24 @@ from torch.utils.checkpoint import checkpoint
 
 from luffy.comm import Comm, Mesh
 from luffy.comm.clock import boundary
+from luffy.compose import Runtime
 from luffy.config import ModelConfig
 from luffy.data.batch import TokenBatch
 from luffy.errors import RankMismatchError, UserError
-from luffy.exchange.migrate import transfer
-from luffy.exchange.stage import Stage, alternate, finish
+from luffy.exchange.dispatcher import Forecast
+from luffy.exchange.stage import Stage
+from luffy.hf.adapters import adapt, take_adapters
 from luffy.hf.attention import Frames, check_attention
 from luffy.hf.batches import make_batch
 from luffy.hf.dense import DenseUnits
 from luffy.hf.describe import describe
 from luffy.hf.families import Family, family_of
 from luffy.hf.parts import LibraryExperts, LibraryRouter, SharedExperts, call_in, lent
-from luffy.model.aux_loss import AuxLoss, auxiliary_loss
-from luffy.model.moe_layer import MoELayer, Predictor, Runtime
+from luffy.model.aux_loss import AuxLoss
+from luffy.model.moe_layer import MoELayer, Predictor
+from luffy.model.ownership import expert_parameters
 from luffy.model.router import RouterStats
-from luffy.model.transformer import MicroBatch, ModelOutput, in_chunks, is_expert, summed_cross_entropy
+from luffy.model.stack import MicroBatch, Stack, StackBlock, in_chunks, summed_cross_entropy
 from luffy.plan.topology import Topology
 from luffy.recipes import Recipe, get_recipe
 
@@ -44,7 +47,7 @@ DENSE = ("replicated", "sharded")
 _PREFIX = re.compile(r"^library\.(base_model\.model\.)?")
 
 
-class ParallelModel(nn.Module):
+class ParallelModel(Stack):
     """MicroBatch -> ModelOutput, as luffy.model.Transformer. Made by `parallelize` or `load`.
 
     library: the causal LM, perhaps within a PEFT model. library_balance: weight of the library's own balance loss.
@@ -79,10 +82,6 @@ class ParallelModel(nn.Module):
     def block(self, layer: Any) -> Any:
         return getattr(layer, self.family.block)
 
-    @property
-    def moe_layers(self) -> list[MoELayer]:
-        return [self.block(layer) for layer in self.layers if isinstance(self.block(layer), MoELayer)]
-
     def library_name(self, name: str) -> str:
         """A parameter's name as the library has it: without what `parallelize` and PEFT put around modules."""
         family, name = self.family, _PREFIX.sub("", name).replace(".base_layer.", ".")
@@ -95,20 +94,11 @@ class ParallelModel(nn.Module):
         """This rank's [B, L] as its part of a micro-batch; every rank calls it. See luffy.hf.batches."""
         return make_batch(self.runtime.comm, input_ids, attention_mask, labels, position_ids, padded)
 
-    def adapt(self, rank: int, alpha: int = 16, seed: int = 0) -> None:
-        """Put LoRA adapters of `rank` on the linear maps of attention, float32 at least, and freeze all else.
-
-        For adapters of another kind make a PEFT model first and give that to `parallelize`.
-        """
-        from peft import LoraConfig, get_peft_model
-
-        torch.manual_seed(seed)  # the same adapters on every rank
-        targets = list(self.family.attention)
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
-        self.library = get_peft_model(self.library, config, autocast_adapter_dtype=False)
-        for p in self.library.parameters():
-            if p.requires_grad:
-                p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
+    def adapt(
+        self, rank: int, alpha: int = 16, seed: int = 0, on: Collection[str] = ("attention",), dora: bool = False
+    ) -> None:
+        """LoRA adapters on attention, experts, router; all else frozen: see luffy.hf.adapters.adapt."""
+        adapt(self, rank, alpha, seed, on, dora)
 
     def shard_dense(self) -> None:
         """Keep only this rank's part of the dense weights, from now on: see luffy.hf.dense. Before an optimizer."""
@@ -117,106 +107,44 @@ class ParallelModel(nn.Module):
 
     # ---------------------------------------------------------------- forward
 
-    def forward(self, *micros: MicroBatch) -> ModelOutput | tuple[ModelOutput, ...]:
-        """The output of one micro-batch; a tuple for several, which take turns (luffy.exchange.stage)."""
-        self._begin()
-        outputs = alternate([self._stages(micro) for micro in micros])
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+    def begin(self) -> None:
+        super().begin()
+        if self.units is not None:
+            self.units.begin()
 
-    def _stages(self, micro: MicroBatch) -> Stage[ModelOutput]:
-        batch = yield from self._decode(micro)
-        labels = micro.labels
-        if batch.layout is not micro.layout:
-            (labels,) = transfer([labels], micro.layout, batch.layout, self.runtime.comm, "control")
+    def embed(self, micro: MicroBatch) -> Tensor:
+        embedding = self.causal_lm.get_input_embeddings()
+        if self.units is not None:
+            return self.units.embed(embedding, micro.tokens)
+        return embedding(micro.tokens).to(self.stream_dtype)
 
+    def stack(self, micro: MicroBatch, hidden: Tensor) -> list[StackBlock]:
+        lm, longest = self.causal_lm, int(micro.layout.table.lengths.max(initial=0))
+        frames = Frames(lm.config, lm.model.rotary_emb, longest, hidden, micro.padded)
+        return [LibraryBlock(self, layer, i, frames) for i, layer in enumerate(self.layers)]
+
+    def sum_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         def chunk_loss(hidden: Tensor, labels: Tensor) -> Tensor:
             return summed_cross_entropy(self._head(hidden), labels)
 
         # The unit is entered once: how many chunks there are depends on the rank.
-        head, hidden = None if self.units is None else self.units.head, batch.hidden
-        if head is not None:
-            hidden = head.enter(hidden)
-        token_loss = in_chunks(chunk_loss, hidden, labels) / max(micro.step_labels, 1)
-        if head is not None:
-            token_loss = head.leave(token_loss, keep=torch.is_grad_enabled())
-        loss, stats = token_loss, batch.router_stats
-        aux = auxiliary_loss(stats, self.config.router, self.runtime.comm, micro.num_tokens)
-        if aux is not None:
-            local = aux.local
-            if self.library_balance:
-                local = local + self.library_balance * self._library_balance(stats, aux, micro.num_tokens)
-            loss = loss + local * (micro.num_tokens / max(micro.step_tokens, 1))
-        return ModelOutput(loss, token_loss.detach(), aux, ())
+        head = None if self.units is None else self.units.head
+        if head is None:
+            return in_chunks(chunk_loss, hidden, labels)
+        return head.leave(in_chunks(chunk_loss, head.enter(hidden), labels), keep=torch.is_grad_enabled())
+
+    def own_aux(self, stats: tuple[RouterStats, ...], aux: AuxLoss, num_tokens: int) -> Tensor:
+        if not self.library_balance:
+            return aux.local
+        return aux.local + self.library_balance * self._library_balance(stats, aux, num_tokens)
 
     @torch.no_grad()
     def logits(self, micro: MicroBatch) -> Tensor:
         """Logits [T, V] of this rank's own tokens, wherever their sequences ended; every rank calls it."""
-        self._begin()
-        batch = finish(self._decode(micro))
-        (hidden,) = transfer([batch.hidden], batch.layout, micro.layout, self.runtime.comm, "control")
+        hidden = self.hidden_states(micro)
         if self.units is None:
             return self._head(hidden)
         return self.units.head.leave(self._head(self.units.head.enter(hidden)))
-
-    def _begin(self) -> None:
-        if self.units is not None:
-            self.units.begin()
-        if self.runtime.residency is not None:
-            self.runtime.residency.reset()
-
-    def _decode(self, micro: MicroBatch) -> Stage[TokenBatch]:
-        lm = self.causal_lm
-        embedding = lm.get_input_embeddings()
-        if self.units is not None:
-            hidden = self.units.embed(embedding, micro.tokens)
-        else:
-            hidden = embedding(micro.tokens).to(self.stream_dtype)  # [T, D]
-        batch = TokenBatch(hidden, micro.layout, micro.padded)
-        longest = int(micro.layout.table.lengths.max(initial=0))
-        frames = Frames(lm.config, lm.model.rotary_emb, longest, hidden, micro.padded)
-        layers = self.layers
-        for i, layer in enumerate(layers):
-            batch = yield from self._layer(layer, i, batch, frames, self._next_predictor(layers, i))
-        return batch
-
-    def _layer(
-        self, layer: Any, index: int, batch: TokenBatch, frames: Frames, predict_next: Predictor | None
-    ) -> Stage[TokenBatch]:
-        """One decoder layer: attention and feed-forward, each with its norm before and its residual."""
-        rt, block, norm = self.runtime, self.block(layer), layer.post_attention_layernorm
-        sparse = isinstance(block, MoELayer)
-        unit = None if self.units is None else self.units.layers[index]
-        if unit is not None:
-            batch = batch.with_hidden(unit.enter(batch.hidden))
-        departed = block.prefetch(batch.hidden.dtype) if sparse else None
-        hidden, layout = boundary(batch.hidden, rt.clock, "other", "attention"), batch.layout
-
-        def attend(x: Tensor) -> Tensor:
-            normed = call_in(x.dtype, layer.input_layernorm, x)
-            return x + frames.attend(layer.self_attn, index, normed, layout)
-
-        if rt.recompute and torch.is_grad_enabled():
-            hidden = checkpoint(attend, hidden, use_reentrant=False)
-        else:
-            hidden = attend(hidden)
-        batch = batch.with_hidden(boundary(hidden, rt.clock, "attention", "other"))
-        if sparse:
-            batch = yield from block.stages(batch, lent(norm), predict_next, departed)
-        else:
-            x = batch.hidden
-            batch = batch.with_hidden(x + call_in(x.dtype, block, lent(norm)(x)))
-        return batch if unit is None else batch.with_hidden(unit.leave(batch.hidden))
-
-    def _next_predictor(self, layers: list[Any], index: int) -> Predictor | None:
-        """The forecast of the next MoE layer, if the recipe or the recorder asks for it and there is one."""
-        here = self.block(layers[index])
-        if not isinstance(here, MoELayer) or not (here.recipe.look_ahead or self.runtime.recorder.active):
-            return None
-        for layer in layers[index + 1 :]:
-            block = self.block(layer)
-            if isinstance(block, MoELayer):
-                return _predictor(block, lent(layer.post_attention_layernorm))
-        return None
 
     def _head(self, hidden: Tensor) -> Tensor:
         lm = self.causal_lm
@@ -230,13 +158,48 @@ class ParallelModel(nn.Module):
         top_k: not the sum over layers that `balance_loss` is.
         """
         E, K, L = self.config.router.num_experts, self.config.router.top_k, len(stats)
-        load = aux.load.mean(0) * K  # [E]
+        load = aux.totals.load.mean(0) * K  # [E]
         probability = torch.stack([s.probability_sum for s in stats]).sum(0) / (L * max(num_tokens, 1))  # [E], local
         return E * (load * probability).sum()
 
 
-def _predictor(block: MoELayer, norm: Callable[[Tensor], Tensor]) -> Predictor:
-    return lambda hidden: block.foresee(hidden, norm)
+class LibraryBlock:
+    """One decoder layer in one forward pass: attention and feed-forward, each with its norm before and its residual."""
+
+    def __init__(self, model: ParallelModel, layer: Any, index: int, frames: Frames) -> None:
+        self.model, self.layer, self.index, self.frames = model, layer, index, frames
+        self.block, self.norm = model.block(layer), lent(layer.post_attention_layernorm)
+
+    @property
+    def moe(self) -> MoELayer | None:
+        return self.block if isinstance(self.block, MoELayer) else None
+
+    def predict(self, hidden: Tensor) -> Forecast:
+        return self.block.foresee(hidden, self.norm)
+
+    def stages(self, batch: TokenBatch, predict_next: Predictor | None = None) -> Stage[TokenBatch]:
+        rt, layer, units = self.model.runtime, self.layer, self.model.units
+        unit = None if units is None else units.layers[self.index]
+        if unit is not None:
+            batch = batch.with_hidden(unit.enter(batch.hidden))
+        departed = None if self.moe is None else self.moe.prefetch(batch.hidden.dtype)
+        hidden, layout = boundary(batch.hidden, rt.clock, "other", "attention"), batch.layout
+
+        def attend(x: Tensor) -> Tensor:
+            normed = call_in(x.dtype, layer.input_layernorm, x)
+            return x + self.frames.attend(layer.self_attn, self.index, normed, layout)
+
+        if rt.recompute and torch.is_grad_enabled():
+            hidden = checkpoint(attend, hidden, use_reentrant=False)
+        else:
+            hidden = attend(hidden)
+        batch = batch.with_hidden(boundary(hidden, rt.clock, "attention", "other"))
+        if self.moe is not None:
+            batch = yield from self.moe.stages(batch, self.norm, predict_next, departed)
+        else:
+            x = batch.hidden
+            batch = batch.with_hidden(x + call_in(x.dtype, self.block, self.norm(x)))
+        return batch if unit is None else batch.with_hidden(unit.leave(batch.hidden))
 
 
 def causal_lm_of(model: nn.Module) -> Any:
@@ -295,15 +258,15 @@ def parallelize(
         if family.shared is not None:
             gate = None if family.shared_gate is None else getattr(block, family.shared_gate)
             shared = SharedExperts(getattr(block, family.shared), gate)
+        adapters = take_adapters(block)
         activate = family.activate(block)
         replacement = MoELayer(
             runtime,
             i,
             router=LibraryRouter(getattr(block, family.gate), described.router, family.bias_buffer),
-            experts=LibraryExperts(block.experts, family, activate, num_local, mesh.ep_rank * num_local),
+            experts=LibraryExperts(block.experts, family, activate, num_local, mesh.ep_rank * num_local, adapters),
             shared_experts=shared,
             layer_of_moe=moe,
-            later_moe_layers=len(layers) - len(dense_layers) - 1 - moe,
         )
         setattr(layer, family.block, replacement.train(block.training))
         moe += 1
@@ -327,7 +290,8 @@ def _refuse(module: nn.Module, arguments: Any) -> None:
 @torch.no_grad()
 def _check_alike(parallel: ParallelModel) -> None:
     """RankMismatchError if ranks hold other replicated weights, as they would with random ones of another seed."""
-    named = [(n, p) for n, p in parallel.named_parameters() if not is_expert(n)]
+    experts = expert_parameters(parallel)
+    named = [(n, p) for n, p in parallel.named_parameters() if n not in experts]
     sums = torch.stack([p.detach().double().sum() for _, p in named])
     everyone = parallel.runtime.comm.all_gather_world(sums)
     odd = (everyone != everyone[0]).any(0).nonzero().flatten().tolist()

@@ -24,7 +24,7 @@ from luffy.hf.loading import is_stored, sparse_blocks, tied_names
 from luffy.hf.model import ParallelModel
 from luffy.hf.placing import Source, source_of
 from luffy.model.moe_layer import MoELayer
-from luffy.model.transformer import is_expert
+from luffy.model.ownership import expert_parameters
 from luffy.train.checkpoint import everyone
 
 # Beside the weights and config.json: what a folder may hold of tokenizer and generation.
@@ -94,16 +94,16 @@ def _merged(parallel: ParallelModel) -> Iterator[None]:
 @torch.no_grad()
 def _write(parallel: ParallelModel, writer: ShardWriter, dtype: torch.dtype | None) -> None:
     """This rank's part: its experts, and on the first rank all that is replicated."""
-    mesh, blocks = parallel.runtime.comm.mesh, sparse_blocks(parallel)
+    mesh, blocks, layers = parallel.runtime.comm.mesh, sparse_blocks(parallel), expert_parameters(parallel)
     for name, p in parallel.named_parameters():
         library = parallel.library_name(name)
         if ".lora_" in library:
             continue
         source = source_of(library, parallel.family, blocks, None)
-        value = whole(p)
+        value = _with_adapter(parallel, name) if name in layers else whole(p)
         value = value if dtype is None else value.to(dtype)
-        if is_expert(name):
-            _write_experts(parallel, name, value, source, writer)
+        if name in layers:
+            _write_experts(parallel, layers[name], value, source, writer)
         elif mesh.rank == 0:
             writer.add(source.keys[0], value)
     for name, b in parallel.named_buffers():
@@ -112,10 +112,15 @@ def _write(parallel: ParallelModel, writer: ShardWriter, dtype: torch.dtype | No
     writer.close()
 
 
-def _write_experts(parallel: ParallelModel, name: str, value: Tensor, source: Source, writer: ShardWriter) -> None:
+def _with_adapter(parallel: ParallelModel, name: str) -> Tensor:
+    """A stacked weight of experts; PEFT's own merging does not know those that are spread over ranks."""
+    module, _, leaf = name.rpartition(".")
+    experts: Any = parallel.get_submodule(module)
+    return experts.merged(leaf)
+
+
+def _write_experts(parallel: ParallelModel, moe: MoELayer, value: Tensor, source: Source, writer: ShardWriter) -> None:
     comm = parallel.runtime.comm
-    moe: Any = parallel.get_submodule(name.split(".experts.")[0])
-    assert isinstance(moe, MoELayer)
     n, slots = value.shape[0], moe.slot_of_expert.tolist()
     if not source.per_expert:  # stacked on disk: the first rank writes a layer at a time
         whole = comm.all_gather_ep(value).flatten(0, 1)[moe.slot_of_expert]

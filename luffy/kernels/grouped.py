@@ -1,7 +1,7 @@
 """Matrix products by group: rows sorted by group, each group with a matrix of its own.
 
 On a GPU, in 16 bits, `F.grouped_mm` multiplies all groups in one kernel without a host round trip; elsewhere one matrix
-product a group does. Matrices may lie transposed in memory. No gradient: whoever calls them has a backward pass.
+product a group does. Matrices may lie transposed in memory. autograd knows the way back of the first alone.
 """
 
 from __future__ import annotations
@@ -48,6 +48,22 @@ def group_sums(x: Tensor, pairs: Pairs) -> Tensor:
         ones = x.new_ones(x.shape[0], 16)  # as many columns as the kernel wants at least; one would do
         return F.grouped_mm(ones.t(), x, offs=pairs.ends)[:, 0]
     return torch.stack([part.sum(0) for part in _parts(x, pairs)])
+
+
+def add_bias(x: Tensor, bias: Tensor | None, pairs: Pairs) -> Tensor:
+    """x [P, D] plus its group's row of bias [n, D]."""
+    return x if bias is None else _AddBias.apply(x, bias, pairs)
+
+
+class _AddBias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, bias: Tensor, pairs: Pairs) -> Tensor:
+        ctx.pairs, ctx.dtype = pairs, bias.dtype
+        return x + bias.to(x.dtype).index_select(0, pairs.group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, group_sums(grad.contiguous(), ctx.pairs).to(ctx.dtype), None
 
 
 def _parts(x: Tensor, pairs: Pairs) -> list[Tensor]:

@@ -24,8 +24,8 @@ from luffy.errors import UserError
 from luffy.model.aux_loss import auxiliary_loss
 from luffy.model.layers import make_norm
 from luffy.model.moe_layer import MoELayer, Runtime
+from luffy.model.ownership import expert_parameters
 from luffy.model.router import RouterStats
-from luffy.model.transformer import is_expert
 from luffy.recipes import get_recipe
 
 
@@ -77,10 +77,11 @@ class MoEBlock(nn.Module):
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
             p.copy_(torch.randn(p.shape, generator=generator) * inputs**-0.5)
 
+        experts = expert_parameters(self)
         for name, p in self.named_parameters():
             if name.startswith("norm.") or name.endswith(("bias", "b_in", "b_out")):
                 p.fill_(float(name == "norm.weight"))
-            elif is_expert(name):
+            elif name in experts:
                 for i in range(p.shape[0]):
                     fill(p[i], f"{name}.{ep_rank * p.shape[0] + i}", p.shape[1])
             else:

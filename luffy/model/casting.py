@@ -1,6 +1,6 @@
 """Weights in the dtype of computation, cast once a step: not once a micro-batch, and again where layers are recomputed.
 
-A cast is kept until the weight changes: every in-place operation counts up a tensor's version. Fused optimizers change
+A cast of a parameter, or of a view of one, is kept until the weight changes: every in-place operation counts up a tensor's version. Fused optimizers change
 weights without counting, so a step of any `torch.optim.Optimizer` ends what was kept before it.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -42,6 +42,8 @@ class CastOnce:
     def __call__(self, name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
         if weight.dtype == dtype:
             return weight
+        if not isinstance(weight if weight._base is None else weight._base, nn.Parameter):
+            return weight.to(dtype)  # made for this call: its memory may come back with other values
         state = _State(weight.data_ptr(), weight._version, _steps, dtype)
         kept = self._kept.get(name)
         if kept is None or kept[0] != state:

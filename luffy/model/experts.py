@@ -60,7 +60,7 @@ class Experts(nn.Module):
         """
         w_in, w_out, b_in, b_out = self._with(guests)
         w_in, w_out = self._cast("in", w_in, rows.dtype), self._cast("out", w_out, rows.dtype)
-        weighted_bias = None if b_out is None else _weighted_bias(b_out, weights, pairs, rows.dtype)
+        weighted_bias = None if b_out is None else weighted_bias(b_out, weights, pairs, rows.dtype)
         return _WeightedExperts.apply(
             rows, weights, w_in, w_out, b_in, residual, weighted_bias, pairs, self.activation
         )  # fmt: skip
@@ -100,7 +100,7 @@ class GroupedExperts(Experts):
         return self.w_in, self.w_out, self.b_in, self.b_out
 
 
-def _weighted_bias(bias: Tensor, weights: Tensor, pairs: Pairs, dtype: torch.dtype) -> Tensor:
+def weighted_bias(bias: Tensor, weights: Tensor, pairs: Pairs, dtype: torch.dtype) -> Tensor:
     """sum_k weights[r, k] * bias[expert of that choice]: [R, D], one small product instead of a row a pair."""
     n, (R, _) = bias.shape[0], weights.shape
     served = pairs.place >= 0

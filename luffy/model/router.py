@@ -3,11 +3,13 @@
 Scores are computed in float32 at least. The auxiliary losses are *global*: their statistics run over all tokens of
 a micro-batch on all ranks, so that they do not depend on which rank holds a sequence (a per-rank balance loss would
 fight sequence migration, which gathers alike sequences on purpose). Each rank therefore keeps local sums; one small
-all-reduce after the last layer turns the sums of all layers into the losses (`luffy.model.aux_loss`).
+all-reduce after the last layer turns the sums of all layers into the losses (`luffy.model.aux_loss`). A micro-batch
+cannot know what later ones will choose; what is shown of a step and the loss-free bias see them all.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +17,8 @@ from torch import Tensor, nn
 
 from luffy.config import RouterConfig
 from luffy.data.batch import Layout
-from luffy.exchange.audit import NUM_COUNTS
+from luffy.exchange.condense import NUM_COUNTS
+from luffy.model.seat_loss import seat_stats
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,8 @@ class RouterStats:
 
     probability_sum [E] (gradient): normalised scores. assigned [E]: choices. z_sum [] (gradient): sum of
     logsumexp^2. sequence_entropy [] (gradient): sum over sequences of length * H(mean probabilities), in nats.
-    dropped []: choices beyond capacity. rows [2]: copies of this rank's tokens, and those of them that go to their
-    sequence's favourite rank; condensed [5]: see luffy.exchange.audit (both filled in by the layer).
+    dropped []: choices beyond capacity. condensed [2]: see luffy.exchange.condense (filled in by the layer).
+    seat_pull [] (gradient), seat_traffic [C * C]: see luffy.model.seat_loss; 0 and [0] where sequences have no topics.
     """
 
     probability_sum: Tensor
@@ -45,20 +48,58 @@ class RouterStats:
     z_sum: Tensor
     sequence_entropy: Tensor
     dropped: Tensor
-    rows: Tensor
     condensed: Tensor
+    seat_pull: Tensor
+    seat_traffic: Tensor
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type that a router computes in, for weights or rows of `dtype`: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 class RouterBase(nn.Module):
-    """What a MoELayer asks of a router: normed rows [T, D] -> Routing, RouterStats."""
+    """What a MoELayer asks of a router: normed rows [T, D] -> Routing, RouterStats.
+
+    Logits, scores and weights are in float32 at least, under autocast too, whatever the model's dtype is; and so are
+    its buffers: a step of 0.001 is lost on a bias of 1 in bfloat16.
+    """
 
     config: RouterConfig
+    chosen: Tensor | None = None  # see `take_chosen`
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RouterBase:
+        """As every module's `to`, `bfloat16` and so on, but buffers of floats stay in float32 at least."""
+        owned = [(m, n, b) for m in self.modules() for n, b in m._buffers.items() if b is not None]
+        super()._apply(fn, recurse)
+        for module, name, before in owned:
+            after = module._buffers[name]
+            if after is not None and after.is_floating_point() and after.dtype != wide(after.dtype):
+                module._buffers[name] = before.to(after.device, wide(after.dtype))
+        return self
+
+    def note(self, topk_expert_ids: Tensor) -> None:
+        """Count choices [T, K] of a training pass, until they are taken."""
+        if self.config.bias_update_rate > 0 and self.training and torch.is_grad_enabled():
+            E = self.config.num_experts
+            ones = torch.ones_like(topk_expert_ids.flatten())
+            counts = ones.new_zeros(E).index_add_(0, topk_expert_ids.flatten(), ones)
+            self.chosen = counts if self.chosen is None else self.chosen + counts
+
+    def take_chosen(self) -> Tensor:
+        """How often this rank's tokens chose each expert since this was last asked: int64 [E]."""
+        taken, self.chosen = self.chosen, None
+        if taken is None:
+            device = next(self.parameters()).device
+            taken = torch.zeros(self.config.num_experts, dtype=torch.int64, device=device)
+        return taken
 
     def choose(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[T, D] -> logits [T, E], scores [T, E] and the ids of the k chosen [T, K]."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, layout: Layout) -> tuple[Routing, RouterStats]:
+    def forward(self, x: Tensor, layout: Layout, slot_of_expert: Tensor) -> tuple[Routing, RouterStats]:
+        """slot_of_expert: int64 [E], by which experts belong to topics."""
         raise NotImplementedError
 
     def raise_bias(self, by: Tensor) -> None:
@@ -79,18 +120,23 @@ class Router(RouterBase):
 
     def choose(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[T, D] -> logits [T, E], scores [T, E] and the ids of the k best [T, K]."""
-        logits = x.to(self.weight.dtype) @ self.weight.t()
+        dtype = wide(torch.promote_types(x.dtype, self.weight.dtype))
+        with torch.autocast(x.device.type, enabled=False):
+            logits = x.to(dtype) @ self.weight.to(dtype).t()
         scores = logits.softmax(-1) if self.config.score == "softmax" else logits.sigmoid()
         choice = scores + self.choice_bias.to(scores.dtype) if self.config.bias_update_rate > 0 else scores
+        if self.config.num_groups:
+            choice = within_best_groups(choice, self.config)
         return logits, scores, choice.topk(self.config.top_k, dim=-1).indices
 
     def raise_bias(self, by: Tensor) -> None:
         self.choice_bias.add_(by.to(self.choice_bias.dtype))
 
-    def forward(self, x: Tensor, layout: Layout) -> tuple[Routing, RouterStats]:
+    def forward(self, x: Tensor, layout: Layout, slot_of_expert: Tensor) -> tuple[Routing, RouterStats]:
         cfg = self.config
         logits, scores, ids = self.choose(x)
         chosen = ids
+        self.note(ids)
         weights = scores.gather(-1, ids)
         if cfg.normalize_topk:
             weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
@@ -99,24 +145,40 @@ class Router(RouterBase):
             keep = within_capacity(ids, layout, cfg.num_experts, cfg.capacity_factor)
             dropped = (~keep).sum().to(scores.dtype)
             ids, weights = ids.masked_fill(~keep, -1), weights * keep
-        return Routing(ids, weights), router_stats(logits, scores, chosen, layout, cfg.score, dropped)
+        return Routing(ids, weights), router_stats(logits, scores, chosen, layout, cfg, slot_of_expert, dropped)
+
+
+def within_best_groups(choice: Tensor, config: RouterConfig) -> Tensor:
+    """[T, E] with -inf for experts outside of each token's best groups (see RouterConfig)."""
+    grouped = choice.detach().unflatten(-1, (config.num_groups, -1))  # [T, G, E / G]
+    best = grouped.topk(min(max(1, config.top_k // config.top_k_groups), grouped.shape[-1]), dim=-1).values.sum(-1)
+    kept = torch.zeros_like(best, dtype=torch.bool).scatter_(1, best.topk(config.top_k_groups, dim=-1).indices, True)
+    return grouped.masked_fill(~kept[..., None], -torch.inf).flatten(1)
 
 
 def router_stats(
-    logits: Tensor, scores: Tensor, topk_expert_ids: Tensor, layout: Layout, score: str, dropped: Tensor | None = None
+    logits: Tensor,
+    scores: Tensor,
+    topk_expert_ids: Tensor,
+    layout: Layout,
+    config: RouterConfig,
+    slot_of_expert: Tensor,
+    dropped: Tensor | None = None,
 ) -> RouterStats:
-    """What choices [T, K], made from logits and scores [T, E], say to auxiliary losses. `score`: see RouterConfig."""
+    """What choices [T, K], made from logits and scores [T, E], say to auxiliary losses."""
     E = scores.shape[1]
-    probabilities = scores if score == "softmax" else scores / scores.sum(-1, keepdim=True)
+    probabilities = scores if config.score == "softmax" else scores / scores.sum(-1, keepdim=True)
     by_sequence = sequence_sums(probabilities, layout)  # [S, E]
+    pull, traffic = seat_stats(probabilities, topk_expert_ids, layout, slot_of_expert, config)
     return RouterStats(
         probability_sum=by_sequence.sum(0),
         assigned=scores.new_zeros(E).index_add_(0, topk_expert_ids.flatten(), scores.new_ones(topk_expert_ids.numel())),
         z_sum=_SquaredLogNormaliser.apply(logits),
         sequence_entropy=entropy_of_sums(by_sequence).sum(),
         dropped=scores.new_zeros(()) if dropped is None else dropped,
-        rows=scores.new_zeros(2),
         condensed=scores.new_zeros(NUM_COUNTS),
+        seat_pull=pull,
+        seat_traffic=traffic,
     )
 
 

@@ -8,8 +8,12 @@ rebuilt (its combine); where sequences go depends on where experts live. So the 
                                                          them before and after the layer, co-chosen experts together
 
 from several starts: the present mapping, and homes frozen as some layer leaves them (so that one grouping of the
-sequences may serve all layers). The best is *judged on steps that it was not fitted to*, by counted bytes, and moved
-only if what it saves until the next time exceeds what moving weights and optimizer state costs.
+sequences may serve all layers). Where sequences take seats, those of the search are by the rows that they really send
+in all layers.
+
+The best is *judged on steps that nothing was fitted to*, with seats predicted by a predictor that was fitted to the
+others; by the wire time of the busiest rank of each exchange, since that is when an exchange ends; and moved only if
+what it saves until the next time exceeds what moving weights and optimizer state costs.
 """
 
 from collections.abc import Sequence
@@ -17,12 +21,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from luffy.plan.outlook import learn_outlook
 from luffy.plan.rehoming import RehomingProblem, plan_rehoming
-from luffy.plan.replay import LayerReplay, Wire, replay_step
+from luffy.plan.replay import LayerReplay, Wire, replay_step, rows_of_all_layers
 from luffy.plan.result import PlanError
+from luffy.plan.topology import FEMTOSECONDS_PER_SECOND, Topology
 from luffy.plan.trace import TraceStep, first_mentions
 from luffy.plan.traffic import sum_by_rank
+from luffy.seats.predictor import RowPredictor
 
 ROUNDS = 3
 Homes = list[tuple[np.ndarray, np.ndarray]]  # by layer: before and after it, [sequences of all steps]
@@ -32,7 +37,8 @@ Homes = list[tuple[np.ndarray, np.ndarray]]  # by layer: before and after it, [s
 class MappingPlan:
     """owners [layers, E]. num_bytes, present_num_bytes: token bytes of one step, forward and backward, by link class
     (local, intra-node, inter-node), with the new mapping and with the present one, counted on steps held out from the
-    search. move_num_bytes: of moving the experts, once. pays: moving is worth it.
+    search. seconds, present_seconds: that the busiest rank of each exchange of such a step keeps its link busy, summed.
+    move_num_bytes: of moving the experts, once; move_seconds likewise. pays: moving is worth it.
     """
 
     owners: np.ndarray
@@ -41,6 +47,9 @@ class MappingPlan:
     move_num_bytes: tuple[int, int, int]
     num_moved: int
     pays: bool
+    seconds: float = 0.0
+    present_seconds: float = 0.0
+    move_seconds: float = 0.0
 
     def check(self, ranks: int) -> None:
         """Raise PlanError unless every rank owns equally many experts of every layer."""
@@ -77,32 +86,83 @@ def plan_mapping(
             [_remap_layer(by_expert[i], together[i], homes[i], present[i], wire, load_slack) for i in range(layers)]
         )
 
-    if wire.settles:  # fitted to where sequences really want to be
-        wire = replace(wire, outlook=None)
-    replays = [replay_step(s, owners, wire) for s in fit]
-    best, best_cost = owners, wire.topology.weighted_bytes(_total(replays))
+    known = wire if wire.seats == "as-read" else replace(wire, seats="known")
+    replays = [replay_step(s, owners, known) for s in fit]
+    best, best_cost = owners, _busiest(replays, known)
     for start in _starts(_join(replays)):
         mapping, homes = owners, start
         for _ in range(ROUNDS):
             before, mapping = mapping, remap(homes, mapping)
             if homes is not start and (mapping == before).all():
                 break  # homes follow from the mapping: every further round would be this one
-            replays = [replay_step(s, mapping, wire) for s in fit]
-            cost = wire.topology.weighted_bytes(_total(replays))
+            replays = [replay_step(s, mapping, known) for s in fit]
+            cost = _busiest(replays, known)
             if cost < best_cost:
                 best, best_cost = mapping, cost
             homes = _join(replays)
 
+    judged = [_judge(fit, held_out, m, wire) for m in (owners, best)]
     per_step = micro_batches / len(held_out)
-    if wire.settles:  # and judged by what can be known
-        wire = replace(wire, outlook=learn_outlook(fit, E))
-    present, predicted = (_scale(_total([replay_step(s, m, wire) for s in held_out]), per_step) for m in (owners, best))
-    classes = wire.topology.link_class_matrix()[owners, best]
-    crossing = np.bincount(classes.ravel(), minlength=3) * expert_num_bytes
-    move = (0, int(crossing[1]), int(crossing[2]))
-    weigh = wire.topology.weighted_bytes
-    pays = (weigh(present) - weigh(predicted)) * steps_until_next > weigh(move)
-    return MappingPlan(best, predicted, present, move, int(np.count_nonzero(best != owners)), bool(pays))
+    present, predicted = (_scale(_total(r), per_step) for r, _ in judged)
+    now, then = (round(cost * per_step) for _, cost in judged)
+    moves = [_between(owners[i], best[i], wire.topology.world_size) for i in range(layers)]
+    crossing = np.bincount(wire.topology.link_class_matrix()[owners, best].ravel(), minlength=3) * expert_num_bytes
+    move = sum(_busiest_link(m, wire.topology) for m in moves) * expert_num_bytes
+    return MappingPlan(
+        best,
+        predicted,
+        present,
+        (0, int(crossing[1]), int(crossing[2])),
+        int(np.count_nonzero(best != owners)),
+        bool((now - then) * steps_until_next > move),
+        then / FEMTOSECONDS_PER_SECOND,
+        now / FEMTOSECONDS_PER_SECOND,
+        move / FEMTOSECONDS_PER_SECOND,
+    )
+
+
+def learn_rows(steps: Sequence[TraceStep], owners: np.ndarray, wire: Wire) -> RowPredictor | None:
+    """A predictor of the rows that sequences send to each rank, fitted to recorded steps with experts at `owners`
+    [layers, E]; None where steps have no features, or there is none."""
+    predictor = RowPredictor(wire.topology.world_size)
+    for step in steps:
+        if step.features is not None:
+            rows = rows_of_all_layers(step, owners, wire.topology.world_size, wire.copies)
+            predictor.observe(step.features, step.lengths, rows)
+    return predictor if predictor.solve() else None
+
+
+def _judge(
+    fit: Sequence[TraceStep], held_out: Sequence[TraceStep], owners: np.ndarray, wire: Wire
+) -> tuple[list[list[LayerReplay]], int]:
+    """Replays of the steps held out, and what they cost."""
+    if wire.seats == "predicted":
+        wire = replace(wire, predictor=learn_rows(fit, owners, wire))
+    replays = [replay_step(s, owners, wire) for s in held_out]
+    return replays, _busiest(replays, wire)
+
+
+def _busiest(replays: Sequence[list[LayerReplay]], wire: Wire) -> int:
+    """Femtoseconds that the busiest rank of each exchange keeps its link busy, summed, forward and backward."""
+    sizes, topology, total = wire.sizes, wire.topology, 0
+    there, back = sizes.dispatch + sizes.dispatch_backward, sizes.combine + sizes.combine_backward
+    for layer in (layer for r in replays for layer in r):
+        for homes, num_bytes in ((layer.homes_before, there), (layer.homes_after, back)):
+            between = sum_by_rank(layer.problem.counts, homes, topology.world_size)
+            total += _busiest_link(between, topology) * num_bytes
+    return total
+
+
+def _busiest_link(between: np.ndarray, topology: Topology) -> int:
+    """Femtoseconds a byte of each row takes, in the busiest direction of the busiest rank. between [N, N]: rows from
+    each rank to each."""
+    weighed = between * topology.weight_matrix()
+    return int(max(weighed.sum(0).max(), weighed.sum(1).max()))
+
+
+def _between(before: np.ndarray, after: np.ndarray, num_ranks: int) -> np.ndarray:
+    """int64 [N, N]: experts by the rank they leave and the rank they go to."""
+    return np.bincount(before * num_ranks + after, minlength=num_ranks**2).reshape(num_ranks, num_ranks)
 
 
 def _remap_layer(

@@ -14,9 +14,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from luffy.plan.mapping import plan_mapping
-from luffy.plan.outlook import learn_outlook
-from luffy.plan.replay import LayerReplay, Wire, replay_step
+from luffy.plan.mapping import learn_rows, plan_mapping
+from luffy.plan.replay import LayerReplay, Wire, deal, replay_step
 from luffy.plan.topology import LinkClass, Topology
 from luffy.plan.trace import TraceStep
 from luffy.plan.traffic import sum_by_rank
@@ -27,8 +26,9 @@ class Prediction:
     """Of one step, forward and backward, mean over the steps counted.
 
     dispatch, combine, experts: bytes by link class (local, intra-node, inter-node), summed over ranks.
-    exchange_seconds: of the busiest rank of each exchange. moved_share: of the sequences of all layers. num_steps:
-    counted.
+    exchange_seconds: of the busiest rank of each exchange. moved_share: of the sequences of all layers, behind them.
+    num_steps: counted. seated_share: of the sequences, that were computed elsewhere than dealt. busiest_rows: that the
+    busiest rank of each dispatch and each combine sends or receives, whichever is more, summed over them, forward.
     """
 
     recipe: str
@@ -39,6 +39,8 @@ class Prediction:
     num_steps: int
     rehomed: bool = False
     experts: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    seated_share: float = 0.0
+    busiest_rows: float = 0.0
 
     @property
     def num_bytes(self) -> tuple[float, float]:
@@ -65,16 +67,21 @@ def _seconds_between(between: np.ndarray, row_num_bytes: int | float, topology: 
     return slowest + latency
 
 
+def busiest_rows(layer: LayerReplay, topology: Topology) -> int:
+    """Rows through the busiest rank of the layer's dispatch and of its combine, forward: the larger of in and out."""
+    apart, total = topology.link_class_matrix() > 0, 0
+    for homes in (layer.homes_before, layer.homes_after):
+        between = np.where(apart, sum_by_rank(layer.problem.counts, homes, topology.world_size), 0)
+        total += int(max(between.sum(0).max(), between.sum(1).max()))
+    return total
+
+
 def token_seconds(layer: LayerReplay, wire: Wire) -> float:
     """Seconds of one layer's exchanges of rows, forward and backward."""
     sizes, links, N = wire.sizes, wire.topology, wire.topology.world_size
     out, into = (sum_by_rank(layer.problem.counts, homes, N) for homes in (layer.homes_before, layer.homes_after))
-    apart = np.zeros((N, N), dtype=np.int64)
-    np.add.at(apart, (layer.homes_after, layer.homes_before), layer.problem.lengths)
     there = sum(_seconds_between(out, n, links) for n in (sizes.dispatch, sizes.dispatch_backward))
-    back = sum(
-        _seconds_between(into * n + apart * sizes.residual, 1, links) for n in (sizes.combine, sizes.combine_backward)
-    )
+    back = sum(_seconds_between(into, n, links) for n in (sizes.combine, sizes.combine_backward))
     return there + back
 
 
@@ -85,8 +92,8 @@ def predict(
 
     rehome: first fit a mapping of experts to the earlier half of the steps, judge it on the next quarter, and count on
     the rest, which neither has seen. Needs at least four steps, and is left out with fewer. The bytes of moving
-    experts are not weighed: what is asked is what a mapping can do. Where sequences settle, what their first choices
-    foretell is learnt from the steps that are not counted, if there are any.
+    experts are not weighed: what is asked is what a mapping can do. Where seats are predicted, the predictor is learnt
+    from the steps that are not counted; without any, or without features in the trace, sequences stay as dealt.
 
     Raises ValueError as `replay_step` does, or without steps.
     """
@@ -98,11 +105,11 @@ def predict(
         half = len(steps) // 2
         fit, judge = steps[:half], steps[half : len(steps) - len(counted)]
         owners = plan_mapping(fit, judge, owners, wire, expert_num_bytes=0, steps_until_next=1).owners
-    if wire.settles:
-        seen = steps[: len(steps) - len(counted)] or counted
-        wire = replace(wire, outlook=learn_outlook(seen, owners.shape[1]))
-    layers = [layer for step in counted for layer in replay_step(step, owners, wire)]
-    n = len(counted)
+    if wire.seats == "predicted":
+        wire = replace(wire, predictor=learn_rows(steps[: len(steps) - len(counted)], owners, wire))
+    replays = [replay_step(step, owners, wire) for step in counted]
+    layers = [layer for replay in replays for layer in replay]
+    n, N = len(counted), wire.topology.world_size
 
     def total(parts: list[tuple[int, int, int]]) -> tuple[float, float, float]:
         local, intra, inter = np.array(parts, dtype=np.float64).sum(0) / n
@@ -110,6 +117,8 @@ def predict(
 
     sequences = sum(len(layer.homes_before) for layer in layers)
     moved = sum(int((layer.homes_before != layer.homes_after).sum()) for layer in layers)
+    seated = sum(int((r[0].homes_before != deal(len(r[0].homes_before), N)).sum()) for r in replays if r)
+    dealt = sum(len(r[0].homes_before) for r in replays if r)
     return Prediction(
         recipe,
         total([part for layer in layers for part in (layer.dispatch, layer.dispatch_backward)]),
@@ -119,6 +128,8 @@ def predict(
         n,
         rehome,
         total([layer.experts for layer in layers] * 2),
+        seated / max(1, dealt),
+        sum(busiest_rows(layer, wire.topology) for layer in layers) / n,
     )
 
 

@@ -6,19 +6,18 @@ token has exactly one row there). Combine sends one row back for each of them, e
 the sequence is rebuilt. So placing s at j costs
 
     combine:        sum over r != j of counts[s, r]      * row_num_bytes
-    next dispatch:  sum over r != j of next_counts[s, r] * next_row_num_bytes      (only if a prediction is given)
-    residual:       lengths[s] * residual_num_bytes, home -> j                     (only if it moves)
+    next dispatch:  sum over r != j of next_counts[s, r] * row_num_bytes      (only if a prediction is given)
 
-each byte weighted by the link class it crosses. The three have one form: a residual that must travel from home to j is
-a row "held at home". `PlacementProblem.rows` folds all three into a single matrix, and every strategy and every report
-of bytes starts there. (The backward pass moves the same rows again, a factor of two on both sides of any comparison.)
+each byte weighted by the link class it crosses. `PlacementProblem.rows` folds both into a single matrix, and every
+strategy and every report of bytes starts there. Seats, taken before the first layer (luffy.seats), are the same
+question with the rows of all layers as counts. (The backward pass moves the same rows again, a factor of two on both
+sides of any comparison.)
 
 A plan must keep ranks balanced, because one overloaded rank costs every rank time. `Balance` says how: equal sequence
 counts for batches of one length, or budgets of tokens and attention operations for uneven lengths. Staying put always
 satisfies it, by construction.
 """
 
-import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -62,10 +61,8 @@ class PlacementProblem:
     """Input of every strategy; S sequences, N ranks.
 
     counts [S, N]: rows of each sequence held at each rank after dispatch. lengths [S]: tokens. home_rank [S]: where
-    each sequence is now. row_num_bytes: one combine row on the wire. residual_num_bytes: extra bytes home -> new
-    home for each token of a sequence that moves (0 when the carrier adds the residual). next_counts [S, N]:
-    predicted rows at the next layer's dispatch, of next_row_num_bytes each (None: as row_num_bytes). All arrays
-    become int64.
+    each sequence is now. row_num_bytes: one row on the wire. next_counts [S, N]: predicted rows at the next layer's
+    dispatch. All arrays become int64.
 
     Raises ValueError when shapes disagree, a count or length is negative, a rank is out of range, or the counts are so
     large that their sum would leave 62 bits.
@@ -76,9 +73,7 @@ class PlacementProblem:
     home_rank: np.ndarray
     topology: Topology
     row_num_bytes: int
-    residual_num_bytes: int = 0
     next_counts: np.ndarray | None = None
-    next_row_num_bytes: int | None = None
     attention: AttentionCost = field(default_factory=AttentionCost)
     layout: Literal["packed", "padded"] = "packed"
     balance: Balance = field(default_factory=Balance)
@@ -96,11 +91,6 @@ class PlacementProblem:
             require(self.next_counts.shape == (S, N), f"next_counts is {self.next_counts.shape}, not [{S}, {N}]")
         require(self.layout in ("packed", "padded"), f"layout is 'packed' or 'padded', not {self.layout!r}")
         require(self.row_num_bytes > 0, f"row_num_bytes {self.row_num_bytes} must be positive")
-        require(self.residual_num_bytes >= 0, f"residual_num_bytes {self.residual_num_bytes} must be >= 0")
-        require(
-            self.next_row_num_bytes is None or self.next_row_num_bytes > 0,
-            f"next_row_num_bytes {self.next_row_num_bytes} must be positive",
-        )
         if S:
             require(int(self.lengths.min()) >= 0, "lengths must be >= 0")
             require(
@@ -110,15 +100,12 @@ class PlacementProblem:
             self._check_counts(S, N)
 
     def _check_counts(self, S: int, N: int) -> None:
-        combine, dispatch, residual = self._row_factors
-        largest = int(self.counts.max()) * combine
-        smallest = int(self.counts.min())
+        largest, smallest = int(self.counts.max()), int(self.counts.min())
         if self.next_counts is not None:
-            largest += int(self.next_counts.max()) * dispatch
+            largest += int(self.next_counts.max())
             smallest = min(smallest, int(self.next_counts.min()))
         require(smallest >= 0, "counts must be >= 0")
-        total = S * (N * largest + int(self.lengths.max()) * residual)
-        require(total < _MAX_TOTAL_ROWS, "counts are too large: their sum must stay below 2**62 rows")
+        require(S * N * largest < _MAX_TOTAL_ROWS, "counts are too large: their sum must stay below 2**62 rows")
 
     @property
     def num_sequences(self) -> int:
@@ -128,35 +115,13 @@ class PlacementProblem:
     def num_ranks(self) -> int:
         return self.topology.world_size
 
-    @property
-    def unit_num_bytes(self) -> int:
-        """Bytes of one unit of `rows`: the greatest common divisor of the row sizes in play."""
-        sizes = [self.row_num_bytes, self.residual_num_bytes]
-        if self.next_counts is not None:
-            sizes.append(self.next_row_num_bytes or self.row_num_bytes)
-        return math.gcd(*sizes)
-
-    @property
-    def _row_factors(self) -> tuple[int, int, int]:
-        """How many units one combine row, one predicted dispatch row and one residual are."""
-        unit = self.unit_num_bytes
-        dispatch = (self.next_row_num_bytes or self.row_num_bytes) if self.next_counts is not None else 0
-        return self.row_num_bytes // unit, dispatch // unit, self.residual_num_bytes // unit
-
     @cached_property
     def rows(self) -> np.ndarray:
-        """int64 [S, N]: units of `unit_num_bytes` that stay off the wire when s is placed at j.
+        """int64 [S, N]: rows that stay off the wire when s is placed at j.
 
         The whole of a row of this matrix, less the entry at j, is what placing s at j puts on the wire.
         """
-        combine, dispatch, residual = self._row_factors
-        rows = self.counts if combine == 1 else self.counts * combine
-        if self.next_counts is not None:
-            rows = rows + (self.next_counts if dispatch == 1 else self.next_counts * dispatch)
-        if residual:
-            rows = rows.copy() if rows is self.counts else rows
-            rows[np.arange(self.num_sequences), self.home_rank] += self.lengths * residual
-        return rows
+        return self.counts if self.next_counts is None else self.counts + self.next_counts
 
     @cached_property
     def total_rows(self) -> int:

@@ -10,17 +10,20 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from luffy.plan.cost import AttentionCost
-from luffy.plan.outlook import expected_rows
 from luffy.plan.placement import plan_placement
 from luffy.plan.problem import Balance, PlacementProblem
 from luffy.plan.residency import ExpertCosts, expert_traffic, fetched, serving_ranks, shadowed
 from luffy.plan.result import PlacementPlan
-from luffy.plan.topology import LinkClass, Topology
+from luffy.plan.topology import Topology
 from luffy.plan.trace import TraceStep, membership
 from luffy.plan.traffic import sum_by_rank
+from luffy.seats.layout import SeatLayout
+from luffy.seats.predictor import RowPredictor
+from luffy.seats.seater import choose_ranks
 from luffy.wire_format import RowBytes
 
 LOOK_AHEAD = ("none", "router", "affinity", "actual")
+SEATS = ("as-read", "known", "predicted")
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +36,9 @@ class Wire:
     luffy.plan.residency, of all layers or of each, with the size of an expert's weights as they travel and, for
     shadows, what things cost.
     row_bytes: of rows in a wire format, by direction; None: row_num_bytes each, as they are.
-    settles: sequences move behind the first layer only, to where `outlook` (luffy.plan.outlook) expects the rows of all
-    later ones; None: to where they really will be.
+    seats, where sequences are before the first layer: "as-read", as they were dealt; "known", by the rows that they
+    will really send in all layers (the bound); "predicted", by those that `predictor` foretells from their token ids,
+    as dealt without one.
     """
 
     topology: Topology
@@ -49,8 +53,8 @@ class Wire:
     expert_num_bytes: int = 0
     expert_costs: ExpertCosts | None = None
     row_bytes: RowBytes | None = None
-    settles: bool = False
-    outlook: np.ndarray | None = None
+    seats: str = "as-read"
+    predictor: RowPredictor | None = None
 
     @property
     def sizes(self) -> RowBytes:
@@ -66,6 +70,8 @@ class Wire:
             raise ValueError("shadows need expert_costs: their performance model weighs them")
         if self.look_ahead not in LOOK_AHEAD:
             raise ValueError(f"look_ahead {self.look_ahead!r} is none of {', '.join(LOOK_AHEAD)}")
+        if self.seats not in SEATS:
+            raise ValueError(f"seats {self.seats!r} is none of {', '.join(SEATS)}")
         if self.copies == "pairs" and self.strategy != "stay":
             raise ValueError("pairs do not migrate")
 
@@ -73,7 +79,7 @@ class Wire:
 @dataclass(frozen=True, eq=False)
 class LayerReplay:
     """One layer of one step. dispatch, combine: bytes by link class (local, intra-node, inter-node), forward; and
-    backward, which differ where gradients have formats of their own. Residuals that move are counted in combine.
+    backward, which differ where gradients have formats of their own.
 
     homes_before, homes_after [S]. problem, plan: what was asked and answered. experts: bytes of weights by link class,
     forward; expert_seconds: of the busiest rank, in each of the two rounds. pairs: int64 [N], (row, expert)
@@ -106,35 +112,38 @@ def by_class(counts: np.ndarray, homes: np.ndarray, topology: Topology) -> np.nd
     return np.array([local, on_node - local, int(counts.sum()) - on_node])
 
 
-def apart_by_class(lengths: np.ndarray, before: np.ndarray, after: np.ndarray, topology: Topology) -> np.ndarray:
-    """int64 [3]: tokens by the class of the link that their sequence crosses, from home before [S] to home after."""
-    same_node = before // topology.ranks_per_node == after // topology.ranks_per_node
-    link = np.where(before == after, LinkClass.LOCAL, np.where(same_node, LinkClass.INTRA_NODE, LinkClass.INTER_NODE))
-    return np.array([int(lengths[link == c].sum()) for c in range(3)])
+def rows_of_all_layers(step: TraceStep, owners: np.ndarray, num_ranks: int, copies: str = "ranks") -> np.ndarray:
+    """int64 [S, N]: what a predictor of seats foretells."""
+    layers = range(step.num_layers)
+    return np.sum([rows_at_ranks(step, step.chosen[i], owners[i], num_ranks, copies) for i in layers], axis=0)
+
+
+def seat_step(step: TraceStep, rows: np.ndarray, wire: Wire) -> np.ndarray:
+    """Homes [S] of a step's sequences, seated as in training by rows [S, N] that they are expected to send."""
+    N = wire.topology.world_size
+    layout = SeatLayout(N, padded=wire.padded, topology=wire.topology, attention=wire.attention)
+    return choose_ranks(rows, step.lengths, deal(len(step.lengths), N), layout)
 
 
 def replay_step(
     step: TraceStep, owners: np.ndarray, wire: Wire, home_rank: np.ndarray | None = None
 ) -> list[LayerReplay]:
-    """Run a recorded step through `wire`, layer by layer. owners [layers, E]; home_rank [S] (None: dealt in blocks).
+    """Run a recorded step through `wire`, layer by layer. owners [layers, E]; home_rank [S] (None: by `wire.seats`,
+    dealt in blocks where as read).
 
     Raises ValueError where owners or homes name a rank that the topology lacks.
     """
     N = wire.topology.world_size
-    homes = deal(len(step.lengths), N) if home_rank is None else home_rank
     if owners.shape[0] != step.num_layers or int(owners.max()) >= N:
         raise ValueError(f"owners {owners.shape} do not map {step.num_layers} layers onto {N} ranks")
     counts = [
         rows_at_ranks(step, step.chosen[layer], owners[layer], N, wire.copies) for layer in range(step.num_layers)
     ]
+    homes = _homes(step, counts, wire) if home_rank is None else home_rank
     out, sizes = [], wire.sizes
-    combine_price, dispatch_price, residual_price = sizes.priced
     for layer in range(step.num_layers):
         last = layer + 1 == step.num_layers
-        if wire.settles:
-            following = None if last or layer else _expect(step, owners, wire, counts)
-        else:
-            following = None if last else _foresee(step, layer, owners, wire, counts)
+        following = None if last else _foresee(step, layer, owners, wire, counts)
         served, experts, expert_seconds = _served(step, layer, owners[layer], homes, wire)
         rows = counts[layer]
         if wire.residency_at(layer) != "static":
@@ -144,24 +153,21 @@ def replay_step(
             lengths=step.lengths,
             home_rank=homes,
             topology=wire.topology,
-            row_num_bytes=combine_price,
-            residual_num_bytes=residual_price,
+            row_num_bytes=wire.row_num_bytes,
             next_counts=following,
-            next_row_num_bytes=dispatch_price + combine_price if wire.settles else dispatch_price,
             attention=wire.attention,
             layout="padded" if wire.padded else "packed",
             balance=Balance.for_lengths(step.lengths),
         )
-        plan = plan_placement("stay" if wire.settles and layer else wire.strategy, problem)
+        plan = plan_placement(wire.strategy, problem)
         sent, returned = (by_class(rows, where, wire.topology) for where in (homes, plan.new_home))
-        apart = apart_by_class(step.lengths, homes, plan.new_home, wire.topology) * sizes.residual
         pairs = np.bincount(served[served >= 0], minlength=N)
         out.append(
             LayerReplay(
                 _three(sent * sizes.dispatch),
-                _three(returned * sizes.combine + apart),
+                _three(returned * sizes.combine),
                 _three(sent * sizes.dispatch_backward),
-                _three(returned * sizes.combine_backward + apart),
+                _three(returned * sizes.combine_backward),
                 homes,
                 plan.new_home,
                 problem,
@@ -220,12 +226,13 @@ def _foresee(
     return np.rint(step.counts_by_expert(layer, E) @ to_rank).astype(np.int64)
 
 
-def _expect(step: TraceStep, owners: np.ndarray, wire: Wire, counts: list[np.ndarray]) -> np.ndarray:
-    """Rows of all later layers by sequence and rank, int64 [S, N], as the planner of the first layer expects them."""
-    if wire.outlook is None:
-        return np.sum(counts[1:], axis=0)
-    chosen = step.counts_by_expert(0, owners.shape[1])
-    return expected_rows(wire.outlook, chosen, step.lengths, owners[1:], wire.topology.world_size)
+def _homes(step: TraceStep, counts: list[np.ndarray], wire: Wire) -> np.ndarray:
+    """Where the step's sequences are before the first layer, [S]."""
+    if wire.seats == "known":
+        return seat_step(step, np.sum(counts, axis=0), wire)
+    if wire.seats == "predicted" and wire.predictor is not None and step.features is not None:
+        return seat_step(step, wire.predictor.predict(step.features, step.lengths), wire)
+    return deal(len(step.lengths), wire.topology.world_size)
 
 
 def deal(num_sequences: int, num_ranks: int) -> np.ndarray:

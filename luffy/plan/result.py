@@ -19,7 +19,7 @@ class PlacementPlan:
     """new_home [S] int64: the rank where each sequence is rebuilt.
 
     num_bytes and stay_num_bytes: predicted bytes per link class (local, intra-node, inter-node) of this plan and of
-    not moving at all, combine plus whatever look-ahead and residuals the problem prices. `balance` is what the
+    not moving at all, combine plus whatever look-ahead the problem prices. `balance` is what the
     strategy promises, which for `exact` and `netmoe` is equal counts whatever the problem asks for.
     `never_above_stay`: the strategy promises not to cost more weighted bytes than staying. `optimal`: no plan with
     the same number of sequences per rank costs less, proved, not hoped. prices [N], femtoseconds, or None: dual

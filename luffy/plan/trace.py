@@ -2,7 +2,8 @@
 
 That is all one has to know to say, for any number of ranks, any mapping of experts and any placement strategy, how many
 rows would have crossed which links (see replay.py). A trace is recorded once, on whatever machine trains the model, and
-answers questions about clusters that nobody has at hand. It holds no text and no weights.
+answers questions about clusters that nobody has at hand. It holds no text and no weights; of token ids, only features
+(sums of random directions), from which seats of sequences can be predicted.
 
 Tokens stand in the order of the step's sequence table: sequence after sequence, whichever rank held them.
 """
@@ -29,7 +30,8 @@ class TraceStep:
 
     lengths [S]: tokens. home_rank [S]: where each sequence was read. chosen int16 [layers, T, K]: expert ids, -1 where
     capacity dropped the choice. foreseen int16 [layers - 1, T, K]: what the router of layer l + 1 chooses when it is
-    applied to the stream before layer l; a forecast of chosen[l + 1].
+    applied to the stream before layer l; a forecast of chosen[l + 1]. features int16 [S, DIM]: what the token ids of
+    each sequence are like (luffy.seats.features), from which its seat can be predicted; None: not recorded.
     """
 
     step: int
@@ -37,6 +39,7 @@ class TraceStep:
     home_rank: np.ndarray
     chosen: np.ndarray
     foreseen: np.ndarray
+    features: np.ndarray | None = None
 
     @property
     def num_layers(self) -> int:
@@ -106,6 +109,8 @@ class RoutingTrace:
                 raise ValueError(f"trace: step {s.step} has choices of shape {s.chosen.shape}, not {want}")
             if s.foreseen.shape != (max(0, want[0] - 1), *want[1:]):
                 raise ValueError(f"trace: step {s.step} has forecasts of shape {s.foreseen.shape}")
+            if s.features is not None and (s.features.ndim != 2 or len(s.features) != len(s.lengths)):
+                raise ValueError(f"trace: step {s.step} has features of shape {s.features.shape}")
             if s.chosen.size and not (s.chosen.min() >= -1 and s.chosen.max() < E):
                 raise ValueError(f"trace: step {s.step} names an expert outside 0..{E - 1}")
 
@@ -124,6 +129,8 @@ class RoutingTrace:
         for i, s in enumerate(self.steps):
             arrays |= {f"lengths.{i}": s.lengths, f"home_rank.{i}": s.home_rank}
             arrays |= {f"chosen.{i}": s.chosen, f"foreseen.{i}": s.foreseen}
+            if s.features is not None:
+                arrays[f"features.{i}"] = s.features
         temporary = path.with_suffix(".tmp.npz")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +149,12 @@ class RoutingTrace:
                     raise UserError(f"trace {path} was written by another version of luffy; record it again")
                 names = ("lengths", "home_rank", "chosen", "foreseen")
                 steps = tuple(
-                    TraceStep(step, *(file[f"{name}.{i}"] for name in names)) for i, step in enumerate(header["steps"])
+                    TraceStep(
+                        step,
+                        *(file[f"{name}.{i}"] for name in names),
+                        features=file.get(f"features.{i}"),
+                    )
+                    for i, step in enumerate(header["steps"])
                 )
                 sizes = {k: header[k] for k in ("num_experts", "top_k", "hidden_size", "row_num_bytes", "about")}
                 return cls(steps=steps, owners=file["owners"], **sizes)

@@ -29,7 +29,7 @@ class RankTraffic(NamedTuple):
 def num_bytes_per_class(problem: PlacementProblem, new_home: np.ndarray) -> tuple[int, int, int]:
     """Bytes that stay local, cross a node's links and cross nodes when sequence s is placed at new_home[s].
 
-    Combine, predicted next dispatch and residuals together. Exact Python integers.
+    Combine and predicted next dispatch together. Exact Python integers.
     """
     rows, topology = problem.rows, problem.topology
     total = problem.total_rows
@@ -43,7 +43,7 @@ def num_bytes_per_class(problem: PlacementProblem, new_home: np.ndarray) -> tupl
         width = topology.ranks_per_node
         by_node = rows.reshape(-1, topology.num_nodes, width)
         on_node = int(by_node[everyone, new_home // width].sum())
-    unit = problem.unit_num_bytes
+    unit = problem.row_num_bytes
     return local * unit, (on_node - local) * unit, (total - on_node) * unit
 
 
@@ -93,7 +93,7 @@ def benefit_matrix(problem: PlacementProblem, max_bits: int = 44, row_weights: n
     if shift:
         rows, exact = rows >> shift, False
     rows = rows.astype(dtype)
-    scale_to_femtoseconds = problem.unit_num_bytes * scale * 2.0**shift
+    scale_to_femtoseconds = problem.row_num_bytes * scale * 2.0**shift
     if not node:
         return Benefit(rows, scale_to_femtoseconds, exact)
     # numpy reduces contiguous columns several times faster than a short last axis: transpose once, then sum.
@@ -138,7 +138,7 @@ def rank_traffic(problem: PlacementProblem, new_home: np.ndarray) -> RankTraffic
     classes = problem.topology.link_class_matrix()
     sent = np.stack([np.where(classes == c, arrived, 0).sum(axis=0) for c in (1, 2)], axis=1)
     received = np.stack([np.where(classes == c, arrived, 0).sum(axis=1) for c in (1, 2)], axis=1)
-    return RankTraffic(sent * problem.unit_num_bytes, received * problem.unit_num_bytes)
+    return RankTraffic(sent * problem.row_num_bytes, received * problem.row_num_bytes)
 
 
 def bottleneck_femtoseconds(problem: PlacementProblem, new_home: np.ndarray) -> int:

@@ -49,8 +49,8 @@ class LayerChoices:
 class OracleOutput:
     """`loss`: this micro-batch's part of the step's loss. `token_loss`: its cross-entropy part alone.
 
-    `logits`: [length, V] a sequence. `layers`: what each MoE layer chose. `balance`, `z`, `locality`: a number for
-    each MoE layer. `memory`: for the next segment.
+    `logits`: [length, V] a sequence. `layers`: what each MoE layer chose. `balance`, `z`, `locality`, `seat`: a number
+    for each MoE layer. `memory`: for the next segment.
     """
 
     loss: Tensor
@@ -58,6 +58,7 @@ class OracleOutput:
     balance: list[Tensor]
     z: list[Tensor]
     locality: list[Tensor]
+    seat: list[Tensor]
     logits: list[Tensor]
     layers: list[LayerChoices]
     memory: Memory
@@ -153,6 +154,17 @@ def expert(config: ModelConfig, params: Params, name: str, e: int, x: Tensor) ->
     return activate(config, x @ params[name + ".w_in"][e] + b_in) @ params[name + ".w_out"][e] + b_out
 
 
+def best_groups(ranking: Tensor, num_groups: int, limit: int, top_k: int) -> Tensor:
+    """Scores [L, E] with minus infinity outside each token's best groups, by the sum of their best scores."""
+    out, size = torch.full_like(ranking, -math.inf), ranking.shape[1] // num_groups
+    for t in range(ranking.shape[0]):
+        groups = [ranking[t, g * size : (g + 1) * size] for g in range(num_groups)]
+        totals = [float(g.sort(descending=True).values[: max(1, top_k // limit)].sum()) for g in groups]
+        for g in sorted(range(num_groups), key=lambda g: -totals[g])[:limit]:
+            out[t, g * size : (g + 1) * size] = groups[g]
+    return out
+
+
 @dataclass
 class Condensing:
     """What stands for each token at each expert of one layer: `leader` int64 [all tokens, E], the token itself or
@@ -191,6 +203,8 @@ def mixture(
     ranking = scores.detach()
     if router.bias_update_rate > 0:
         ranking = ranking + params[name + ".router.choice_bias"]  # moves the choice, never the weight
+    if router.num_groups:
+        ranking = best_groups(ranking, router.num_groups, router.top_k_groups, K)
     chosen = torch.zeros(logits.shape, dtype=torch.bool)
     for t in range(x.shape[0]):
         chosen[t, ranking[t].argsort(descending=True)[:K]] = True
@@ -262,6 +276,20 @@ def entropy(p: Tensor) -> Tensor:
     return -(p * p.log()).sum()
 
 
+def seat_price(form: str, p: Tensor, chosen: Tensor, topic: int, num_topics: int, top_k: int) -> Tensor:
+    """What one token with probabilities p [E] pays for the experts away from its topic's."""
+    size = len(p) // num_topics
+    mass = [p[c * size : (c + 1) * size].sum() for c in range(num_topics)]
+    if form == "mass":
+        return 1 - mass[topic]
+    if form == "log":
+        return -mass[topic].log()
+    if form == "chosen":
+        return 1 - (p * chosen)[topic * size : (topic + 1) * size].sum() / (p * chosen).sum()
+    away = [m for c, m in enumerate(mass) if c != topic]
+    return torch.stack([1 - torch.exp(-top_k * m) for m in away]).sum()
+
+
 def head(config: ModelConfig, params: Params, x: Tensor) -> Tensor:
     """[L, D] -> logits [L, V]; an encoder transforms first, as BERT's masked-language-model head does."""
     if config.norm_placement == "pre":
@@ -279,10 +307,12 @@ def forward(
     labels: int,
     memory: Memory | None,
     condensing: Sequence[Condensing] | None = None,
+    num_topics: int = 0,
 ) -> OracleOutput:
     """One micro-batch. `tokens`, `labels`: numbers of them in the whole step, which normalise the losses.
 
-    condensing: of each MoE layer; None where every token reaches its own experts.
+    condensing: of each MoE layer; None where every token reaches its own experts. num_topics: > 0 where sequences have
+    a `topic`.
     """
     hidden = []
     for sequence in sequences:
@@ -311,15 +341,25 @@ def forward(
         for t in (sequence.labels != IGNORED).nonzero()[0]:
             token_loss = token_loss - log_probability[t, sequence.labels[t]] / labels
 
-    balance, z_loss, locality, num_tokens = [], [], [], sum(len(s.tokens) for s in sequences)
+    balance, z_loss, locality, seat, num_tokens = [], [], [], [], sum(len(s.tokens) for s in sequences)
     for seen in layers:
         share = torch.cat(seen.chosen).double().mean(0) / config.router.top_k
         balance.append(config.router.num_experts * (share * torch.cat(seen.probabilities).mean(0)).sum())
         z_loss.append(torch.cat(seen.logsumexp).pow(2).mean())
         of_sequences = sum(len(p) / num_tokens * entropy(p.mean(0)) for p in seen.probabilities if len(p))
-        locality.append(of_sequences - entropy(torch.cat(seen.probabilities).mean(0)))
+        in_use = entropy(torch.cat(seen.probabilities).mean(0))
+        locality.append(of_sequences - in_use)
+        if num_topics:
+            paid = [
+                seat_price(config.router.seat_loss_form, p, c, s.topic, num_topics, config.router.top_k)
+                for s, ps, cs in zip(sequences, seen.probabilities, seen.chosen, strict=True)
+                for p, c in zip(ps, cs, strict=True)
+            ]
+            seat.append(torch.stack(paid).sum() / num_tokens - in_use)
     auxiliary = config.router.balance_loss * sum(balance) + config.router.z_loss * sum(z_loss)
     if config.router.locality_loss:
         auxiliary = auxiliary + config.router.locality_loss * sum(locality) / max(1, len(locality))
+    if config.router.seat_loss and num_topics:
+        auxiliary = auxiliary + config.router.seat_loss * sum(seat) / max(1, len(seat))
     loss = token_loss + auxiliary * num_tokens / tokens
-    return OracleOutput(loss, token_loss, balance, z_loss, locality, logits, layers, new_memory)
+    return OracleOutput(loss, token_loss, balance, z_loss, locality, seat, logits, layers, new_memory)

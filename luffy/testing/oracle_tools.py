@@ -14,11 +14,10 @@ from typing import Literal, cast
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from luffy.data.loader import IGNORE_INDEX, Sequence
-from luffy.model import Transformer, is_expert
-from luffy.model.moe_layer import MoELayer
+from luffy.model import Transformer, expert_parameters
 
 
 def relative_error(actual: Tensor | np.ndarray, expected: Tensor | np.ndarray) -> float:
@@ -79,16 +78,16 @@ def vivid_parameters(model: Transformer, seed: int = 0) -> dict[str, Tensor]:
     Nothing is zero, nothing one, and routers are sure enough of themselves for the losses to feel their
     weights. With a choice bias in use, `choice_bias` of each router is among them.
     """
-    router, params = model.config.router, {}
+    router, params, experts = model.config.router, {}, expert_parameters(model)
     for name, p in model.named_parameters():
-        shape = torch.Size((router.num_experts, *p.shape[1:])) if is_expert(name) else p.shape
+        shape = torch.Size((router.num_experts, *p.shape[1:])) if name in experts else p.shape
         values = _random(name, seed, shape)
         if name.endswith("norm.weight"):
             params[name] = 1 + 0.2 * values
         elif "embedding" in name or "router" in name:
             params[name] = 0.5 * values
         elif p.dim() >= 2 and not name.endswith(("b_in", "b_out", "content_bias", "position_bias")):
-            fan_in = shape[-2] if is_expert(name) else shape[-1]
+            fan_in = shape[-2] if name in experts else shape[-1]
             params[name] = values * fan_in**-0.5
         else:
             params[name] = 0.2 * values
@@ -99,30 +98,16 @@ def vivid_parameters(model: Transformer, seed: int = 0) -> dict[str, Tensor]:
     return params
 
 
-def _moe_of(model: Transformer, name: str) -> MoELayer:
-    layer: nn.Module = model.get_submodule(name.split(".experts.")[0])
-    assert isinstance(layer, MoELayer)
-    return layer
-
-
-@torch.no_grad()
-def foretell_anything(moe_layers: list[MoELayer]) -> None:
-    """Where sequences settle, have them be drawn somewhere, the same on every rank: most then move."""
-    if moe_layers and (first := moe_layers[0]).settles:
-        made = torch.randint(1 << 19, first.outlook.shape, generator=torch.Generator().manual_seed(5))
-        first.outlook.copy_(made * (torch.arange(made.shape[2]) % 3 == 1))
-
-
 @torch.no_grad()
 def load_full(model: Transformer, params: Mapping[str, Tensor]) -> None:
     """Give `model` its part of full parameters: the experts that fill this rank's slots, and all else."""
-    mesh = model.runtime.comm.mesh
+    mesh, experts = model.runtime.comm.mesh, expert_parameters(model)
     for name, target in [*model.named_parameters(), *model.named_buffers()]:
         if name not in params:
             continue
         value = params[name]
-        if is_expert(name):
-            by_slot = value[torch.argsort(_moe_of(model, name).slot_of_expert.cpu())]
+        if name in experts:
+            by_slot = value[torch.argsort(experts[name].slot_of_expert.cpu())]
             value = by_slot[mesh.ep_rank * target.shape[0] : (mesh.ep_rank + 1) * target.shape[0]]
         target.copy_(value)
 
@@ -136,13 +121,13 @@ def gather_full(model: Transformer, kind: Literal["param", "grad"] = "param") ->
     it would hold up every other rank.
     """
     mesh, full = model.runtime.comm.mesh, {}
-    values = {}
+    values, layers = {}, expert_parameters(model)
     for name, p in model.named_parameters():
         if kind == "grad" and p.grad is None:
             raise AssertionError(f"rank {mesh.rank}: {name} has no gradient")
         values[name] = p.detach() if kind == "param" else cast(Tensor, p.grad)
     for experts, copies in ((False, mesh.world_group), (True, mesh.dp_group)):
-        names = [name for name in values if is_expert(name) == experts]
+        names = [name for name in values if (name in layers) == experts]
         if not names:
             continue
         # One message for all of them: the ranks of a test share few cores, and each message wakes every rank.
@@ -156,5 +141,5 @@ def gather_full(model: Transformer, kind: Literal["param", "grad"] = "param") ->
         sizes = [values[name].numel() for name in names]
         for name, *slots in zip(names, *(part.split(sizes) for part in parts), strict=True):
             value = torch.cat([slot.view_as(values[name]) for slot in slots])
-            full[name] = value[_moe_of(model, name).slot_of_expert] if experts else value
+            full[name] = value[layers[name].slot_of_expert] if experts else value
     return {name: full[name] for name in values}

@@ -35,6 +35,7 @@ def oracle_step(
     micro_batches: Sequence[Sequence[Any]],
     memories: Sequence[Memory] | None = None,
     condensing: Sequence[Condensing] | None = None,
+    num_topics: int = 0,
 ) -> OracleStep:
     """Loss and all gradients of one step; `memories` holds what each micro-batch remembers.
 
@@ -45,7 +46,9 @@ def oracle_step(
     tokens = sum(len(s.tokens) for micro in micro_batches for s in micro)
     labels = sum(int(y != IGNORED) for micro in micro_batches for s in micro for y in s.labels)
     outputs = [
-        forward(config, variables, micro, tokens, max(labels, 1), memories[i] if memories else None, condensing)
+        forward(
+            config, variables, micro, tokens, max(labels, 1), memories[i] if memories else None, condensing, num_topics
+        )
         for i, micro in enumerate(micro_batches)
     ]
     loss = torch.stack([out.loss for out in outputs]).sum()
@@ -67,6 +70,7 @@ def oracle_train(
     weight_decay: float = 0.0,
     decays: Callable[[str], bool] = lambda name: True,
     clip_norm: float | None = None,
+    num_topics: int = 0,
 ) -> tuple[list[float], dict[str, Tensor]]:
     """The losses of `steps` (each a list of micro-batches) and the parameters after them.
 
@@ -84,7 +88,7 @@ def oracle_train(
     losses: list[float] = []
     memories: list[Memory] | None = None
     for micro_batches in steps:
-        step = oracle_step(config, variables, micro_batches, memories)
+        step = oracle_step(config, variables, micro_batches, memories, num_topics=num_topics)
         losses.append(step.loss)
         for name, p in trained.items():
             p.grad = step.gradients[name]

@@ -18,7 +18,9 @@ from typing import Any
 import click
 
 from luffy.errors import UserError
+from luffy.inputs import keep_apart
 from luffy.lab.place import check_ranks, current_lab
+from luffy.ranges import AT_LEAST_ONE, Range
 from luffy.report.compare import COMPARE_FILE, write_compare_report
 from luffy.report.compare_table import text_tables
 from luffy.report.runs import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, Run, read_json, read_run, write_json_atomic
@@ -29,7 +31,8 @@ from luffy.train.options import TrainOptions
 from luffy.train.run import start
 
 # Options that may differ between a run and its continuation: none changes what is computed or how fast.
-_FREE = {"out", "resume", "overwrite", "timeout_seconds", "cache_dir", "keep_checkpoints", "export"}
+_FREE = {"out", "resume", "overwrite", "timeout_seconds", "cache_dir", "keep_checkpoints", "export", "interface",
+         "max_restarts", "min_ranks", "async_checkpoints"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,8 @@ class Comparison:
         """
         if under_torchrun():
             raise UserError("luffy compare starts its own ranks (--ranks); run it without torchrun")
-        if self.repeats < 1:
-            raise UserError(f"--repeats {self.repeats} must be at least 1")
+        AT_LEAST_ONE.check("--repeats", self.repeats)
+        Range(0, above=True).check("--target-loss", self.target_loss)
         entries = parse_entries(self.recipes)
         elsewhere = [(Path(name), read_run(name)) for name in self.also]
         plan = [(entry, self._of(entry, r)) for r in range(self.repeats) for entry in entries]
@@ -91,6 +94,8 @@ class Comparison:
         if lab is not None:
             run = replace(run, ranks=check_ranks(lab, run.ranks))
         run.check_world(run.ranks)
+        for name in self.also:
+            keep_apart(run.out, {"--also": name})
         if (Path(run.out) / METRICS_FILE).exists() and not (run.resume or run.overwrite):
             raise UserError(f"--out {run.out} already holds a run; add --resume, --overwrite, or choose another folder")
         return run

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from luffy.errors import UserError
-from luffy.model import Transformer, is_expert
+from luffy.model import Transformer, expert_parameters
 
 
 @torch.no_grad()
@@ -24,16 +24,15 @@ def export_safetensors(model: Transformer, path: Path) -> None:
     """
     mesh = model.runtime.comm.mesh
     tensors: dict[str, torch.Tensor] = {}
-    buffers = dict(model.named_buffers())
+    buffers, experts = dict(model.named_buffers()), expert_parameters(model)
     for name, p in model.named_parameters():
         full = p.detach()
-        if is_expert(name):
+        if (layer := experts.get(name)) is not None:
             if mesh.ep_size > 1:
                 parts = [torch.empty_like(full) for _ in range(mesh.ep_size)]
                 dist.all_gather(parts, full.contiguous(), group=mesh.ep_group)
                 full = torch.cat(parts)
-            slot = buffers[name.split(".experts.")[0] + ".slot_of_expert"]
-            full = full[slot]
+            full = full[layer.slot_of_expert]
         if mesh.rank == 0:
             tensors[name] = full.cpu().contiguous()
     if mesh.rank == 0:
@@ -55,6 +54,7 @@ def load_safetensors(model: Transformer, path: Path) -> None:
     Raises UserError naming what is missing, left over or of another shape.
     """
     mesh, buffers = model.runtime.comm.mesh, dict(model.named_buffers())
+    experts = expert_parameters(model)
     targets = dict(model.named_parameters()) | {n: b for n, b in buffers.items() if n.endswith("choice_bias")}
     try:
         with safe_open(path, framework="pt") as file:
@@ -67,14 +67,14 @@ def load_safetensors(model: Transformer, path: Path) -> None:
             for name in sorted(wanted):
                 stored, target = file.get_slice(name), targets[name]
                 shape = [*target.shape]
-                if is_expert(name):
+                if name in experts:
                     shape[0] *= mesh.ep_size
                 if stored.get_shape() != shape:
                     raise UserError(
                         f"--start-weights {path}: {name} is {stored.get_shape()}, and {shape} in this model; give the "
                         "model options it was trained with"
                     )
-                if not is_expert(name):
+                if name not in experts:
                     target.copy_(stored[:])
                     continue
                 # Experts are stored by id; a fresh model has expert e in slot e.

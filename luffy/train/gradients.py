@@ -23,26 +23,37 @@ from luffy.comm import Comm
 from luffy.comm.clock import PhaseClock
 from luffy.comm.sharding import is_sharded, local_part
 from luffy.comm.sums import GradientSums
-from luffy.model import is_expert
+from luffy.errors import UserError
+from luffy.model import expert_parameters
 
 
 class GradientSync:
-    """Wraps a model for training. Call it for a forward pass; call `finish` after the last backward of a step."""
+    """Wraps a model for training. Call it for each forward pass; call `finish` after the last backward of a step.
+
+    Gradients add up over the backward passes before `finish`. Without `last=False` on all calls but the last of a
+    step they are summed over ranks after every backward pass: the same result, more on the wire. UserError where
+    what was done before `finish` or `clip` would leave other gradients on other ranks.
+    """
 
     def __init__(self, model: nn.Module, comm: Comm, form: str = "model", clock: PhaseClock | None = None) -> None:
         self.model, self.comm = model, comm
         self.clock, self._marked = clock, False
         self._under_way: list[torch.futures.Future[Tensor]] = []
-        self._last = True
+        self._last = False  # until a forward pass says that it is
+        self._summed: set[nn.Parameter | int] = set()  # experts, and buckets, since the last call or `finish`
+        self._holds_sums = False  # gradients, if there are any, include sums over ranks
+        self._unsummed = False  # a backward pass came by that has not been summed
         self.module: nn.Module = model
         mesh = comm.mesh
-        experts = [(n, p) for n, p in model.named_parameters() if is_expert(n)]
-        apart = {n for n, p in model.named_parameters() if is_expert(n) or is_sharded(p)}
+        stacked = expert_parameters(model)
+        experts = [(n, p) for n, p in model.named_parameters() if n in stacked]
+        apart = {n for n, p in model.named_parameters() if n in stacked or is_sharded(p)}
         # Under every name: DistributedDataParallel asks for those of a tied weight one by one.
         every_name = model.named_parameters(remove_duplicate=False)
-        apart |= {n for n, p in every_name if is_sharded(p)}
-        replicated = any(p.requires_grad for n, p in model.named_parameters() if n not in apart)
-        if mesh.world_size > 1 and replicated:
+        apart |= {n for n, p in every_name if is_sharded(p)} | set(expert_parameters(model, remove_duplicate=False))
+        self._replicated = [p for n, p in model.named_parameters() if n not in apart and p.requires_grad]
+        self._copied_experts = [p for _, p in experts if p.requires_grad] if mesh.dp_size > 1 else []
+        if mesh.world_size > 1 and self._replicated:
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(apart))
             with warnings.catch_warnings():
                 # `broadcast_buffers` is on its way out, but its successor does not exist in every release yet.
@@ -56,13 +67,19 @@ class GradientSync:
                 )
             sums = GradientSums(comm, mesh.world_group, range(mesh.world_size), form)
             self.module.register_comm_hook(sums, self._sum_bucket)
-        if mesh.dp_size > 1 and experts:
+        if self._copied_experts:
             self._expert_sums = GradientSums(comm, mesh.dp_group, mesh.dp_ranks, form)
-            for p in (p for _, p in experts if p.requires_grad):
+            for p in self._copied_experts:
                 p.register_post_accumulate_grad_hook(self._sum_expert)
+        for p in (self._replicated if self.module is not model else self._copied_experts)[:1]:
+            p.register_post_accumulate_grad_hook(self._note_backward)
+
+    def _note_backward(self, parameter: Tensor) -> None:
+        self._unsummed = True
 
     def __call__(self, *args: Any, last: bool = True) -> Any:
         """Forward. `last` says that this micro-batch's backward completes the step's gradients."""
+        self._take_back()
         self._last, self._marked = last, False
         with self._no_sync() if not last else contextlib.nullcontext():
             return self.module(*args)
@@ -75,7 +92,22 @@ class GradientSync:
         else:
             yield
 
+    def _take_back(self) -> None:
+        """Leave sums of earlier backward passes to one rank, so that the next sum counts them once."""
+        if not self._holds_sums:
+            return
+        self._wait()
+        self._summed.clear()
+        self._holds_sums = False
+        mesh = self.comm.mesh
+        for first, parameters in ((mesh.rank == 0, self._replicated), (mesh.dp_rank == 0, self._copied_experts)):
+            for p in parameters:
+                if p.grad is not None and not first:
+                    p.grad.zero_()
+
     def _sum_bucket(self, sums: GradientSums, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        self._summed.add(bucket.index())
+        self._holds_sums = True
         self._mark_end_of_backward()
         return sums.start(bucket.buffer())
 
@@ -94,12 +126,30 @@ class GradientSync:
             return
         grad = parameter.grad
         assert grad is not None
+        if parameter in self._summed:
+            raise UserError(
+                "a second backward pass after the forward pass with last=True: call backward() before the next forward "
+                "pass, or add the losses and call it once"
+            )
+        self._summed.add(parameter)
+        self._holds_sums = True
         self._under_way.append(self._expert_sums.start(grad))
 
-    def finish(self) -> None:
+    def _wait(self) -> None:
         for future in self._under_way:
             future.wait()
         self._under_way.clear()
+
+    def finish(self) -> None:
+        """Wait until all gradients of the step are sums over ranks. UserError if they cannot be."""
+        self._wait()
+        if self._unsummed and not self._summed:
+            raise UserError(
+                "the gradients were not summed over ranks: the last forward pass of a step goes through GradientSync, "
+                "`loss = sync(...)`, with last=True"
+            )
+        self._summed.clear()
+        self._unsummed = self._last = False
         if self.clock is not None:
             self.clock.switch("other")
 
@@ -110,6 +160,11 @@ class GradientSync:
         The norm is that of the whole model: replicated gradients once, the experts of all ranks of the EP group, and
         every rank's rows of what is sharded.
         """
+        if not max_norm >= 0:
+            raise UserError(f"clip({max_norm}): give a norm above 0, or 0 to leave gradients as they are")
+        if self._summed:
+            raise UserError("call finish() before clip(): gradients are not summed over all ranks until then")
+        stacked = expert_parameters(self.model)
         replicated: list[Tensor] = []
         experts: list[Tensor] = []
         sharded: list[Tensor] = []
@@ -118,7 +173,7 @@ class GradientSync:
                 continue
             if p.grad is None:
                 raise RuntimeError(f"{name} received no gradient")
-            (experts if is_expert(name) else sharded if is_sharded(p) else replicated).append(local_part(p.grad))
+            (experts if name in stacked else sharded if is_sharded(p) else replicated).append(local_part(p.grad))
         squares = torch.zeros((), device=self.comm.mesh.device)
         if replicated:
             squares = torch.stack(torch._foreach_norm(replicated)).square().sum()

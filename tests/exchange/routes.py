@@ -18,8 +18,8 @@ from luffy.exchange import (
     exchange_counts,
     finish,
     pairs_by_expert,
+    weighted_sum,
 )
-from luffy.kernels.rows import sum_rows
 
 PER = ("pairs", "ranks")
 
@@ -51,12 +51,11 @@ def pass_through(
     """
     mesh = comm.mesh
     keys = copy_keys(ids, experts, mesh.ep_rank, per)
-    copies, _ = exchange_counts(keys, ids, comm)
+    copies, _, _ = exchange_counts(keys, ids, comm)
     received = finish(dispatch(hidden, ids, weights, copies, per))
     pairs = pairs_by_expert(received.expert_ids, experts, mesh.ep_rank, copies.num_pairs)
     answers = work(received.rows[pairs.row], received.expert_ids.flatten()[pairs.flat])
-    answers = answers * received.weights.flatten()[pairs.flat][:, None].to(answers.dtype)
-    partial = sum_rows(answers, pairs.row, pairs.place)
+    partial = weighted_sum(answers, received.weights, pairs, received.rows.shape[0])
     return finish(combine(hidden, partial, copies)), copies
 
 

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from luffy.exchange import copy_keys, pairs_by_expert
-from luffy.exchange.copies import in_order
+from luffy.exchange.copies import copy_keys, in_order
+from luffy.exchange.permute import pairs_by_expert
 
 from .routes import expert_map, random_routing
 
@@ -47,7 +47,7 @@ def test_copies_are_those_of_a_loop(routing: Routing, me: int, per: str) -> None
             visited.add(rank)
             if copy:
                 expected.append((rank != me, rank, token, k))
-    order = in_order(keys, me, ep_size)[: len(expected)]
+    order = in_order(keys, me, ep_size, len(expected)).flat
     assert order.tolist() == [token * ids.shape[1] + k for _, _, token, k in sorted(expected)]
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from luffy.comm import Comm, build_mesh
 from luffy.config import PRESETS, model_preset
 from luffy.data.loader import Sequence
-from luffy.model import Runtime, build_model, is_expert
+from luffy.model import Runtime, build_model, expert_parameters
 from luffy.model.experts import Groups, grouped_linear
 from luffy.recipes import get_recipe
 from luffy.testing import Outcome, run_together
@@ -42,10 +42,10 @@ def _loss_and_gradients(device, dtype, preset, recipe, recompute=False):
     output.loss.backward()
     loss = output.loss.detach().double()
     dist.all_reduce(loss)
-    gradients = {}
+    gradients, experts = {}, expert_parameters(model)
     for name, p in model.named_parameters():
         grad = p.grad.double()
-        if is_expert(name):
+        if name in experts:
             parts = [torch.empty_like(grad) for _ in range(mesh.world_size)]
             dist.all_gather(parts, grad)
             grad = torch.cat(parts)

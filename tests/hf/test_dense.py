@@ -18,7 +18,7 @@ from luffy.comm.sharding import Unit, is_sharded, local_part, whole
 from luffy.errors import UserError
 from luffy.hf import parallelize
 from luffy.hf.model import ParallelModel
-from luffy.model.transformer import is_expert
+from luffy.model.ownership import expert_parameters
 from luffy.recipes import Recipe, get_recipe
 from luffy.testing import run_ranks
 from luffy.train.gradients import GradientSync, make_optimizer
@@ -82,7 +82,8 @@ def train(case: Case, mesh: Mesh, how: str) -> dict[str, torch.Tensor]:
 
 def memory(parallel: ParallelModel, optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """Elements on this rank: dense weights and moments, and those of them that are matrices outside of gates."""
-    others = [(n, p) for n, p in parallel.named_parameters() if not is_expert(n)]
+    experts = expert_parameters(parallel)
+    others = [(n, p) for n, p in parallel.named_parameters() if n not in experts]
     matrices = [p for n, p in others if p.dim() >= 2 and ".gate." not in n]
     moments = [v for _, p in others for v in optimizer.state.get(p, {}).values() if v.dim() > 0]
     return {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,11 @@ from luffy.comm import Comm, Mesh, build_mesh
 from luffy.config import ModelConfig, model_preset
 from luffy.data.batch import TokenBatch
 from luffy.data.loader import Sequence
-from luffy.exchange import Stage
-from luffy.model import Runtime, Transformer, build_model, is_expert
+from luffy.exchange.stage import Stage
+from luffy.model import Runtime, Transformer, build_model, expert_parameters
 from luffy.recipes import Recipe, get_recipe
 from luffy.testing import (
     OracleStep,
-    foretell_anything,
     gather_full,
     largest_error,
     load_full,
@@ -67,7 +66,7 @@ class Case:
 
     rehome_after: experts of all layers move to random ranks after each of these steps. expert_flops: the speed that
     decides about shadows. overlap: the micro-batches of a step take turns instead of following each other.
-    device: "cuda" gives each rank a GPU of its own, over NCCL.
+    device: "cuda" gives each rank a GPU of its own, over NCCL. num_topics: > 0 gives sequences topics.
     """
 
     config: ModelConfig
@@ -88,6 +87,7 @@ class Case:
     expert_flops: float | None = None
     overlap: bool = False
     device: str = "cpu"
+    num_topics: int = 0
 
     @property
     def backend(self) -> str:
@@ -95,19 +95,19 @@ class Case:
 
     def data(self) -> list[list[list[Sequence]]]:
         """Sequences by [step][micro-batch]; the same at every number of ranks."""
-        return [
-            [
-                random_sequences(
-                    self.batch,
-                    self.config.vocab_size,
-                    seed=1000 * step + micro,
-                    lengths=self.lengths,  # type: ignore[arg-type]
-                    labelled=self.labelled,
-                )
-                for micro in range(self.micro_batches)
-            ]
-            for step in range(self.steps)
-        ]
+
+        def batch(step: int, micro: int) -> list[Sequence]:
+            seed = 1000 * step + micro
+            sequences = random_sequences(
+                self.batch, self.config.vocab_size, seed=seed,
+                lengths=self.lengths, labelled=self.labelled,  # type: ignore[arg-type]
+            )  # fmt: skip
+            if not self.num_topics:
+                return sequences
+            topics = np.random.default_rng(seed).integers(0, self.num_topics, len(sequences))
+            return [replace(s, topic=int(t)) for s, t in zip(sequences, topics, strict=True)]
+
+        return [[batch(step, micro) for micro in range(self.micro_batches)] for step in range(self.steps)]
 
 
 # The bias of the keys has a true gradient of zero, since softmax does not feel it. AdamW divides what rounding
@@ -137,7 +137,6 @@ def build(case: Case, ranks_per_node: int | None = None) -> tuple[Transformer, C
         runtime.residency.flops_per_second = case.expert_flops
     model = build_model(case.config, runtime, dtype=case.dtype)
     load_full(model, vivid_parameters(model))
-    foretell_anything(model.moe_layers)
     return model, comm
 
 
@@ -164,7 +163,7 @@ def run_step(model: Transformer, comm: Comm, case: Case, step: list[list[Sequenc
     auxiliaries."""
     model.zero_grad()
     mine = [share_of(micro, comm) for micro in step]
-    announced = gather_step(mine, comm)
+    announced = gather_step(mine, comm, case.num_topics)
     total = torch.zeros(2, dtype=torch.float64, device=comm.mesh.device)
     micros = [make_micro_batch(s, i, announced, comm, padded=case.padded) for i, s in enumerate(mine)]
     for group in [micros] if case.overlap else [[micro] for micro in micros]:
@@ -179,9 +178,9 @@ def run_step(model: Transformer, comm: Comm, case: Case, step: list[list[Sequenc
 def reduce_gradients(model: Transformer, clip_norm: float | None) -> None:
     """Sum replicated gradients over the world, an expert's over its copies if there are any; then clip."""
     mesh = model.runtime.comm.mesh
-    squares = []
+    squares, stacked = [], expert_parameters(model)
     for experts, group in ((False, mesh.world_group), (True, mesh.dp_group)):
-        grads = [p.grad for n, p in model.named_parameters() if is_expert(n) == experts and p.grad is not None]
+        grads = [p.grad for n, p in model.named_parameters() if (n in stacked) == experts and p.grad is not None]
         flat = torch.cat([torch.zeros(0, dtype=torch.float64, device=mesh.device), *(g.flatten() for g in grads)])
         dist.all_reduce(flat, group=group)
         for g, reduced in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
@@ -240,16 +239,17 @@ _told: dict[Any, tuple[dict[str, torch.Tensor], Expected]] = {}
 def _oracle(case: Case, initial: dict[str, torch.Tensor]) -> Expected:
     """The first step, and all losses and the last weights if there are more. Asked once where only the ranks differ."""
     key = (case.config, case.lengths, case.labelled, case.batch, case.micro_batches, case.steps, case.clip_norm)
+    key += (case.num_topics,)
     before, expected = _told.get(key, ({}, None))
     same = before.keys() == initial.keys() and all(torch.equal(before[name], value) for name, value in initial.items())
     if expected is not None and same:
         return expected
-    first = oracle_step(case.config, initial, case.data()[0])
+    first = oracle_step(case.config, initial, case.data()[0], num_topics=case.num_topics)
     losses, final = [first.loss], {}
     if case.steps > 1:
         losses, final = oracle_train(
             case.config, initial, case.data(), weight_decay=WEIGHT_DECAY, decays=decays, clip_norm=case.clip_norm,
-            **OPTIMIZER,
+            num_topics=case.num_topics, **OPTIMIZER,
         )  # fmt: skip
     _told[key] = initial, (first, losses, final)
     return first, losses, final

@@ -13,7 +13,7 @@ import torch
 
 import luffy.model.moe_layer as moe_layer
 from luffy.comm import RowExchange
-from luffy.condensation import parse_condense
+from luffy.condensation import Condensation, parse_condense
 from luffy.data.batch import Layout, SequenceTable
 from luffy.errors import UserError
 from luffy.exchange import Condensed, CondenseState, ExpertMap, Received, condense, copy_keys, tally
@@ -62,9 +62,11 @@ def test_it_equals_the_oracle_with_more_experts_a_token_capacity_and_recomputati
         assert_condensed_exact(case)
 
 
-def test_a_threshold_above_one_is_the_uncondensed_step_bit_for_bit():
+def test_a_threshold_that_nothing_reaches_is_the_uncondensed_step_bit_for_bit(monkeypatch):
+    out_of_reach = {"none": None, "static:1": Condensation("static", 1.5)}
+    monkeypatch.setattr("luffy.model.moe_layer.parse_condense", out_of_reach.__getitem__)
     for recipe in (STAY, PAIRS, LUFFY):
-        case = Case(shrunk("moe-gpt2-tiny"), world=2, recipe=replace(recipe, condense="static:1.5"), batch=8)
+        case = Case(shrunk("moe-gpt2-tiny"), world=2, recipe=replace(recipe, condense="static:1"), batch=8)
         neutral = run_ranks(condensed_step, 2, case)
         plain = run_ranks(condensed_step, 2, replace(case, recipe=replace(recipe, condense="none")))
         assert neutral[0]["seen"] and not plain[0]["seen"]
@@ -77,7 +79,7 @@ def test_a_threshold_above_one_is_the_uncondensed_step_bit_for_bit():
 def _states(rank: int, case: Case, changes: list[tuple[int, int] | None]) -> list[tuple[np.ndarray, int]]:
     """As in training, for each (sequence, place) whose token changes: last states, and how many copies were spared."""
     return [
-        (states, int((out.aux.condensed[:, 0] - out.aux.condensed[:, 1]).sum()))
+        (states, int((out.aux.totals.condensed[:, 0] - out.aux.totals.condensed[:, 1]).sum()))
         for states, out in states_and_outputs(case, changes)
     ]
 
@@ -114,7 +116,7 @@ def _evaluate(rank: int, case: Case) -> None:
         model, comm = build(replace(case, recipe=recipe))
         with torch.no_grad():
             out = model(place(Trial(sequences, tuple(i % 2 for i in range(8))), comm))
-            assert out.aux.condensed.abs().sum() == 0
+            assert out.aux.totals.condensed.abs().sum() == 0
         losses.append(float(out.token_loss))
     assert losses[0] == losses[1]
 
@@ -163,7 +165,7 @@ def test_the_audit_measures_the_error_of_what_would_have_been_shared():
         rows,
         ids,
         ids.double(),
-        Copies(torch.arange(5), 5, idle, 5, 1),
+        Copies(torch.arange(5), 5, idle, 5, 1, torch.arange(5)[:, None]),
         shared=ids > 0,
         audit=torch.tensor([0, -1, 0, -3, 0]),
     )

@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from luffy.comm.meter import DIRECTIONS
 from luffy.plan.replay import replay_step
 from luffy.recipes import Recipe, get_recipe
+from luffy.seats.features import features_of
 from luffy.testing import oracle_step, run_ranks
 from luffy.testing.oracle_tools import gather_full
 from luffy.train.rehoming import current_owners, wire_of
@@ -26,7 +28,10 @@ def record(rank: int, case: Case) -> dict:
     run_step(model, comm, case, case.data()[0])
     counts = comm.meter.read()
     counts[:, 0] = 0  # a rank's own rows never enter a collective, so their class is empty but for padding
-    trace = model.runtime.recorder.finish(comm, 1)
+    mine = [
+        np.asarray(s.tokens) for s in case.data()[0][0][rank * case.batch // WORLD : (rank + 1) * case.batch // WORLD]
+    ]
+    trace = model.runtime.recorder.finish(comm, 1, torch.from_numpy(np.concatenate(mine)))
     replay = replay_step(trace, current_owners(model), wire_of(model, case.padded), trace.home_rank)
     return {"initial": initial, "counts": counts, "trace": trace, "replay": replay}
 
@@ -74,6 +79,9 @@ def test_the_trace_holds_what_the_oracle_chose_on_every_rank() -> None:
         np.testing.assert_array_equal(a["trace"].foreseen, trace.foreseen)
     (output,) = oracle_step(case.config, tensors(answers[0]["initial"]), case.data()[0]).outputs
     assert trace.lengths.tolist() == [len(s.tokens) for s in case.data()[0][0]]
+    features = features_of([np.asarray(s.tokens) for s in case.data()[0][0]])
+    for a in answers:
+        np.testing.assert_array_equal(a["trace"].features, features)
     for layer, choices in enumerate(output.layers):
         served = np.concatenate([s.numpy() for s in choices.served])
         np.testing.assert_array_equal(np.sort(trace.chosen[layer], axis=1), np.argwhere(served)[:, 1].reshape(-1, 2))

@@ -62,7 +62,6 @@ def test_random_problems_reach_the_optimum(S, N, seed, two_nodes):
         topology(N, N // 2 if two_nodes and N % 2 == 0 else N),
         row_num_bytes=64,
         next_counts=rng.integers(0, 100, (S, N)),
-        residual_num_bytes=int(rng.integers(0, 64)),
     )
     plan = plan_placement("best", problem, rounds=500)
     padded_too_far = problem.quotas.max() * np.count_nonzero(problem.quotas) > 8 * S

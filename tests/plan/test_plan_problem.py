@@ -22,8 +22,6 @@ from .problems import make_problem
         ({"home_rank": np.zeros(5, int)}, "home_rank is"),
         ({"lengths": np.full(6, -1)}, "lengths must be"),
         ({"row_num_bytes": 0}, "row_num_bytes"),
-        ({"residual_num_bytes": -1}, "residual_num_bytes"),
-        ({"next_row_num_bytes": 0}, "next_row_num_bytes"),
         ({"layout": "square"}, "layout"),
     ],
 )

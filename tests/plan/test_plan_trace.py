@@ -130,11 +130,16 @@ def test_sequences_that_stay_leave_co_chosen_experts_to_gather():
 
 def test_a_trace_comes_back_from_disk_and_damage_is_one_line(tmp_path):
     trace = make_trace()
+    features = np.arange(-32, 32, dtype=np.int16).reshape(16, 4)
+    trace = replace(trace, steps=(trace.steps[0], replace(trace.steps[1], features=features)))
     path = tmp_path / "trace" / "step.npz"
     trace.save(path)
     loaded = RoutingTrace.load(path)
     assert (loaded.about, loaded.row_num_bytes, len(loaded.steps)) == ({"model": "planted"}, 128, 2)
     np.testing.assert_array_equal(loaded.steps[1].chosen, trace.steps[1].chosen)
+    assert loaded.steps[0].features is None
+    assert loaded.steps[1].features.dtype == np.int16
+    np.testing.assert_array_equal(loaded.steps[1].features, features)
     assert len(join_traces([trace, loaded]).steps) == 4
     assert [p.name for p in path.parent.iterdir()] == ["step.npz"]
     with pytest.raises(UserError, match=r"does not exist; .*--trace-every"):
@@ -153,6 +158,8 @@ def test_what_does_not_fit_is_refused():
         replace(trace, steps=(replace(trace.steps[0], chosen=trace.steps[0].chosen + 1),))
     with pytest.raises(ValueError, match="forecasts"):
         replace(trace, steps=(replace(trace.steps[0], foreseen=trace.steps[0].foreseen[:0]),))
+    with pytest.raises(ValueError, match="features"):
+        replace(trace, steps=(replace(trace.steps[0], features=np.zeros((3, 4))),))
     with pytest.raises(ValueError, match="different models"):
         join_traces([trace, make_trace(layers=2)])
     with pytest.raises(ValueError, match="do not divide"):

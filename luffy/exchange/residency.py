@@ -7,7 +7,9 @@ only begin when the loads are known. Whatever is held is kept for the backward p
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,9 +19,24 @@ from luffy.comm import Comm
 from luffy.errors import UserError
 from luffy.exchange.copies import ExpertMap, GuestMap
 from luffy.exchange.guests import Departed, Guests, send_off, take_in
-from luffy.model.experts import Experts
 from luffy.plan.residency import Delivery, ExpertCosts, at_owners, deliver, expert_costs, fetched, shadowed
 from luffy.plan.topology import Topology
+
+
+class Experts(Protocol):
+    """Experts that can visit other ranks: all weights of each end to end, [n, W]."""
+
+    num_local: int
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def flat(self) -> Tensor: ...
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]: ...
 
 
 @dataclass
@@ -34,9 +51,12 @@ class ResidencyState:
     topology: Topology
     flops_per_second: float = 1e13
     limit_num_bytes: int | None = None
-    held: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    held: np.ndarray = field(init=False)
     peak_num_bytes: int = 0
     num_guests: int = 0
+
+    def __post_init__(self) -> None:
+        self.reset()
 
     def reset(self) -> None:
         """Nothing is held any more: before a forward pass."""
@@ -67,45 +87,35 @@ class ResidencyState:
 
 
 class LayerResidency:
-    """One layer's guests. It remembers what was chosen last, the same on every rank."""
+    """One layer's guests. It remembers what was chosen last, the same on every rank. strategy: "fetch" or "shadow"."""
 
-    def __init__(self, state: ResidencyState, comm: Comm, experts: Experts) -> None:
-        self.state, self.comm, self.experts = state, comm, experts
+    def __init__(self, state: ResidencyState, comm: Comm, experts: Experts, strategy: str) -> None:
+        self.state, self.comm, self.experts, self.strategy = state, comm, experts, strategy
         self.chosen: np.ndarray | None = None  # bool [E, N]
         self._slots: tuple[int, np.ndarray] | None = None
         self._map: tuple[bytes, bytes, GuestMap] | None = None
 
-    def prefetch(self, slot_of_expert: Tensor, dtype: torch.dtype, strategy: str) -> Departed | None:
-        """Begin to fetch what the ranks chose last; None where that is nothing."""
+    def prefetch(self, experts: ExpertMap, dtype: torch.dtype) -> Departed | None:
+        """Begin to fetch what the ranks chose last; None where that is nothing. experts: where they live."""
         if not torch.is_grad_enabled():
             self.state.reset()
-        if self.chosen is None or strategy != "fetch":
+        if self.chosen is None or self.strategy != "fetch":
             return None
-        slots = self._host(slot_of_expert)
-        return self._send(self.chosen | at_owners(self._owner(slots), self.comm.mesh.ep_size), slots, dtype, strategy)
+        slots = self._host(experts.slot_of_expert)
+        return self._send(self.chosen | at_owners(self._owner(slots), self.comm.mesh.ep_size), slots, dtype)
 
     def settle(
-        self,
-        ids: Tensor,
-        slot_of_expert: Tensor,
-        dtype: torch.dtype,
-        departed: Departed | None,
-        strategy: str,
-        *,
-        moves: bool,
+        self, ids: Tensor, experts: ExpertMap, dtype: torch.dtype, departed: Departed | None
     ) -> tuple[ExpertMap, Tensor | None]:
-        """Where the choices [T, K] of all ranks are served; the weights [F, W] of this rank's guests.
-
-        strategy: "fetch" or "shadow". moves: whether sequences may move.
-        """
-        slots = self._host(slot_of_expert)
+        """Where the choices [T, K] of all ranks are served; the weights [F, W] of this rank's guests."""
+        slots = self._host(experts.slot_of_expert)
         owner, N = self._owner(slots), self.comm.mesh.ep_size
         counts = torch.zeros(len(slots) + 1, dtype=torch.int32, device=ids.device)
         counts.index_add_(
             0, torch.where(ids < 0, len(slots), ids).flatten(), torch.ones_like(counts[:1]).expand(ids.numel())
         )
         chosen = self.comm.all_gather_ep(counts[:-1]).cpu().numpy().astype(np.int64)  # [N, E]
-        if strategy == "fetch":
+        if self.strategy == "fetch":
             wanted = fetched(chosen, owner)
             self.chosen = wanted
         else:
@@ -118,16 +128,16 @@ class LayerResidency:
             guests, resident = take_in(departed, self.comm), departed.delivery.resident
         missing = at_owners(owner, N) | (wanted & ~resident)
         if missing.sum() > len(owner):
-            more = take_in(self._send(missing, slots, dtype, strategy), self.comm)
+            more = take_in(self._send(missing, slots, dtype), self.comm)
             guests, resident = more if guests is None else guests.joined(more), resident | missing
         if guests is None:
-            return ExpertMap(slot_of_expert, self.experts.num_local), None
-        guest_map = self._guest_map(resident, guests.ids, moves)
-        return ExpertMap(slot_of_expert, self.experts.num_local, guest_map), guests.weights
+            return experts, None
+        guest_map = self._guest_map(resident, guests.ids)
+        return replace(experts, guests=guest_map, serves_all=self.strategy == "fetch"), guests.weights
 
-    def _send(self, resident: np.ndarray, slots: np.ndarray, dtype: torch.dtype, strategy: str) -> Departed:
+    def _send(self, resident: np.ndarray, slots: np.ndarray, dtype: torch.dtype) -> Departed:
         state = self.state
-        delivery = deliver(resident, self._owner(slots), state.topology, relay_at_home=strategy == "shadow")
+        delivery = deliver(resident, self._owner(slots), state.topology, relay_at_home=self.strategy == "shadow")
         weights = self.experts.flat()
         state.hold(delivery, weights.shape[1] * dtype.itemsize)
         return send_off(weights, slots, delivery, self.comm, dtype)
@@ -142,13 +152,12 @@ class LayerResidency:
     def _owner(self, slots: np.ndarray) -> np.ndarray:
         return slots // self.experts.num_local
 
-    def _guest_map(self, resident: np.ndarray, ids: np.ndarray, moves: bool) -> GuestMap:
-        key = resident.tobytes() + bytes([moves]), ids.tobytes()
+    def _guest_map(self, resident: np.ndarray, ids: np.ndarray) -> GuestMap:
+        key = resident.tobytes(), ids.tobytes()
         if self._map is None or self._map[:2] != key:
             place = np.full(len(resident), -1, dtype=np.int64)
             place[ids] = np.arange(len(ids))
             device = self.experts.device
-            anywhere = torch.from_numpy(resident.all(1)).to(device) if moves else None
             held = torch.from_numpy(resident.copy()).to(device)
-            self._map = *key, GuestMap(held, torch.from_numpy(place).to(device), len(ids), anywhere)
+            self._map = *key, GuestMap(held, torch.from_numpy(place).to(device), len(ids))
         return self._map[2]

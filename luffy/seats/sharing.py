@@ -1,0 +1,30 @@
+"""One predictor on all ranks: what ranks observed is added up, and all take what the first makes of it."""
+
+from __future__ import annotations
+
+import torch
+
+from luffy.comm import Comm
+from luffy.seats.features import DIM
+from luffy.seats.predictor import RowPredictor
+
+
+def learn_together(predictor: RowPredictor, seen: RowPredictor, comm: Comm, direction: str = "control") -> bool:
+    """Refresh `predictor`, alike on all ranks, with `seen`: what this rank has observed since the last time.
+
+    Every rank of the world calls it, each with sequences of its own in `seen` (a sequence that two ranks observed
+    counts twice), which is emptied. Two sums over ranks. Whether there was anything to learn from.
+    """
+    mesh = comm.mesh
+    fresh = comm.all_reduce(torch.from_numpy(seen.moments.copy()).to(mesh.device), direction)
+    seen.forget()
+    predictor.fade()
+    predictor.moments += fresh.cpu().numpy()
+    if not predictor.moments[0, 0] > 0:
+        return False
+    # Ranks may run on unlike processors, which round otherwise: the first one solves for all.
+    found = torch.zeros(1 + DIM, predictor.num_ranks, dtype=torch.int64)
+    if mesh.rank == 0 and predictor.solve():
+        found = torch.from_numpy(predictor.coefficients)
+    predictor.coefficients = comm.all_reduce(found.to(mesh.device), direction).cpu().numpy()
+    return True

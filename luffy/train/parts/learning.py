@@ -1,0 +1,78 @@
+"""Learning where sequences should sit: rows that layers count, gathered into a predictor that is refreshed.
+
+Each rank notes the rows of its own sequences to each rank; at a refresh all ranks add up what they noted, and rank 0
+solves for all (luffy.seats.sharing). From then on seats are decided by the new predictor.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from luffy.comm import Comm
+from luffy.compose import Runtime
+from luffy.data.batch import Layout
+from luffy.seats.features import features_of
+from luffy.seats.predictor import RowPredictor
+from luffy.seats.seater import LearntSeats
+from luffy.seats.sharing import learn_together
+from luffy.train.parts import Done, Stateless
+from luffy.train.seating import StepReader
+
+EVERY = 50  # steps between refreshes
+FIRST = (10, 20, 30)  # steps before the first ones: routers move fast in the beginning
+OBSERVE_EVERY = 2  # steps
+
+
+def refreshes_after(step: int) -> bool:
+    """Whether step `step`, counted from 0, is followed by a refresh."""
+    done = step + 1
+    return done in FIRST or done % EVERY == 0
+
+
+class SeatLearning(Stateless):
+    """Keeps the predictor of `seats` up to date."""
+
+    name = "seats"
+
+    def __init__(self, seats: LearntSeats, reader: StepReader, runtime: Runtime, comm: Comm) -> None:
+        self.seats, self.reader, self.runtime, self.comm = seats, reader, runtime, comm
+        self.seen = RowPredictor(comm.mesh.ep_size)
+
+    def before(self, step: int) -> None:
+        if step % OBSERVE_EVERY == 0 and self.comm.mesh.ep_size > 1:
+            self.runtime.observed = []
+
+    def after(self, step: int, done: Done) -> None:
+        noted, self.runtime.observed = self.runtime.observed, None
+        if noted and done.seated is not None:
+            self._observe(noted, done)
+        if not refreshes_after(step) or self.comm.mesh.ep_size == 1:
+            return
+        with self.comm.meter.charging("control"):
+            learnt = learn_together(self.seats.predictor, self.seen, self.comm)
+        if learnt:
+            self.reader.decide_anew()
+
+    def _observe(self, noted: list[tuple[Layout, torch.Tensor]], done: Done) -> None:
+        """noted: rows [S, N] of one layer's local sequences to each rank, beside how these lie."""
+        assert done.seated is not None
+        for layout, sequences in zip(done.layouts, done.seated.micro_batches, strict=True):
+            by_layer = [rows for where, rows in noted if where is layout]
+            if by_layer and sequences:
+                rows = torch.stack(by_layer).sum(0).cpu().numpy()
+                self.seen.observe(features_of([s.tokens for s in sequences]), np.array(layout.lengths), rows)
+
+    def state(self) -> dict[str, Any]:
+        """With what ranks noted since the last refresh, added up: whole numbers, so that the order does not matter."""
+        noted = torch.from_numpy(self.seen.moments.copy()).to(self.comm.mesh.device)
+        return self.seats.state() | {"noted": self.comm.all_reduce(noted).cpu()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.seats.load(state)
+        noted = state.get("noted")
+        self.seen.forget()
+        if self.comm.mesh.rank == 0 and noted is not None and noted.shape == self.seen.moments.shape:
+            self.seen.moments += noted.numpy()
