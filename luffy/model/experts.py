@@ -60,10 +60,8 @@ class Experts(nn.Module):
         """
         w_in, w_out, b_in, b_out = self._with(guests)
         w_in, w_out = self._cast("in", w_in, rows.dtype), self._cast("out", w_out, rows.dtype)
-        weighted_bias = None if b_out is None else weighted_bias(b_out, weights, pairs, rows.dtype)
-        return _WeightedExperts.apply(
-            rows, weights, w_in, w_out, b_in, residual, weighted_bias, pairs, self.activation
-        )  # fmt: skip
+        biases = None if b_out is None else weighted_bias(b_out, weights, pairs, rows.dtype)
+        return _WeightedExperts.apply(rows, weights, w_in, w_out, b_in, residual, biases, pairs, self.activation)
 
     def flat(self) -> Tensor:
         """All weights of each expert end to end: [num_local, W]."""
@@ -128,7 +126,7 @@ class _WeightedExperts(torch.autograd.Function):
         w_out: Tensor,
         b_in: Tensor | None,
         residual: Tensor | None,
-        weighted_bias: Tensor | None,
+        biases: Tensor | None,
         pairs: Pairs,
         activation: Activation,
     ) -> Tensor:
@@ -136,7 +134,7 @@ class _WeightedExperts(torch.autograd.Function):
         answers = grouped_product(activate_weighted(hidden, b_in, weights, pairs, activation), w_out, pairs)
         ctx.save_for_backward(rows, weights, w_in, w_out, b_in, hidden)
         ctx.pairs, ctx.activation = pairs, activation
-        return add_up(answers, pairs.row, pairs.place, residual, weighted_bias)
+        return add_up(answers, pairs.row, pairs.place, residual, biases)
 
     @staticmethod
     @once_differentiable

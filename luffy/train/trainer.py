@@ -327,6 +327,8 @@ class Trainer:
         elif o.start_weights is not None:
             load_safetensors(self.model, Path(o.start_weights))
         self.prepare()
+        if self.topics is not None:
+            self.topics.prepare(self.loader, self.config.vocab_size, self.out, self.mesh.rank, resumed=bool(found))
         writer = None
         if first:
             writer = MetricsWriter(self.out, self.step if found else None, tensorboard=o.tensorboard)
