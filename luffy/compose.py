@@ -19,6 +19,7 @@ from luffy.condensation import parse_condense
 from luffy.config import ModelConfig
 from luffy.data.batch import Layout
 from luffy.errors import UserError
+from luffy.exchange.alone import Alone
 from luffy.exchange.condense import CondenseState
 from luffy.exchange.condensing import Condensing
 from luffy.exchange.direct import Direct
@@ -96,6 +97,8 @@ class Runtime:
         spec = WireSpec() if self.recipe.auto else self.recipe.wire_spec  # of auto a permission
         transport = Transport(spec, self.draws, layer)
         self.transports.append(transport)
+        if self.comm is not None and self.comm.mesh.ep_size == 1 and self.planner is None and self.condense is None:
+            return Alone(self.clock, layer, self.tally)
         direct = Direct(self.comm, self.clock, self.recipe.copies, transport, self.tally)
         return _wrapped(direct, self, layer, layer_of_moe, experts, causal=causal, may_drop=may_drop)
 
