@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from luffy.errors import UserError
+from luffy.ranges import Range
 
 WINDOWS = ("16", "32", "64", "128")
 POLICIES = ("static", "paper", "lsh", "lsh-causal")
@@ -68,10 +69,10 @@ def parse_condense(text: str) -> Condensation | None:
         except ValueError:
             raise UserError(f"--condense {text}: {value!r} is not a number; give one of {EXAMPLES}") from None
     assert level is not None
-    if name == "static" and not -1 <= level <= 1:
-        raise UserError(f"--condense {text}: a threshold of similarity lies between -1 and 1")
-    if name.startswith("lsh") and not (level == int(level) and 1 <= level <= 16):
-        raise UserError(f"--condense {text}: give between 1 and 16 hashes")
+    if name == "static" and level not in Range(-1, 1):
+        raise UserError(f"--condense {text}: the least cosine of alike tokens, {Range(-1, 1)}")
+    if name.startswith("lsh") and (level not in Range(1, 16) or level != int(level)):
+        raise UserError(f"--condense {text}: the hashes are {Range(1, 16, whole=True)}")
     scheme = Condensation(name, level)
     if name == "paper":
         scheme = replace(scheme, window=0, history=True, nearest=False, local=True)

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from luffy.errors import UserError
+from luffy.ranges import AT_LEAST_ONE, COUNT, NOT_NEGATIVE, POSITIVE
 
 DTYPES = ("bfloat16", "float32", "float64")
 SEAT_LOSS_FORMS = ("mass", "log", "chosen", "rows")
@@ -70,10 +71,11 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         _one_of("--router-score", self.score, ("softmax", "sigmoid"))
-        _require(self.num_experts >= 1, "--experts must be at least 1")
+        AT_LEAST_ONE.check("--experts", self.num_experts)
+        AT_LEAST_ONE.check("--top-k", self.top_k)
         _require(
-            1 <= self.top_k <= self.num_experts,
-            f"--top-k {self.top_k} must lie between 1 and --experts {self.num_experts}",
+            self.top_k <= self.num_experts,
+            f"--top-k {self.top_k}: give a whole number from 1 to --experts, {self.num_experts}",
         )
         for option, value in (
             ("--balance-loss", self.balance_loss),
@@ -82,7 +84,8 @@ class RouterConfig:
             ("--seat-loss", self.seat_loss),
             ("--bias-update-rate", self.bias_update_rate),
         ):
-            _require(value >= 0, f"{option} {value} must not be negative")
+            NOT_NEGATIVE.check(option, value)
+        POSITIVE.check("--capacity-factor", self.capacity_factor)  # None is dropless
         _one_of("--seat-loss-form", self.seat_loss_form, SEAT_LOSS_FORMS)
         if self.num_groups or self.top_k_groups:
             G, limit, E = self.num_groups, self.top_k_groups, self.num_experts
@@ -91,8 +94,6 @@ class RouterConfig:
                 1 <= limit <= G and limit * (E // G) >= self.top_k,
                 f"--top-k-groups {limit} of {G} groups of {E // G} experts do not hold --top-k {self.top_k}",
             )
-        if self.capacity_factor is not None:
-            _require(self.capacity_factor > 0, "--capacity-factor must be positive (leave it out for dropless)")
 
 
 @dataclass(frozen=True)
@@ -144,13 +145,17 @@ class ModelConfig:
             ("--vocab-size", self.vocab_size),
             ("--moe-every", self.moe_every),
         ):
-            _require(value >= 1, f"{option} {value} must be at least 1")
+            AT_LEAST_ONE.check(option, value)
+        COUNT.check("--shared-experts", self.num_shared_experts)
+        COUNT.check("--memory-length", self.memory_length)
+        for option, number in (("rope_base", self.rope_base), ("norm_eps", self.norm_eps)):
+            POSITIVE.check(option, number)
+        NOT_NEGATIVE.check("init_std", self.init_std)
         _require(
             self.hidden_size % self.num_heads == 0,
             f"--hidden-size {self.hidden_size} must be a multiple of --heads {self.num_heads}",
         )
         _require(self.position != "rope" or self.head_size % 2 == 0, "rotary positions need an even head size")
-        _require(self.num_shared_experts >= 0, "--shared-experts must not be negative")
         _require(
             self.memory_length == 0 or (self.position == "relative" and self.causal),
             "--memory-length needs a causal model with relative positions (moe-transformer-xl)",

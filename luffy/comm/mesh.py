@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from luffy.errors import UserError
+from luffy.ranges import AT_LEAST_ONE
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ def build_mesh(device: torch.device, ep_size: int | None = None, ranks_per_node:
     ep_size = world_size if ep_size is None else ep_size
     if ep_size < 1 or world_size % ep_size:
         raise UserError(f"--ep-size {ep_size} does not divide the {world_size} ranks")
+    AT_LEAST_ONE.check("--ranks-per-node", ranks_per_node)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     ranks_per_node = ranks_per_node or local
     dp_size = world_size // ep_size

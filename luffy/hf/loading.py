@@ -27,6 +27,7 @@ from luffy.model.ownership import expert_parameters
 from luffy.model.router import wide
 from luffy.recipes import Recipe
 from luffy.train.checkpoint import everyone
+from luffy.train.memory import Need
 
 
 def read_config(folder: Path | str) -> Any:
@@ -68,6 +69,8 @@ def load(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype or stored)
     parallel = parallelize(model, mesh, recipe, **options | {"family": family})
     parallel.folder, parallel.stored_dtype = folder, stored
+    weights = sum(local_part(p).nbytes for p in parallel.parameters())
+    Need({f"for weights in {dtype or stored}": weights}).check(mesh.device, "--dtype or --dense sharded")
     _materialise(parallel, mesh.device)
     everyone(mesh, lambda: fill(parallel, Checkpoint(folder)))
     return parallel

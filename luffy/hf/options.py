@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import ClassVar
 
 from luffy.config import ModelConfig, _one_of, _require
 from luffy.errors import UserError
-from luffy.train.options import TrainOptions, option
+from luffy.ranges import AT_LEAST_ONE, COUNT, Range
+from luffy.train.options import RANGES, TrainOptions, option
 
 LONGEST_DEFAULT = 2048
 
@@ -15,6 +17,9 @@ LONGEST_DEFAULT = 2048
 @dataclass(frozen=True)
 class FinetuneOptions(TrainOptions):
     """What `luffy finetune` was asked to do."""
+
+    RANGES: ClassVar[dict[str, Range]] = RANGES | {"lora": COUNT, "lora_alpha": AT_LEAST_ONE}
+    INPUTS: ClassVar[tuple[str, ...]] = ("--data", "--model")
 
     model: str = option("", "Folder of the model: config.json, safetensors, tokenizer.", "Run")
     recipe: str = option("luffy", "How rows are exchanged; `luffy recipes` lists them.", "Run")
@@ -50,8 +55,6 @@ class FinetuneOptions(TrainOptions):
             f"--gradient-dtype {self.gradient_dtype} cannot be combined with --dense sharded, which sums gradients "
             "as they are; leave it out",
         )
-        _require(self.lora >= 0, f"--lora {self.lora} must not be negative")
-        _require(0 < self.valid_fraction < 1, f"--valid-fraction {self.valid_fraction} must lie between 0 and 1")
         super().__post_init__()
 
     def model_config(self) -> ModelConfig:

@@ -19,6 +19,8 @@ from luffy.hf.families import FAMILIES
 from luffy.hf.files import INDEX, Checkpoint, ShardWriter, write_index
 from luffy.hf.loading import read_config
 from luffy.hf.saving import COMPANIONS
+from luffy.inputs import keep_apart
+from luffy.ranges import AT_LEAST_ONE, NOT_NEGATIVE, SEED
 
 # Settings that mean the same in both configurations.
 _KEPT = (
@@ -62,10 +64,13 @@ def upcycle(
     overwrite: bool = False,
 ) -> None:
     """Write `out`, which must not exist unless `overwrite`. noise: standard deviation of the routers' weights."""
-    if not 1 <= top_k <= experts:
-        raise UserError(f"--top-k {top_k} must lie between 1 and --experts {experts}")
-    if noise < 0:
-        raise UserError(f"--noise {noise} must not be negative")
+    AT_LEAST_ONE.check("--experts", experts)
+    AT_LEAST_ONE.check("--top-k", top_k)
+    if top_k > experts:
+        raise UserError(f"--top-k {top_k}: give a whole number from 1 to --experts, {experts}")
+    NOT_NEGATIVE.check("--noise", noise)
+    SEED.check("--seed", seed)
+    keep_apart(out, {"--model": model})
     if out.exists() and not overwrite:
         raise UserError(f"--out {out} exists; choose another folder or add --overwrite")
     dense, source = read_config(model), Checkpoint(model)

@@ -33,11 +33,15 @@ class SeatLayout:
 
 @dataclass(frozen=True, eq=False)
 class Seating:
-    """Where each of B sequences is computed. rank: world rank, micro_batch: int64 [B]. topic: int64 [B] or None."""
+    """Where each of B sequences is computed. rank: world rank, micro_batch: int64 [B].
+
+    topic: int64 [B] below num_topics, where sequences have topics.
+    """
 
     rank: np.ndarray
     micro_batch: np.ndarray
     topic: np.ndarray | None = None
+    num_topics: int = 0
 
     def of(self, rank: int, micro_batch: int) -> np.ndarray:
         """The sequences that sit there, in reading order: int64 [n]."""

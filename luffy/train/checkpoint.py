@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException: `except Exception` misses it
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -33,6 +34,7 @@ from luffy.errors import UserError
 from luffy.model import Transformer, expert_parameters
 
 FORMAT_VERSION = 1
+PARTS = "parts.safetensors"
 _NAME = re.compile(r"step-(\d{8})$")
 
 
@@ -107,9 +109,15 @@ def _quiet() -> Any:
 
 
 def save_checkpoint(
-    folder: Path, step: int, state: dict[str, Any], meta: dict[str, Any], mesh: Mesh, keep: int
+    folder: Path,
+    step: int,
+    state: dict[str, Any],
+    meta: dict[str, Any],
+    mesh: Mesh,
+    keep: int,
+    tensors: dict[str, Tensor] | None = None,
 ) -> Path:
-    """Write `folder/step-XXXXXXXX` and drop all but the newest `keep`.
+    """Write `folder/step-XXXXXXXX` and drop all but the newest `keep`. tensors: of parts (luffy.train.parts.saving).
 
     All ranks call it; the folder must be the same file system for all of them. Raises UserError (on every rank) when
     the disk is full or not writable; earlier checkpoints are untouched then.
@@ -138,6 +146,8 @@ def save_checkpoint(
 
     def publish() -> None:
         try:
+            if tensors:
+                save_file(tensors, temporary / PARTS)
             files = {p.name: _fingerprint(p) for p in sorted(temporary.iterdir())}
             text = json.dumps({"format": FORMAT_VERSION, "step": step, "files": files, **meta}, indent=1)
             with open(temporary / "meta.json", "w", encoding="utf-8") as f:
@@ -190,10 +200,7 @@ def load_checkpoint(path: Path, state: dict[str, Any], mesh: Mesh) -> dict[str, 
     def read() -> None:
         try:
             with _quiet():
-                known = dcp.FileSystemReader(str(path)).read_metadata().state_dict_metadata
-                # A recipe that settles learns its outlook anew; one that did not has none to give.
-                wanted = {n: t for n, t in state.items() if n in known or not n.endswith(".outlook")}
-                dcp.load(wanted, checkpoint_id=str(path))
+                dcp.load(state, checkpoint_id=str(path))
         except (Exception, CheckpointException) as error:
             raise UserError(
                 f"--resume: {path} does not fit this model and these options: {_last_line(error)}"

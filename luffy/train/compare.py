@@ -18,7 +18,9 @@ from typing import Any
 import click
 
 from luffy.errors import UserError
+from luffy.inputs import keep_apart
 from luffy.lab.place import check_ranks, current_lab
+from luffy.ranges import AT_LEAST_ONE, Range
 from luffy.report.compare import COMPARE_FILE, write_compare_report
 from luffy.report.compare_table import text_tables
 from luffy.report.runs import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, Run, read_json, read_run, write_json_atomic
@@ -51,8 +53,8 @@ class Comparison:
         """
         if under_torchrun():
             raise UserError("luffy compare starts its own ranks (--ranks); run it without torchrun")
-        if self.repeats < 1:
-            raise UserError(f"--repeats {self.repeats} must be at least 1")
+        AT_LEAST_ONE.check("--repeats", self.repeats)
+        Range(0, above=True).check("--target-loss", self.target_loss)
         entries = parse_entries(self.recipes)
         elsewhere = [(Path(name), read_run(name)) for name in self.also]
         plan = [(entry, self._of(entry, r)) for r in range(self.repeats) for entry in entries]
@@ -91,6 +93,8 @@ class Comparison:
         if lab is not None:
             run = replace(run, ranks=check_ranks(lab, run.ranks))
         run.check_world(run.ranks)
+        for name in self.also:
+            keep_apart(run.out, {"--also": name})
         if (Path(run.out) / METRICS_FILE).exists() and not (run.resume or run.overwrite):
             raise UserError(f"--out {run.out} already holds a run; add --resume, --overwrite, or choose another folder")
         return run

@@ -160,6 +160,8 @@ class GradientSync:
         The norm is that of the whole model: replicated gradients once, the experts of all ranks of the EP group, and
         every rank's rows of what is sharded.
         """
+        if not max_norm >= 0:
+            raise UserError(f"clip({max_norm}): give a norm above 0, or 0 to leave gradients as they are")
         if self._summed:
             raise UserError("call finish() before clip(): gradients are not summed over all ranks until then")
         stacked = expert_parameters(self.model)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from luffy.comm.sums import SUM_FORMATS
+from luffy.compose import check
 from luffy.config import DTYPES, ModelConfig, _one_of, _require, model_preset
+from luffy.inputs import keep_run_apart
 from luffy.plan.topology import Topology, parse_topology
-from luffy.recipes import Recipe, check_recipe, get_recipe
+from luffy.ranges import AT_LEAST_ONE, COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE, Range
+from luffy.recipes import Recipe, get_recipe
 from luffy.train.rates import parse_num_bytes
 
 
@@ -25,11 +28,31 @@ def option_name(f: Field[Any]) -> str:
     return "--" + f.name.replace("_", "-")
 
 
+RANGES = {
+    **dict.fromkeys(
+        ("ranks", "steps", "batch_size", "accumulate", "eval_batches", "auto_every", "ep_size", "ranks_per_node",
+         "sequence_length", "vocab_size"), AT_LEAST_ONE,
+    ),
+    **dict.fromkeys(
+        ("eval_every", "checkpoint_every", "rehome_every", "trace_every", "keep_checkpoints", "condense_warmup",
+         "warmup_steps"), COUNT,
+    ),
+    **dict.fromkeys(("lr", "weight_decay", "clip_norm"), NOT_NEGATIVE),
+    **dict.fromkeys(("min_lr", "condense_until"), SHARE),
+    "valid_fraction": Range(0, 1, above=True, below=True),
+    "timeout_seconds": POSITIVE,
+    "seed": SEED,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class TrainOptions:
     """What `luffy train` was asked to do. None in a model setting means: as in the preset."""
 
-    recipe: str = option("vanilla_dedup", "How rows are exchanged; `luffy recipes` lists them.", "Run")
+    RANGES: ClassVar[dict[str, Range]] = RANGES
+    INPUTS: ClassVar[tuple[str, ...]] = ("--data", "--tokenizer", "--start-weights")  # files and folders that are read
+
+    recipe: str = option("luffy", "How rows are exchanged; `luffy recipes` lists them.", "Run")
     model: str = option("moe-gpt2-tiny", "Model preset; `luffy models` lists them.", "Run")
     ranks: int = option(1, "Local ranks to start (ignored under torchrun).", "Run")
     steps: int = option(200, "Optimizer steps in total, including those before a resume.", "Run")
@@ -70,8 +93,11 @@ class TrainOptions:
     clip_norm: float = option(1.0, "Largest global gradient norm; 0 turns clipping off.", "Training")
     dtype: str = option("auto", "bfloat16, float32, float64; auto: bfloat16 on GPUs.", "Training")
     recompute: bool = option(False, "Recompute attention and experts in the backward pass.", "Training")
-    gradient_dtype: str = option(
-        "model", f"How gradients travel while ranks sum them: {', '.join(SUM_FORMATS)} (32, 16, 8.5 bits).", "Training"
+    gradient_dtype: str | None = option(
+        None,
+        f"How gradients travel while ranks sum them: {', '.join(SUM_FORMATS)} (32, 16, 8.5 bits) (default: the "
+        "recipe's).",
+        "Training",
     )
     eval_every: int = option(50, "Steps between held-out evaluations; 0: only at the end.", "Training")
     eval_batches: int = option(8, "Batches, of --batch-size, of an evaluation.", "Training")
@@ -88,11 +114,17 @@ class TrainOptions:
     profile_attention: bool = option(
         True, "Measure attention at the start where plans weigh it; without, plans repeat bit for bit.", "Training"
     )
+    seats: str | None = option(
+        None,
+        "Where a step's sequences are computed: as-read (where they were read), learnt (by the rows that they are "
+        "predicted to send, from their token ids) (default: the recipe's).",
+        "Training",
+    )
     wire: str | None = option(
         None,
-        "Format of rows on links: model, bf16, fp8, fp8_e5m2, int16, int8, int4, safe, aggressive, or "
-        "DIRECTION=FORMAT,... with dispatch, combine, dispatch_backward, combine_backward; -sr rounds gradients at "
-        "random; behind it may stand ,local ,residual=int16 (default: the recipe's).",
+        "Format of rows on links: model, bf16, int16, int8, int4, safe, aggressive, or DIRECTION=FORMAT,... with "
+        "dispatch, combine, dispatch_backward, combine_backward; -sr rounds gradients stochastically; ,local rounds "
+        "rows that stay as well (default: the recipe's).",
         "Training",
     )
     residency: str | None = option(
@@ -107,8 +139,8 @@ class TrainOptions:
     auto_every: int = option(200, "Most steps between the looks of --recipe auto.", "Training")
     condense: str | None = option(
         None,
-        "Let similar tokens share a row: none, static:0.9, paper, budget:0.1, lsh:6, lsh-causal:6; behind it may stand "
-        ",local ,window=N ,correct ,centroid ,spread (default: the recipe's).",
+        "Let similar tokens share a row: none, static:0.9, paper, lsh:6, lsh-causal:6; ,local ,window=N ,correct may "
+        "follow (default: the recipe's).",
         "Training",
     )
     condense_warmup: int = option(0, "Steps before condensation begins.", "Training")
@@ -145,25 +177,20 @@ class TrainOptions:
         _one_of("--device", self.device, ("auto", "cpu", "cuda"))
         _one_of("--backend", self.backend, ("auto", "nccl", "gloo"))
         _one_of("--dtype", self.dtype, ("auto", *DTYPES))
-        _one_of("--gradient-dtype", self.gradient_dtype, SUM_FORMATS)
+        _one_of("--gradient-dtype", self.get_gradient_dtype(), SUM_FORMATS)
         _one_of("--layout", self.layout, ("packed", "padded"))
         _one_of("--sequence-mode", self.sequence_mode, ("documents", "fixed", "streams"))
-        for name in ("ranks", "steps", "batch_size", "accumulate", "eval_batches", "auto_every"):
-            value = getattr(self, name)
-            _require(value >= 1, f"--{name.replace('_', '-')} {value} must be at least 1")
-        for name in ("eval_every", "checkpoint_every", "clip_norm", "weight_decay", "lr", "timeout_seconds",
-                     "rehome_every", "trace_every", "keep_checkpoints", "condense_warmup"):  # fmt: skip
-            value = getattr(self, name)
-            _require(value is None or value >= 0, f"--{name.replace('_', '-')} {value} must not be negative")
+        for name, allowed in self.RANGES.items():
+            allowed.check(f"--{name.replace('_', '-')}", getattr(self, name))
         _require(
             self.start_weights is None or Path(self.start_weights).is_file(),
             f"--start-weights {self.start_weights}: no such file; name the model.safetensors of an earlier --export",
         )
         _require(not (self.resume and self.overwrite), "--resume and --overwrite exclude each other")
-        _require(0 <= self.condense_until <= 1, f"--condense-until {self.condense_until} must lie between 0 and 1")
+        keep_run_apart(self.out, {name: getattr(self, name[2:].replace("-", "_")) for name in self.INPUTS}, ("--data",))
         recipe, config = self.get_recipe(), self.model_config()
         _require(
-            self.sequence_length is None or 1 <= self.sequence_length <= config.max_sequence_length,
+            self.sequence_length is None or self.sequence_length <= config.max_sequence_length,
             f"--sequence-length {self.sequence_length} is more than {config.name} allows "
             f"({config.max_sequence_length}); raise --max-sequence-length",
         )
@@ -174,12 +201,7 @@ class TrainOptions:
             _require(self.sequence_mode == "streams", "--memory-length needs --sequence-mode streams")
         if self.topology is not None:
             parse_topology(self.topology)
-        check_recipe(recipe, config)
-        _require(
-            not recipe.settles or self.get_rehome_every() > 0,
-            f"--rehome-every 0: --recipe {recipe.name} learns where sequences should live when experts are re-homed; "
-            "leave the option out",
-        )
+        check(recipe, config)
         if self.fetch_limit is not None:
             parse_num_bytes(self.fetch_limit, "--fetch-limit")
 
@@ -196,8 +218,17 @@ class TrainOptions:
     def get_recipe(self) -> Recipe:
         recipe = get_recipe(self.recipe)
         recipe = recipe if self.wire is None else replace(recipe, wire=self.wire)
+        recipe = recipe if self.seats is None else replace(recipe, seats=self.seats)
         recipe = recipe if self.residency is None else replace(recipe, residency=self.residency)
         return recipe if self.condense is None else replace(recipe, condense=self.condense)
+
+    def get_gradient_dtype(self) -> str:
+        """How gradients are written while ranks sum them."""
+        return self.get_recipe().gradient_dtype if self.gradient_dtype is None else self.gradient_dtype
+
+    def seat_strength(self, step: int) -> float:
+        """Factor of the seat loss at `step`, counted from 0."""
+        return 1.0
 
     def get_rehome_every(self) -> int:
         """Steps between re-homings of experts; 0 is never."""

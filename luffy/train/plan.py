@@ -15,12 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 from luffy.errors import UserError
+from luffy.inputs import keep_apart
 from luffy.plan.cost import AttentionCost
 from luffy.plan.prediction import Prediction, counted_steps, predict
 from luffy.plan.replay import Wire, spread_evenly
 from luffy.plan.residency import expert_costs
 from luffy.plan.topology import Topology, parse_topology
 from luffy.plan.trace import RoutingTrace, join_traces
+from luffy.ranges import NOT_NEGATIVE, POSITIVE
 from luffy.recipes import Recipe, get_recipe
 from luffy.report.style import LINK_COLOURS, draw, legend_below, new_figure, save_png, tick_format, titles
 from luffy.report.units import format_bytes, format_seconds
@@ -184,8 +186,11 @@ def run_plan(
     wire: str | None = None,
 ) -> None:
     """What `luffy plan` does: read, predict, print, and write what was asked for."""
-    if compute_seconds is not None and not 0 <= compute_seconds < float("inf"):
-        raise UserError(f"--compute-seconds {compute_seconds}: seconds cannot be negative or endless")
+    NOT_NEGATIVE.check("--compute-seconds", compute_seconds)
+    POSITIVE.check("--expert-flops", expert_flops)
+    for option, written in (("--json", target), ("--figure", figure)):
+        if written is not None:
+            keep_apart(written, {"--trace": trace}, option)
     topology = parse_topology(spec, "--topology")
     chosen = [get_recipe(name.strip()) for name in recipes.split(",") if name.strip()]
     if wire is not None:
@@ -194,8 +199,6 @@ def run_plan(
     if not chosen:
         raise UserError("--recipes names no recipe; leave it out for all of them")
     recorded = load_trace(trace)
-    if not expert_flops > 0:
-        raise UserError(f"--expert-flops {expert_flops}: operations per second must be positive")
     group = group_of(topology, recorded.num_experts, ep_size)
     predictions = predict_recipes(recorded, group, chosen, layout == "padded", expert_flops)
     console = Console(soft_wrap=True)

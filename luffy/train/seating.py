@@ -21,7 +21,8 @@ import torch
 from luffy.comm import Comm
 from luffy.data.loader import Sequence as TokenSequence
 from luffy.errors import RankMismatchError
-from luffy.seats.seater import Seating, SeatLayout, Seats, as_read
+from luffy.seats.layout import Seating, SeatLayout, as_read
+from luffy.seats.seater import Seats
 from luffy.train.batching import StepTable, count_labels, gather_step
 
 
@@ -56,9 +57,14 @@ class StepReader:
         seats: Seats | None = None,
     ) -> None:
         self.read, self.layout, self.comm, self.seats = read, layout, comm, seats
-        self._thread = ThreadPoolExecutor(1, "seats") if seats is not None else None
+        self._thread: ThreadPoolExecutor | None = None
         self._reading: dict[int, Future[list[TokenSequence]]] = {}
         self._seating: dict[int, Future[tuple[Seating, float]]] = {}
+
+    def use(self, seats: Seats | None, layout: SeatLayout | None = None) -> None:
+        """From the next step on, seats of another kind, or another number of micro-batches."""
+        self.seats, self.layout = seats, layout or self.layout
+        self.decide_anew()
 
     def whole(self, step: int) -> list[TokenSequence]:
         """All sequences of a step, in reading order."""
@@ -71,7 +77,7 @@ class StepReader:
         Raises RankMismatchError where ranks read other sequences or decided other seats.
         """
         mesh, A = self.comm.mesh, self.layout.num_micro_batches
-        if self._thread is None:
+        if self.seats is None:
             mine = [self.read(step * A + m, mesh.rank, mesh.world_size) for m in range(A)]
             return SeatedStep(mine, gather_step(mine, self.comm))
         begin = time.perf_counter()
@@ -94,7 +100,8 @@ class StepReader:
             self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _begin(self, step: int) -> None:
-        assert self._thread is not None
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "seats")
         if step not in self._reading:
             self._reading = {step: self._thread.submit(self.whole, step)}
         if step not in self._seating:

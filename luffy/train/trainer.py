@@ -1,11 +1,12 @@
 """The trainer: a run from its options to its summary, the same code on one rank and on many.
 
-    step:  read sequences -> agree on their lengths -> forward, backward (exchange inside) -> sum gradients
-           -> clip -> AdamW -> move the loss-free bias -> write metrics
+    step:  parts before -> sequences at their seats -> forward, backward (exchange inside) -> sum gradients -> clip
+           -> AdamW -> measure -> parts after -> write metrics
 
-A run is a pure function of its options and its data: weights come from (seed, name), sequences from (seed, step), so
-a resumed run continues exactly where the checkpoint stood. The one thing measured, the cost of attention, can only
-change where sequences are rebuilt, hence the order of summation; it is kept in the checkpoint (luffy.train.attention).
+What happens around a step are parts (luffy.train.parts). A run is a pure function of its options and its data: weights
+come from (seed, name), sequences from (seed, step), seats from what was learnt by then, so a resumed run continues
+exactly where the checkpoint stood. The one thing measured, the cost of attention, can only change where sequences are
+rebuilt, hence the order of summation; it is kept in the checkpoint (luffy.train.attention).
 """
 
 from __future__ import annotations
@@ -16,23 +17,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from luffy.comm import Comm, Mesh
-from luffy.comm.clock import PHASES
-from luffy.comm.meter import DIRECTIONS, LINK_CLASSES, by_direction, by_link
+from luffy.compose import Runtime
 from luffy.data import mask_for_mlm
 from luffy.data.loader import Sequence
 from luffy.errors import UserError
 from luffy.lab.place import Lab, current_lab
-from luffy.model import ModelOutput, Runtime, build_model
+from luffy.model import ModelOutput, build_model
 from luffy.model.aux_loss import RouterTotals
-from luffy.model.balancing import LossFreeBias
+from luffy.model.stack import MicroBatch
+from luffy.plan.cost import AttentionCost
 from luffy.plan.topology import Topology, parse_topology
-from luffy.plan.trace import RoutingTrace, TraceStep
+from luffy.seats.layout import SeatLayout
 from luffy.train.attention import AttentionFit, attention_for_planning
-from luffy.train.auto import AutoControl
 from luffy.train.batching import gather_step, make_micro_batch
 from luffy.train.checkpoint import (
     list_checkpoints,
@@ -42,18 +41,19 @@ from luffy.train.checkpoint import (
     save_checkpoint,
     training_state,
 )
-from luffy.train.condensing import CondenseControl
 from luffy.train.export import export_safetensors, load_safetensors
 from luffy.train.gradients import GradientSync, make_optimizer
+from luffy.train.measure import LOAD_EVERY, Measure
+from luffy.train.memory import training_need, without_vocabulary
 from luffy.train.metrics import MetricsWriter, RunSummary, describe_machine, read_metrics, write_json_atomic
 from luffy.train.options import TrainOptions
-from luffy.train.over_ranks import over_ranks
+from luffy.train.parts import Done
+from luffy.train.parts.choose import choose_parts
+from luffy.train.parts.saving import load_states, states_of
 from luffy.train.progress import TrainProgress, phase
 from luffy.train.rates import half_of_memory, measure_experts, measure_links, parse_num_bytes
 from luffy.train.reading import read_data
-from luffy.train.rehoming import Rehomed, current_owners, num_recorded, rehome, wire_of
-
-LOAD_EVERY = 10  # steps between records of the load of every expert of every layer
+from luffy.train.seating import StepReader
 
 
 class Trainer:
@@ -68,12 +68,11 @@ class Trainer:
         self.dtype_name = options.dtype
         if options.dtype == "auto":
             self.dtype_name = "bfloat16" if mesh.device.type == "cuda" else "float32"
+        self._check_memory()
         self._load_data()
         self.model = self._build_model()
         self.config, self.runtime = self.model.config, self.model.runtime
         self.expert_flops: float | None = None
-        self.auto: AutoControl | None = None
-        self._chosen: dict[str, Any] | None = None  # by `auto`, before a resume
         if self.runtime.residency is not None:
             limit = options.fetch_limit
             self.runtime.residency.limit_num_bytes = (
@@ -84,15 +83,26 @@ class Trainer:
         self.clock = self.runtime.clock
         fused = mesh.device.type == "cuda"
         self.optimizer = make_optimizer(self.model, options.lr, options.weight_decay, fused)
-        self.sync = GradientSync(self.model, self.comm, options.gradient_dtype, self.clock)
-        self.bias = LossFreeBias(self.model, self.comm)
+        self.sync = GradientSync(self.model, self.comm, options.get_gradient_dtype(), self.clock)
         self.memory = self._empty_memory(self.micro_size // mesh.world_size)
         self.step = 0
         self.valid_loss: float | None = None
         self.attention_fit: AttentionFit | None = None
-        self.condensing = CondenseControl(self.runtime.condense, options)
-        # Rows and experts sent to each rank since this process began: this rank's row of the traffic matrix.
-        self._sent, self._sent_steps = np.zeros(mesh.world_size, dtype=np.int64), 0
+        self.measure = Measure(self.runtime)
+        # Micro-batches that take turns; a step that is recorded takes them one by one.
+        self.turns = 2 if options.overlap else 1
+        self.reader = StepReader(self._read, self._seat_layout(), self.comm)
+        self.parts = choose_parts(self)
+
+    def _check_memory(self) -> None:
+        """UserError for sizes that cannot fit, before minutes have passed."""
+        o, mesh = self.options, self.mesh
+        length = o.sequence_length or o.model_config().max_sequence_length
+        rows = self.micro_size // mesh.world_size * (1 if o.sequence_mode == "documents" else length)
+        config = without_vocabulary(o.model_config())
+        dtype = getattr(torch, self.dtype_name)
+        need = training_need(config, mesh.ep_size, dtype, rows)
+        need.check(mesh.device, "--layers, --hidden-size, --expert-hidden-size, --experts or --batch-size")
 
     def _load_data(self) -> None:
         """Set `config`, `mask_id`, `loader` and `valid_loader`."""
@@ -114,6 +124,13 @@ class Trainer:
             return parse_topology(lab.topology, "--link")
         return self.options.links()
 
+    def _seat_layout(self) -> SeatLayout:
+        o, mesh = self.options, self.mesh
+        return SeatLayout(
+            mesh.ep_size, mesh.dp_size, o.num_micro_batches, o.layout == "padded", self.runtime.topology,
+            AttentionCost(self.config.hidden_size),
+        )  # fmt: skip
+
     def _empty_memory(self, num_sequences: int) -> tuple[torch.Tensor, ...] | None:
         """Zeros for segment recurrence: one [S, M, D] per block."""
         cfg = self.config
@@ -125,9 +142,8 @@ class Trainer:
 
     # ---------------------------------------------------------------- one step
 
-    def _read(self, loader_step: int) -> list[Sequence]:
-        sequences = self.loader.batch(loader_step, self.mesh.rank, self.mesh.world_size)
-        return [self._mask(s) for s in sequences]
+    def _read(self, loader_step: int, rank: int, world_size: int) -> list[Sequence]:
+        return [self._mask(s) for s in self.loader.batch(loader_step, rank, world_size)]
 
     def _mask(self, sequence: Sequence) -> Sequence:
         if self.mask_id is None:
@@ -142,6 +158,19 @@ class Trainer:
         mask = torch.tensor(keep, device=self.mesh.device, dtype=self.memory[0].dtype)[:, None, None]
         return tuple(m * mask for m in self.memory)
 
+    def read_micro_batch(self, step: int, index: int) -> MicroBatch:
+        """The index-th micro-batch from step `step` on, as every rank reads its own; all call it."""
+        loader_step = step * self.options.num_micro_batches + index
+        sequences = self._read(loader_step, self.mesh.rank, self.mesh.world_size)
+        return self._alone(sequences, self._memory_for(sequences))
+
+    def _alone(self, sequences: list[Sequence], memory: tuple[torch.Tensor, ...] | None) -> MicroBatch:
+        """A micro-batch that is a step by itself."""
+        padded = self.options.layout == "padded"
+        return make_micro_batch(
+            sequences, 0, gather_step([sequences], self.comm), self.comm, padded=padded, memory=memory
+        )
+
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then cosine down to `min_lr` x `lr` at the last step. `step` counts from 1."""
         o = self.options
@@ -153,180 +182,59 @@ class Trainer:
 
     def train_step(self) -> dict[str, Any]:
         """One optimizer step on all ranks; the record for `metrics.jsonl`, the same on every rank."""
-        begin, A, turns = time.perf_counter(), self.options.num_micro_batches, 2 if self.options.overlap else 1
+        begin, step = time.perf_counter(), self.step
         self.clock.start()
-        rehomed = self._rehome()
-        self.condensing.before(self.step)
-        self.runtime.draws.begin(self.step)
-        if self.auto is not None:
-            self.auto.before(self.step)
-        writes_trace = self.options.trace_every and (self.step + 1) % self.options.trace_every == 0
-        tracing = bool(writes_trace or (self.auto is not None and self.auto.decides_after(self.step)))
-        traced: list[TraceStep] = []
-        micro_batches = [self._read(self.step * A + m) for m in range(A)]
-        announced = gather_step(micro_batches, self.comm)
-        token_loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        routers: RouterTotals | None = None
-        if tracing:
-            turns = 1  # one at a time is recorded
-        for m in range(0, A, turns):
-            micros = [
-                make_micro_batch(
-                    micro_batches[i], i, announced, self.comm,
-                    padded=self.options.layout == "padded", memory=self._memory_for(micro_batches[i]),
-                ) for i in range(m, m + turns)
-            ]  # fmt: skip
-            self.runtime.recorder.active = tracing
-            output: ModelOutput | tuple[ModelOutput, ...] = self.sync(*micros, last=m + turns == A)
-            outputs = output if isinstance(output, tuple) else (output,)
-            if tracing:
-                traced.append(self.runtime.recorder.finish(self.comm, self.step + 1, micros[0].tokens))
-            torch.stack([output.loss for output in outputs]).sum().backward()
-            for output in outputs:
-                token_loss += output.token_loss
-                if output.aux is not None:
-                    routers = output.aux.totals if routers is None else routers + output.aux.totals
-                if self.memory is not None:
-                    self.memory = output.memory
-        self.sync.finish()
+        for part in self.parts:
+            part.before(step)
+        self.runtime.draws.begin(step)
+        done = Done({}, seated=self.reader.take(step))
+        assert done.seated is not None
+        token_loss = self._forward_backward(done)
         norm = self.sync.clip(self.options.clip_norm)
-        lr = self.learning_rate(self.step + 1)
-        totals = self._share(token_loss, routers, norm)
+        lr = self.learning_rate(step + 1)
+        in_full = (step + 1) % LOAD_EVERY == 0 or step + 1 == self.options.steps
+        totals = self.measure.step(step + 1, token_loss, norm, done.routers, in_full)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.bias.step()
-        if self.runtime.residency is not None:
-            held = self.runtime.residency.take()
-            held = over_ranks(self.comm, {}, {"peak_num_bytes": held["peak_num_bytes"]}, {"guests": held["guests"]})
-            totals["residency"] = {name: int(value) for name, value in held.items()}
-        totals |= self._planning(show=True) | self.condensing.after(
-            totals["loss"], None if routers is None else routers.condensed
-        )
         self.step += 1
-        if writes_trace:
-            self._write_trace(traced)
-        if rehomed is not None:
-            totals["rehoming"] = rehomed.to_dict()
-        record = {"step": self.step, **totals, "lr": lr, "seconds": time.perf_counter() - begin}
-        record["tokens"] = int(announced[:, :, 1:].sum())
-        if self.auto is not None:
-            record["mode"] = self.auto.mode.name
-            plain = not tracing and rehomed is None
-            if (choice := self.auto.after(self.step - 1, record, traced, plain)) is not None:
-                record["auto"] = choice
-        return record
+        done.record |= {"step": self.step, **totals, "lr": lr, "seconds": time.perf_counter() - begin}
+        done.record |= {"tokens": done.seated.table.num_tokens} | self.measure.seats(done.seated, totals)
+        for part in self.parts:
+            part.after(step, done)
+        return done.record
 
-    @torch.no_grad()
-    def _rehome(self) -> Rehomed | None:
-        """Re-home experts if it is time: see luffy.train.rehoming. Routers that were never trained have no home."""
-        o, every = self.options, self.options.get_rehome_every()
-        untrained = self.step == 0 and o.start_weights is None
-        if not every or untrained or self.step % every or self.mesh.ep_size == 1 or not self.model.moe_layers:
-            return None
-        recorded = []
-        with self.comm.meter.charging("experts"):
-            each = o.batch_size // (o.num_micro_batches * self.mesh.dp_size)
-            for m in range(num_recorded(each, self.config.router.num_experts)):
-                sequences = self._read(self.step * o.num_micro_batches + m)
-                announced = gather_step([sequences], self.comm)
-                padded = o.layout == "padded"
-                memory = self._memory_for(sequences)
-                micro = make_micro_batch(sequences, 0, announced, self.comm, padded=padded, memory=memory)
-                self.runtime.recorder.active = True
-                self.model(micro)
-                recorded.append(self.runtime.recorder.finish(self.comm, self.step, micro.tokens))
-            rehomed = rehome(
-                self.model,
-                self.optimizer,
-                recorded,
-                padded=o.layout == "padded",
-                micro_batches=o.num_micro_batches,
-                steps_until_next=min(every, o.steps - self.step),
-            )
-        self._planning()  # the recording's plans are not the step's
-        return rehomed
-
-    def _write_trace(self, steps: list[TraceStep]) -> None:
-        """One file a traced step, by the first rank, of its EP group's micro-batches."""
-        if self.mesh.rank != 0:
-            return
-        o, router = self.options, self.config.router
-        about = {"model": o.model, "recipe": o.recipe, "seed": o.seed, "data": o.data, "ep_size": self.mesh.ep_size}
-        wire = wire_of(self.model, o.layout == "padded")
-        about["expert_num_bytes"] = wire.expert_num_bytes
-        trace = RoutingTrace(
-            tuple(steps),
-            num_experts=router.num_experts,
-            top_k=router.top_k,
-            hidden_size=self.config.hidden_size,
-            row_num_bytes=wire.row_num_bytes,
-            owners=current_owners(self.model),
-            about=about,
-        )
-        trace.save(self.out / "trace" / f"step-{self.step:08d}.npz")
-
-    def _planning(self, show: bool = False) -> dict[str, Any]:
-        """What placing sequences came to in this step, mean over ranks; nothing for recipes that move none."""
-        planner, meter = self.runtime.planner, self.comm.meter
-        exposed, meter.exposed_seconds = meter.exposed_seconds, 0.0
-        if planner is None:
-            return {}
-        tally = planner.tally.take()
-        if not show:
-            return {}
-        plan = {
-            "moved_share": tally.moved / max(1, tally.sequences),
-            "seconds": tally.seconds,
-            "exposed_seconds": exposed,
-            "wait_seconds": tally.wait_seconds,
-        }
-        seen = over_ranks(self.comm, plan, {"tokens_max_over_mean": tally.tokens_max_over_mean})
-        return {"plan": {name: seen[name] for name in plan}, "tokens_max_over_mean": seen["tokens_max_over_mean"]}
-
-    def _share(self, token_loss: torch.Tensor, routers: RouterTotals | None, norm: torch.Tensor) -> dict[str, Any]:
-        """Sum what ranks counted, in one small all-reduce, and stop everywhere if a number is not finite."""
-        self._sent, self._sent_steps = self._sent + self.comm.meter.read_to_rank(), self._sent_steps + 1
-        seconds, counts = self.clock.take(), self.comm.meter.take()
-        # What was under way and not waited for; the phase includes packing rows, so this is what was hidden at least.
-        under_way = self.comm.meter.take_under_way()
-        hidden = max(0.0, under_way - seconds["exchange"])
-        mine = np.concatenate([[seconds[p] for p in PHASES], [under_way, hidden], counts.reshape(-1)])
-        packed = torch.cat([token_loss[None], torch.from_numpy(mine).to(self.mesh.device)])
-        # The sum's own bytes belong to the next step: its counts are already on their way.
-        values = self.comm.all_reduce(packed).tolist()
-        grad_norm = float(norm)
-        if not math.isfinite(values[0]) or not math.isfinite(grad_norm):
-            self._stop_not_finite(values[0], grad_norm, routers)
-        n = 1 + len(PHASES)
-        means = [v / self.mesh.world_size for v in values[1 : n + 2]]
-        split = dict(zip(PHASES, means, strict=False))
-        shape = (len(DIRECTIONS), len(LINK_CLASSES))
-        traffic = np.array(values[n + 2 :]).round().astype(np.int64).reshape(shape)
-        record: dict[str, Any] = {
-            "loss": values[0],
-            "grad_norm": grad_norm,
-            "bytes": by_direction(traffic),
-            "bytes_by_link": by_link(traffic),
-            "seconds_split": split,
-        }
-        if means[-2] > 0:
-            record["exchange_under_way_seconds"], record["exchange_hidden_seconds"] = means[-2:]
-        if routers is not None:
-            in_full = (self.step + 1) % LOAD_EVERY == 0 or self.step + 1 == self.options.steps
-            record |= routers.to_record(in_full)
-        return record
-
-    def _stop_not_finite(self, loss: float, grad_norm: float, routers: RouterTotals | None) -> None:
-        where = ""
-        if routers is not None:
-            bad = [i for i, z in enumerate(routers.z.tolist()) if not math.isfinite(z)]
-            where = f"; first seen in the router of MoE layer {bad[0]}" if bad else ""
-        raise UserError(
-            f"step {self.step + 1}: loss {loss}, gradient norm {grad_norm}{where}. No update was made; lower --lr "
-            "or set --clip-norm, and continue from the last checkpoint with --resume"
-        )
+    def _forward_backward(self, done: Done) -> torch.Tensor:
+        """All micro-batches of a step; this rank's share of its loss, []. Notes in `done` what they say besides."""
+        seated, recorder = done.seated, self.runtime.recorder
+        assert seated is not None
+        recording = any(part.records(self.step) for part in self.parts if hasattr(part, "records"))
+        done.plain = not recording
+        A, turns = len(seated.micro_batches), 1 if recording else self.turns
+        token_loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        for first in range(0, A, turns):
+            group = seated.micro_batches[first : first + turns]
+            micros = [
+                make_micro_batch(
+                    sequences, first + i, seated.table, self.comm, padded=self.options.layout == "padded",
+                    memory=self._memory_for(sequences), seat_strength=self.options.seat_strength(self.step),
+                ) for i, sequences in enumerate(group)
+            ]  # fmt: skip
+            recorder.active = recording
+            output: ModelOutput | tuple[ModelOutput, ...] = self.sync(*micros, last=first + turns >= A)
+            outputs = output if isinstance(output, tuple) else (output,)
+            if recording:
+                done.traced.append(recorder.finish(self.comm, self.step + 1, micros[0].tokens))
+            torch.stack([output.loss for output in outputs]).sum().backward()
+            done.layouts += [micro.layout for micro in micros]
+            for output in outputs:
+                token_loss += output.token_loss
+                done.routers = _added(done.routers, output)
+                if self.memory is not None:
+                    self.memory = output.memory
+        self.sync.finish()
+        return token_loss
 
     # ---------------------------------------------------------------- evaluation
 
@@ -339,17 +247,15 @@ class Trainer:
             self.options.num_eval_micro_batches, self.mesh.rank, self.mesh.world_size
         )
         for batch in batches:
-            sequences = [self._mask(s) for s in batch]
-            announced = gather_step([sequences], self.comm)
-            padded = self.options.layout == "padded"
-            micro = make_micro_batch(sequences, 0, announced, self.comm, padded=padded, memory=memory)
+            micro = self._alone([self._mask(s) for s in batch], memory)
             output = self.model(micro)
             memory = output.memory if memory is not None else None
             loss = self.comm.all_reduce(output.token_loss.to(torch.float64).clone())
             total += float(loss) * micro.step_labels
             labels += micro.step_labels
         self.comm.meter.take()  # evaluation is not part of a step's traffic
-        self._planning()
+        self.runtime.tally.take()
+        self.measure.plans()
         return total / max(labels, 1)
 
     # ---------------------------------------------------------------- checkpoints
@@ -363,6 +269,8 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint, unless --keep-checkpoints is 0."""
+        values, tensors = states_of(self.parts)
+        self.comm.meter.take()  # putting states together is not part of a step's traffic
         meta = {
             "model": self.config.to_dict(),
             "options": self.options.to_dict(),
@@ -370,14 +278,13 @@ class Trainer:
             "world_size": self.mesh.world_size,
             "valid_loss": self.valid_loss,
             "attention_fit": self._attention_fit(),
-            "condensing": self.condensing.to_dict(),
             "expert_flops": self.expert_flops,
-            "auto": None if self.auto is None else self.auto.to_dict(),
+            "parts": values,
         }
         keep = self.options.keep_checkpoints
         if not keep:
             return
-        save_checkpoint(self.checkpoints, self.step, self._state(), meta, self.mesh, keep)
+        save_checkpoint(self.checkpoints, self.step, self._state(), meta, self.mesh, keep, tensors)
 
     def _attention_fit(self) -> dict[str, Any] | None:
         return None if self.attention_fit is None else self.attention_fit.to_dict()
@@ -397,8 +304,8 @@ class Trainer:
         prepare_optimizer(self.optimizer)
         load_checkpoint(path, self._state(), self.mesh)
         self.step, self.valid_loss = meta["step"], meta["valid_loss"]
-        self.condensing.restore(meta.get("condensing"))
-        self.expert_flops, self._chosen = meta.get("expert_flops"), meta.get("auto")
+        load_states(self.parts, meta.get("parts", {}), path)
+        self.expert_flops = meta.get("expert_flops")
         fit = meta.get("attention_fit")
         self.attention_fit = None if fit is None else AttentionFit.from_dict(fit)
 
@@ -442,26 +349,17 @@ class Trainer:
         self._measure_rates(dtype)
 
     def _measure_rates(self, dtype: torch.dtype) -> None:
-        """Give shadows and `auto` the rates that they weigh: of experts as in the checkpoint, else measured now."""
-        state, o, mesh, recipe = self.runtime.residency, self.options, self.mesh, self.runtime.recipe
-        if state is None or not (recipe.auto or recipe.residency == "shadow") or not self.model.moe_layers:
+        """Give shadows the rates that they weigh: of experts as in the checkpoint, else measured now."""
+        state, o, mesh = self.runtime.residency, self.options, self.mesh
+        if state is None or self.runtime.recipe.residency != "shadow" or not self.model.moe_layers:
             return
-        if recipe.auto or self._links() is None:
+        if self._links() is None:
             state.topology = measure_links(self.comm, state.topology)
         if self.expert_flops is None:
             length = o.sequence_length or self.config.max_sequence_length
             rows = o.batch_size // (o.num_micro_batches * mesh.world_size) * length * self.config.router.top_k
             self.expert_flops = measure_experts(self.model.moe_layers[0].experts, rows, dtype, self.comm)
         state.flops_per_second = self.expert_flops
-        if recipe.auto:
-            experts = self.model.moe_layers[0].experts
-            pair = 6 * sum(p[0].numel() for p in experts.parameters()) / self.expert_flops
-            self.auto = AutoControl(
-                self.model, self.comm, state.topology, pair, steps=o.steps, every=o.auto_every,
-                padded=o.layout == "padded",
-            )  # fmt: skip
-            if self._chosen is not None:
-                self.auto.restore(self._chosen)
         self.comm.meter.take()  # agreeing is not part of a step's traffic
 
     def _loop(self, writer: MetricsWriter | None, progress: TrainProgress) -> None:
@@ -498,7 +396,7 @@ class Trainer:
         peak = torch.zeros(self.mesh.world_size, dtype=torch.int64, device=self.mesh.device)
         peak[self.mesh.rank] = self._peak_memory()
         highest = int(self.comm.all_reduce(peak).max())
-        traffic = self.comm.all_gather_world(torch.from_numpy(self._sent).to(self.mesh.device)).tolist()
+        traffic = self.comm.all_gather_world(torch.from_numpy(self.measure.sent).to(self.mesh.device)).tolist()
         if self.mesh.rank != 0:
             return None
         summary = RunSummary.from_records(
@@ -512,7 +410,10 @@ class Trainer:
                 "ep_size": self.mesh.ep_size,
                 "dtype": self.dtype_name,
                 "environment": describe_machine(self.mesh.device.type),
-                "traffic": {"steps": self._sent_steps, "bytes": traffic},  # [from][to]; steps since the last resume
+                "traffic": {
+                    "steps": self.measure.sent_steps,
+                    "bytes": traffic,
+                },  # [from][to]; steps since the last resume
                 **({} if self.attention_fit is None else {"attention_fit": self._attention_fit()}),
                 **(_in_lab(lab) if (lab := current_lab()) else {}),
             },
@@ -524,3 +425,9 @@ class Trainer:
 def _in_lab(lab: Lab) -> dict[str, Any]:
     """What a report needs to know of a run behind emulated links."""
     return {"lab": lab.describe(), "provenance": "emulated", "network": lab.network}
+
+
+def _added(routers: RouterTotals | None, output: ModelOutput) -> RouterTotals | None:
+    if output.aux is None:
+        return routers
+    return output.aux.totals if routers is None else routers + output.aux.totals

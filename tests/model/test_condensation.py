@@ -13,7 +13,7 @@ import torch
 
 import luffy.model.moe_layer as moe_layer
 from luffy.comm import RowExchange
-from luffy.condensation import parse_condense
+from luffy.condensation import Condensation, parse_condense
 from luffy.data.batch import Layout, SequenceTable
 from luffy.errors import UserError
 from luffy.exchange import Condensed, CondenseState, ExpertMap, Received, condense, copy_keys, tally
@@ -62,9 +62,11 @@ def test_it_equals_the_oracle_with_more_experts_a_token_capacity_and_recomputati
         assert_condensed_exact(case)
 
 
-def test_a_threshold_above_one_is_the_uncondensed_step_bit_for_bit():
+def test_a_threshold_that_nothing_reaches_is_the_uncondensed_step_bit_for_bit(monkeypatch):
+    out_of_reach = {"none": None, "static:1": Condensation("static", 1.5)}
+    monkeypatch.setattr("luffy.model.moe_layer.parse_condense", out_of_reach.__getitem__)
     for recipe in (STAY, PAIRS, LUFFY):
-        case = Case(shrunk("moe-gpt2-tiny"), world=2, recipe=replace(recipe, condense="static:1.5"), batch=8)
+        case = Case(shrunk("moe-gpt2-tiny"), world=2, recipe=replace(recipe, condense="static:1"), batch=8)
         neutral = run_ranks(condensed_step, 2, case)
         plain = run_ranks(condensed_step, 2, replace(case, recipe=replace(recipe, condense="none")))
         assert neutral[0]["seen"] and not plain[0]["seen"]

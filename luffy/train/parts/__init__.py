@@ -25,7 +25,8 @@ class Done:
     """A step that was made. record: what will be written down of it, the same on every rank; parts add to it.
 
     routers: what all routers did in the whole step, on all ranks. seated: its sequences; layouts: how those of each
-    micro-batch lay on this rank. traced: recorded micro-batches, where anybody asked. plain: nothing was recorded and no expert moved, so that its time is like those of others.
+    micro-batch lay on this rank. traced: recorded micro-batches, where anybody asked. plain: nothing was recorded and
+    no expert moved, so that its time is like those of others.
     """
 
     record: dict[str, Any]

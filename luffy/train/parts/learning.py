@@ -1,4 +1,4 @@
-"""Learning where sequences should sit: rows that layers count anyway, gathered into a predictor, refreshed now and then.
+"""Learning where sequences should sit: rows that layers count, gathered into a predictor that is refreshed.
 
 Each rank notes the rows of its own sequences to each rank; at a refresh all ranks add up what they noted, and rank 0
 solves for all (luffy.seats.sharing). From then on seats are decided by the new predictor.
@@ -66,7 +66,13 @@ class SeatLearning(Stateless):
                 self.seen.observe(features_of([s.tokens for s in sequences]), np.array(layout.lengths), rows)
 
     def state(self) -> dict[str, Any]:
-        return dict(self.seats.state())
+        """With what ranks noted since the last refresh, added up: whole numbers, so that the order does not matter."""
+        noted = torch.from_numpy(self.seen.moments.copy()).to(self.comm.mesh.device)
+        return self.seats.state() | {"noted": self.comm.all_reduce(noted).cpu()}
 
     def load(self, state: dict[str, Any]) -> None:
         self.seats.load(state)
+        noted = state.get("noted")
+        self.seen.forget()
+        if self.comm.mesh.rank == 0 and noted is not None and noted.shape == self.seen.moments.shape:
+            self.seen.moments += noted.numpy()
