@@ -12,3 +12,16 @@ class UserError(Exception):
 
 class RankMismatchError(RuntimeError):
     """Ranks disagree about something that all of them must know alike (a plan, a batch, a configuration)."""
+
+
+class StoppedError(Exception):
+    """A run ended early because it was asked to, by the signal `number`; nothing that was saved is lost."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = int(number)
+
+    @property
+    def status(self) -> int:
+        """The exit status, in a shell's terms: 130 for Ctrl-C, 143 for SIGTERM, 138 for SIGUSR1."""
+        return 128 + self.number

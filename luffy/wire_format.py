@@ -61,6 +61,7 @@ WIRE_SETS = {
     "aggressive": "dispatch=int4,combine=int8,dispatch_backward=int4,combine_backward=int8",
 }
 STOCHASTIC = "-sr"
+SUM_FORMATS = ("model", "bfloat16", "int8")  # of gradients that ranks sum: --gradient-dtype
 
 
 def row_num_bytes(name: str, size: int, itemsize: int) -> int:

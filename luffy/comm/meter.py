@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -32,7 +32,13 @@ LOCAL, INTRA_NODE, INTER_NODE = range(3)
 
 
 class TrafficMeter:
-    """Counts what this rank sends. `node_of_rank` maps world ranks to nodes."""
+    """Counts what this rank sends. `node_of_rank` maps world ranks to nodes.
+
+    messages, last_direction: of this process; what its heartbeat tells of its progress (luffy.train.heartbeat).
+    """
+
+    messages: ClassVar[int] = 0
+    last_direction: ClassVar[str] = ""
 
     def __init__(self, rank: int, node_of_rank: Sequence[int]) -> None:
         self.rank = rank
@@ -77,6 +83,8 @@ class TrafficMeter:
 
     def send(self, direction: str, peer: int, num_bytes: int) -> None:
         direction = self._charged_to or direction
+        TrafficMeter.messages += 1
+        TrafficMeter.last_direction = direction
         self._bytes[DIRECTIONS.index(direction), self.link_class(peer)] += num_bytes
         if direction not in ("control", "gradients"):
             self._to_rank[peer] += num_bytes

@@ -30,9 +30,8 @@ from torch import Tensor
 
 from luffy.comm.collectives import Comm, all_gather_flat
 from luffy.kernels.wire_rows import decode_rows, encode_rows
-from luffy.wire_format import row_num_bytes
+from luffy.wire_format import SUM_FORMATS, row_num_bytes
 
-SUM_FORMATS = ("model", "bfloat16", "int8")
 _WIDTH = 1024  # values of a row, as which a flat tensor is coded; a multiple of a block
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from luffy.data.formats import SUFFIXES, read_texts
+from luffy.data.formats import JSON, SUFFIXES, read_texts
 from luffy.errors import UserError
 
 STDLIB = "stdlib"
@@ -73,10 +73,10 @@ def list_source_files(source: str | os.PathLike[str]) -> list[SourceFile]:
     if not root.exists():
         raise UserError(f"--data {source} does not exist: give a file, a folder, or the word stdlib")
     if root.is_file():
-        if not root.name.lower().endswith(SUFFIXES):
-            raise UserError(f"--data {source} is of no known format: use {', '.join(SUFFIXES)}")
+        if not root.name.lower().endswith((*SUFFIXES, JSON)):
+            raise UserError(f"--data {source} is of no known format: use {', '.join((*SUFFIXES, JSON))}")
         return [_source_file(root, root.parent)]
-    files = [_source_file(path, root) for path in _walk(root, SUFFIXES)]
+    files = [_source_file(path, root) for path in _walk(root, SUFFIXES) or _walk(root, (JSON,))]
     if not files:
         raise UserError(f"--data {source} holds no usable file: put {', '.join(SUFFIXES)} files there")
     held_out = [_is_held_out_name(file.path.name) for file in files]
@@ -93,8 +93,8 @@ def iter_documents(
 ) -> Iterator[Document]:
     """Yield the documents of `source` in their fixed order, one in memory at a time.
 
-    `text_field` names the field or column of `.jsonl`, `.jsonl.gz` and `.parquet` records that holds the
-    text; other formats ignore it. Documents without text (white space only, `null`) are skipped and counted
+    `text_field` names the field or column of `.jsonl`, `.jsonl.gz`, `.json` and `.parquet` records that holds the
+    text; text files ignore it. Documents without text (white space only, `null`) are skipped and counted
     in `tally`.
 
     Raises `UserError`: at once when the source is missing or of no known format; while iterating when a file
@@ -156,6 +156,6 @@ def _cannot_list(error: OSError) -> None:
 
 def _is_held_out_name(name: str) -> bool:
     stem = name.lower()
-    for suffix in (".gz", ".jsonl", ".txt", ".parquet"):
+    for suffix in (".gz", ".jsonl", ".json", ".txt", ".parquet"):
         stem = stem.removesuffix(suffix)
     return not _HELD_OUT_WORDS.isdisjoint(re.split(r"[^a-z0-9]+", stem))

@@ -14,6 +14,7 @@ _HOMES = {
     "load": "loading",
     "ParallelModel": "model",
     "parallelize": "model",
+    "save_adapter": "adapters",
     "save_pretrained": "saving",
 }
 __all__ = sorted(_HOMES)
@@ -23,3 +24,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"luffy.hf.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

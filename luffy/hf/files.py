@@ -60,9 +60,13 @@ class Checkpoint:
         if index.exists():
             try:
                 weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (ValueError, KeyError) as error:
+                if not all(isinstance(file, str) for file in weight_map.values()):
+                    raise TypeError("weight_map")
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"--model: {index} cannot be read; fetch it again") from error
             for file in sorted(set(weight_map.values())):
+                if Path(file).name != file:
+                    raise UserError(f"--model: {index} names {file!r}, which is no file of the folder; fetch it again")
                 expected = [name for name, where in weight_map.items() if where == file]
                 if not (folder / file).exists():
                     raise UserError(f"--model: {folder / file} is missing; it holds {expected[0]}")

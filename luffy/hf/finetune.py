@@ -9,11 +9,13 @@ import click
 import torch
 
 from luffy.errors import UserError
+from luffy.hf.adapters import save_adapter
+from luffy.hf.freezing import freeze
 from luffy.hf.loading import load
 from luffy.hf.model import ParallelModel
 from luffy.hf.options import FinetuneOptions
 from luffy.hf.saving import save_pretrained
-from luffy.hf.text import ExampleLoader, Examples, held_out, prepare_examples
+from luffy.hf.text import ExampleLoader, Examples, divide, prepare_examples
 from luffy.train import run
 from luffy.train.checkpoint import everyone
 from luffy.train.progress import phase
@@ -58,8 +60,8 @@ class FineTuner(Trainer):
             except Exception as error:  # whatever is wrong with it, the mend is the same
                 raise UserError(f"--model {o.model}: its tokenizer cannot be read ({_line(error)})") from error
             return prepare_examples(
-                Path(o.data), tokenizer, folder,
-                sequence_length=o.longest(), loss_on=o.loss_on, vocab_size=self.config.vocab_size,
+                o.data, tokenizer, folder, sequence_length=o.longest(), loss_on=o.loss_on,
+                vocab_size=self.config.vocab_size, validation=o.validation, text_field=o.text_field,
             )  # fmt: skip
 
         with phase("prepare data", enabled=mesh.rank == 0):
@@ -67,9 +69,9 @@ class FineTuner(Trainer):
         if mesh.rank == 0:
             click.echo(summary, err=True)
         examples = Examples(folder)
-        train, valid = held_out(len(examples), o.valid_fraction, o.seed)
+        train, valid = divide(examples, o.valid_fraction, o.seed)
         self.loader: Any = ExampleLoader(examples, train, self.micro_size, o.seed)
-        self.valid_loader: Any = ExampleLoader(examples, valid, self.micro_size, o.seed)
+        self.valid_loader: Any = ExampleLoader(examples, valid, self.micro_size, o.seed) if len(valid) else None
 
     def _build_model(self) -> ParallelModel:
         o, stream = self.options, getattr(torch, self.dtype_name)
@@ -80,7 +82,9 @@ class FineTuner(Trainer):
                 topology=self._links(), dense=o.dense, **o.router_losses(),
             )  # fmt: skip
         if o.lora:
-            parallel.adapt(o.lora, o.lora_alpha, o.seed)
+            parallel.adapt(o.lora, o.lora_alpha, o.seed, o.lora_targets, o.dora)
+        if o.freeze is not None:
+            freeze(parallel, o.freeze)
         self.comm = parallel.runtime.comm
         return parallel.train()
 
@@ -96,8 +100,8 @@ class FineTuner(Trainer):
         if not self.options.export:
             return
         save_pretrained(self.model, self.out / "model")
-        if self.options.lora and self.mesh.rank == 0:
-            self.model.library.save_pretrained(str(self.out / "adapter"), save_embedding_layers=False)  # type: ignore[operator]
+        if self.options.lora:
+            save_adapter(self.model, self.out / "adapter")
 
 
 def _line(error: Exception) -> str:

@@ -12,6 +12,7 @@ process would compute, and gradients are *summed* over ranks too (luffy.train.gr
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +28,7 @@ from luffy.data.batch import TokenBatch
 from luffy.errors import RankMismatchError, UserError
 from luffy.exchange.dispatcher import Forecast
 from luffy.exchange.stage import Stage
+from luffy.hf.adapters import adapt, take_adapters
 from luffy.hf.attention import Frames, check_attention
 from luffy.hf.batches import make_batch
 from luffy.hf.dense import DenseUnits
@@ -92,20 +94,11 @@ class ParallelModel(Stack):
         """This rank's [B, L] as its part of a micro-batch; every rank calls it. See luffy.hf.batches."""
         return make_batch(self.runtime.comm, input_ids, attention_mask, labels, position_ids, padded)
 
-    def adapt(self, rank: int, alpha: int = 16, seed: int = 0) -> None:
-        """Put LoRA adapters of `rank` on the linear maps of attention, float32 at least, and freeze all else.
-
-        For adapters of another kind make a PEFT model first and give that to `parallelize`.
-        """
-        from peft import LoraConfig, get_peft_model
-
-        torch.manual_seed(seed)  # the same adapters on every rank
-        targets = list(self.family.attention)
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
-        self.library = get_peft_model(self.library, config, autocast_adapter_dtype=False)
-        for p in self.library.parameters():
-            if p.requires_grad:
-                p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
+    def adapt(
+        self, rank: int, alpha: int = 16, seed: int = 0, on: Collection[str] = ("attention",), dora: bool = False
+    ) -> None:
+        """LoRA adapters on attention, experts, router; all else frozen: see luffy.hf.adapters.adapt."""
+        adapt(self, rank, alpha, seed, on, dora)
 
     def shard_dense(self) -> None:
         """Keep only this rank's part of the dense weights, from now on: see luffy.hf.dense. Before an optimizer."""
@@ -265,12 +258,13 @@ def parallelize(
         if family.shared is not None:
             gate = None if family.shared_gate is None else getattr(block, family.shared_gate)
             shared = SharedExperts(getattr(block, family.shared), gate)
+        adapters = take_adapters(block)
         activate = family.activate(block)
         replacement = MoELayer(
             runtime,
             i,
             router=LibraryRouter(getattr(block, family.gate), described.router, family.bias_buffer),
-            experts=LibraryExperts(block.experts, family, activate, num_local, mesh.ep_rank * num_local),
+            experts=LibraryExperts(block.experts, family, activate, num_local, mesh.ep_rank * num_local, adapters),
             shared_experts=shared,
             layer_of_moe=moe,
         )

@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import ClassVar
 
 from luffy.config import ModelConfig, _one_of, _require
+from luffy.data.corpus import list_source_files
 from luffy.errors import UserError
+from luffy.hf.freezing import FROZEN, frozen_patterns
+from luffy.hf.hub import local_data, local_model
+from luffy.hf.targets import TARGETS, check_targets
 from luffy.ranges import AT_LEAST_ONE, COUNT, Range
 from luffy.train.options import RANGES, TrainOptions, option
 
@@ -21,20 +25,42 @@ class FinetuneOptions(TrainOptions):
     RANGES: ClassVar[dict[str, Range]] = RANGES | {"lora": COUNT, "lora_alpha": AT_LEAST_ONE}
     INPUTS: ClassVar[tuple[str, ...]] = ("--data", "--model")
 
-    model: str = option("", "Folder of the model: config.json, safetensors, tokenizer.", "Run")
+    model: str = option("", "Folder of the model (config.json, safetensors, tokenizer), or its name on the hub.", "Run")
     recipe: str = option("luffy", "How rows are exchanged; `luffy recipes` lists them.", "Run")
     out: str = option("runs/finetune", "Folder for metrics, checkpoints, the report, and the model (OUT/model).", "Run")
-    data: str = option("", 'A .jsonl file: {"text": ..} or {"messages": [{"role": .., "content": ..}]} a line.', "Data")
-    valid_fraction: float = option(0.02, "Share of the sequences held out, at least one.", "Data")
+    data: str = option(
+        "",
+        "File or folder of .jsonl[.gz], .json, .parquet or .txt, or a data set's name on the hub. Records: messages, "
+        "ShareGPT, Alpaca, prompt and completion, or text.",
+        "Data",
+    )
+    validation: str | None = option(
+        None, "The same, to be held out (default: files named valid or test, else --valid-fraction).", "Data"
+    )
+    valid_fraction: float = option(
+        0.02, "Share of the sequences held out, at least one, where no file is; 0: none, and no evaluation.", "Data"
+    )
     sequence_length: int | None = option(
         None, f"Longest sequence; texts are cut there (default: the model's, {LONGEST_DEFAULT} at most).", "Data"
     )
-    loss_on: str = option("auto", "Chats: assistant (its tokens alone), all, or auto: assistant if it can be.", "Data")
+    loss_on: str = option(
+        "auto",
+        "Chats and completions: all, assistant (answers alone; an error where a chat template hides them), or "
+        "auto (such chats are left out).",
+        "Data",
+    )
     batch_size: int = option(8, "Sequences per optimizer step over all ranks.", "Training")
     lr: float = option(1e-5, "Peak learning rate.", "Training")
     weight_decay: float = option(0.0, "On matrices only.", "Training")
-    lora: int = option(0, "Rank of adapters on attention, all else frozen; 0: train every weight.", "Training")
+    lora: int = option(0, "Rank of adapters on --lora-on, all else frozen; 0: train every weight.", "Training")
+    lora_on: str = option("attention", f"What gets adapters, with commas: {', '.join(TARGETS)}.", "Training")
     lora_alpha: int = option(16, "Scale of the adapters is this over their rank.", "Training")
+    dora: bool = option(False, "Adapters by magnitude and direction (DoRA), on attention.", "Training")
+    freeze: str | None = option(
+        None,
+        f"What stays as it is, with commas: {', '.join(FROZEN)}, or layers A-B (0-11, say) with all in them.",
+        "Training",
+    )
     dense: str = option(
         "replicated",
         "Attention, dense feed-forwards, embedding and head: replicated, or sharded over all ranks (FSDP2).",
@@ -44,10 +70,17 @@ class FinetuneOptions(TrainOptions):
 
     def __post_init__(self) -> None:
         _require(bool(self.model), "--model is missing: name the folder of a model")
+        _require(bool(self.data), "--data is missing: name a file or a folder")
+        object.__setattr__(self, "model", local_model(self.model))
+        object.__setattr__(self, "data", local_data(self.data, "--data"))
         _require(Path(self.model).is_dir(), f"--model {self.model} is not a folder")
-        _require(bool(self.data), "--data is missing: name a .jsonl file")
-        _require(self.data.endswith((".jsonl", ".jsonl.gz")), f"--data {self.data} is not a .jsonl file")
-        _require(Path(self.data).is_file(), f"--data {self.data} is not there")
+        list_source_files(self.data)
+        if self.validation is not None:
+            object.__setattr__(self, "validation", local_data(self.validation, "--validation"))
+            try:
+                list_source_files(self.validation)
+            except UserError as error:
+                raise UserError(str(error).replace("--data", "--validation", 1)) from error
         _one_of("--loss-on", self.loss_on, ("auto", "assistant", "all"))
         _one_of("--dense", self.dense, ("replicated", "sharded"))
         _require(
@@ -55,6 +88,15 @@ class FinetuneOptions(TrainOptions):
             f"--gradient-dtype {self.gradient_dtype} cannot be combined with --dense sharded, which sums gradients "
             "as they are; leave it out",
         )
+        _require(
+            self.lora > 0 or (self.lora_on == "attention" and not self.dora),
+            "--lora-on and --dora need --lora, the rank of the adapters",
+        )
+        if self.lora:
+            check_targets(self.lora_targets, self.dora, self.dense == "sharded")
+        if self.freeze is not None:
+            _require(not self.lora, "--freeze cannot be combined with --lora, which freezes all but its adapters")
+            frozen_patterns(self.freeze)
         super().__post_init__()
 
     def model_config(self) -> ModelConfig:
@@ -73,12 +115,16 @@ class FinetuneOptions(TrainOptions):
     def router_losses(self) -> dict[str, float]:
         return {n: getattr(self, n) for n in _LOSSES if getattr(self, n) is not None}
 
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in self.lora_on.split(","))
+
     def longest(self) -> int:
         return self.sequence_length or min(LONGEST_DEFAULT, self.model_config().max_sequence_length)
 
 
 # What the command line shows: a given model has its sizes, and its tokenizer is in its folder.
 _LOSSES = ("balance_loss", "z_loss", "locality_loss", "bias_update_rate")
-_HIDDEN = ("text_field", "tokenizer", "vocab_size", "cache_dir", "sequence_mode",
+_HIDDEN = ("tokenizer", "vocab_size", "cache_dir", "sequence_mode",
            "condense", "condense_warmup", "condense_until")  # fmt: skip
 SHOWN = {f.name for f in fields(FinetuneOptions) if f.metadata["group"] != "Model"}.difference(_HIDDEN).union(_LOSSES)

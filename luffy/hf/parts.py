@@ -7,19 +7,25 @@ while gradients arrive in the weights' own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from luffy.comm.sharding import is_sharded
 from luffy.config import RouterConfig
 from luffy.data.batch import Layout
+from luffy.errors import UserError
 from luffy.hf.families import Activation, Family
-from luffy.model.experts import Experts
+from luffy.model.experts import Experts, Groups, grouped_linear
 from luffy.model.router import RouterBase, RouterStats, Routing, router_stats, wide
+
+if TYPE_CHECKING:
+    from luffy.hf.adapters import ExpertAdapter
 
 
 def call_in(dtype: torch.dtype, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -75,7 +81,10 @@ class LibraryRouter(RouterBase):
 
     def raise_bias(self, by: Tensor) -> None:
         assert self.bias_buffer is not None, "only families with a bias for the choice are given a rate"
-        bias = getattr(self.gate, self.bias_buffer)
+        gate = self.gate
+        while hasattr(gate, "base_layer"):  # within PEFT's wrapper, if it is adapted
+            gate = gate.base_layer
+        bias = getattr(gate, self.bias_buffer)
         bias.add_(by.to(bias.dtype))
 
 
@@ -83,12 +92,22 @@ class LibraryExperts(Experts):
     """This rank's rows of the library's stacked experts, under the library's names and in its layout.
 
     gate_up_proj [n, 2F, D] and down_proj [n, D, F]; [n, D, 2F] and [n, F, D] where `transposed`; biases [n, ..].
+    lora_A [n, r, in] and lora_B [n, out, r], by the name of the parameter that they adapt; scaling: in the order of
+    PEFT's wrappers, the innermost first. Their product is added to that of the weight, which is left as it is.
     """
 
     gate_up_proj: Tensor
     down_proj: Tensor
 
-    def __init__(self, stacked: nn.Module, family: Family, activate: Activation, num_local: int, first: int) -> None:
+    def __init__(
+        self,
+        stacked: nn.Module,
+        family: Family,
+        activate: Activation,
+        num_local: int,
+        first: int,
+        adapters: Sequence[ExpertAdapter] = (),
+    ) -> None:
         super().__init__()
         self.num_local, self.transposed, self._activate = num_local, family.transposed, activate
         names = ["gate_up_proj", "down_proj"]
@@ -97,12 +116,69 @@ class LibraryExperts(Experts):
             whole = getattr(stacked, name)
             share = whole.detach()[first : first + num_local].clone()
             self.register_parameter(name, nn.Parameter(share, requires_grad=whole.requires_grad))
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        self.scaling: dict[str, float] = {}
+        for adapter in adapters:
+            own = slice(first, first + num_local)
+            self.add_adapter(replace(adapter, a=adapter.a[own], b=adapter.b[own]), adapter.a.device)
 
-    def _own(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        w_in, w_out = self.gate_up_proj, self.down_proj
+    def add_adapter(self, adapter: ExpertAdapter, device: torch.device) -> None:
+        """Adapt a parameter; factors of this rank's experts only."""
+        if adapter.parameter not in ("gate_up_proj", "down_proj"):
+            raise UserError(f"LoRA on experts.{adapter.parameter}: gate_up_proj and down_proj can be adapted")
+        for store, factor in ((self.lora_A, adapter.a), (self.lora_B, adapter.b)):
+            store[adapter.parameter] = nn.Parameter(
+                factor.to(device).clone(memory_format=torch.contiguous_format), requires_grad=adapter.trained
+            )
+        self.scaling[adapter.parameter] = adapter.scaling
+
+    def widths(self, name: str) -> tuple[int, int]:
+        """Of a stacked parameter: what an expert takes in and gives out."""
+        rows, columns = getattr(self, name).shape[1:]
+        return (rows, columns) if self.transposed else (columns, rows)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.widths("gate_up_proj")[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.down_proj.device
+
+    def merged(self, name: str) -> Tensor:
+        """A stacked parameter with its adapter, if any, added to it."""
+        weight: Tensor = getattr(self, name)
+        if name not in self.scaling:
+            return weight
+        delta = self.scaling[name] * (self.lora_B[name] @ self.lora_A[name])  # [n, out, in]
+        return weight + (delta.transpose(1, 2) if self.transposed else delta).to(weight.dtype)
+
+    def _oriented(self, w_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         if not self.transposed:
             w_in, w_out = w_in.transpose(1, 2), w_out.transpose(1, 2)
         return w_in, w_out, getattr(self, "gate_up_proj_bias", None), getattr(self, "down_proj_bias", None)
+
+    def _own(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        return self._oriented(self.merged("gate_up_proj"), self.merged("down_proj"))
+
+    def forward(self, x: Tensor, num_tokens_per_expert: Tensor, guests: Tensor | None = None) -> Tensor:
+        if guests is not None or not self.scaling:
+            return super().forward(x, num_tokens_per_expert, guests)
+        w_in, w_out, b_in, b_out = self._oriented(self.gate_up_proj, self.down_proj)
+        groups = Groups(num_tokens_per_expert, x.shape[0])
+        hidden = grouped_linear(x, w_in.to(x.dtype), groups, b_in)
+        hidden = self.activate(self._adapted("gate_up_proj", hidden, x, groups))
+        return self._adapted("down_proj", grouped_linear(hidden, w_out.to(x.dtype), groups, b_out), hidden, groups)
+
+    def _adapted(self, name: str, y: Tensor, x: Tensor, groups: Groups) -> Tensor:
+        """y [P, out] and what the adapter makes of x [P, in]."""
+        if name not in self.scaling:
+            return y
+        a, b = self.lora_A[name].to(x.dtype), self.lora_B[name].to(x.dtype)
+        if groups.multiplies(x) and (missing := -a.shape[1] % 8):  # the kernel wants rows of 16 bytes
+            a, b = F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))
+        low = grouped_linear(x, a.transpose(1, 2), groups)
+        return y + self.scaling[name] * grouped_linear(low, b.transpose(1, 2), groups)
 
     def activate(self, x: Tensor) -> Tensor:
         return self._activate(x)

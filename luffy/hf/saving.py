@@ -100,7 +100,7 @@ def _write(parallel: ParallelModel, writer: ShardWriter, dtype: torch.dtype | No
         if ".lora_" in library:
             continue
         source = source_of(library, parallel.family, blocks, None)
-        value = whole(p)
+        value = _with_adapter(parallel, name) if name in layers else whole(p)
         value = value if dtype is None else value.to(dtype)
         if name in layers:
             _write_experts(parallel, layers[name], value, source, writer)
@@ -110,6 +110,13 @@ def _write(parallel: ParallelModel, writer: ShardWriter, dtype: torch.dtype | No
         if mesh.rank == 0 and is_stored(parallel, name):
             writer.add(source_of(parallel.library_name(name), parallel.family, blocks, None).keys[0], b)
     writer.close()
+
+
+def _with_adapter(parallel: ParallelModel, name: str) -> Tensor:
+    """A stacked weight of experts; PEFT's own merging does not know those that are spread over ranks."""
+    module, _, leaf = name.rpartition(".")
+    experts: Any = parallel.get_submodule(module)
+    return experts.merged(leaf)
 
 
 def _write_experts(parallel: ParallelModel, moe: MoELayer, value: Tensor, source: Source, writer: ShardWriter) -> None:

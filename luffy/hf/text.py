@@ -1,84 +1,42 @@
-"""Fine-tuning data: lines of text or chats, to token sequences with labels, and the loader that deals them to ranks.
+"""Fine-tuning data: files of records (luffy.hf.records) to token sequences with labels, and the loader that deals them.
 
-A line is {"text": ..}, trained on as it stands with the end-of-text token behind it, or {"messages": [..]}, put into
-words by the tokenizer's chat template. In a chat the loss is on what the assistant says, where that can be told: by the
-template's own marks if it has them ({% generation %}), else by applying the template to the chat up to each answer,
-if longer chats begin with the tokens of shorter ones.
+Files are found and read as `luffy train` does it (luffy.data): a file or a folder of .jsonl, .jsonl.gz, .json, .parquet
+or .txt, files named valid or test being held out. Texts longer than a sequence are cut into pieces, chats and
+completions at their end; what keeps nothing to train on is left out and counted.
 
 Rank 0 makes the tokens, once, in OUT/tokens; the others read them. What a rank gets is a function of (seed, step).
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from luffy.data.corpus import list_source_files
+from luffy.data.formats import read_records
 from luffy.data.loader import Sequence
 from luffy.errors import UserError
+from luffy.hf.encode import Encoded, encode_chat, encode_completion, encode_text
+from luffy.hf.records import Chat, Text, read_record
 from luffy.model.transformer import IGNORE_INDEX
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of a .jsonl or .jsonl.gz file; UserError naming the line that is not one."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as f:
-        for number, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"--data {path}, line {number}: not a JSON object") from error
-            if not isinstance(value, dict) or not ("text" in value or "messages" in value):
-                raise UserError(f'--data {path}, line {number}: has neither "text" nor "messages"')
-            yield number, value
-
-
-def encode_text(tokenizer: Any, text: str) -> tuple[list[int], list[bool]]:
-    """Tokens with the end-of-text token, all trained on."""
-    ids = list(tokenizer(text)["input_ids"])
-    if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
-        ids.append(tokenizer.eos_token_id)
-    return ids, [True] * len(ids)
-
-
-def encode_chat(tokenizer: Any, messages: list[dict[str, Any]]) -> tuple[list[int], list[bool] | None]:
-    """Tokens of a chat, and which of them the assistant says; None where that cannot be told."""
-    if "{% generation" in (tokenizer.chat_template or "") or "{%- generation" in (tokenizer.chat_template or ""):
-        out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-        return list(out["input_ids"]), [bool(m) for m in out["assistant_masks"]]
-
-    def tokens(some: list[dict[str, Any]], answer_follows: bool = False) -> list[int]:
-        out = tokenizer.apply_chat_template(some, add_generation_prompt=answer_follows, return_dict=True)
-        return list(out["input_ids"])
-
-    ids = tokens(messages)
-    spoken = [False] * len(ids)
-    for i, message in enumerate(messages):
-        if message.get("role") != "assistant":
-            continue
-        try:
-            before, with_it = tokens(messages[:i], answer_follows=True), tokens(messages[: i + 1])
-        except Exception:  # templates raise what they like for chats that they do not take, such as an empty one
-            return ids, None
-        if ids[: len(with_it)] != with_it or with_it[: len(before)] != before:
-            return ids, None
-        spoken[len(before) : len(with_it)] = [True] * (len(with_it) - len(before))
-    return ids, spoken
-
-
 class Examples:
-    """Token sequences end to end: `tokens` int32 [N], `trained` bool [N], `starts` int64 [n + 1]."""
+    """Token sequences end to end: `tokens` int32 [N], `trained` bool [N], `starts` int64 [n + 1].
+
+    held_out: bool [n], of files that are named so, or given as --validation.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self.tokens, self.trained, self.starts = (
-            np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "trained", "starts")
+        names = ("tokens", "trained", "starts", "held_out")
+        self.tokens, self.trained, self.starts, self.held_out = (
+            np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names
         )
 
     def __len__(self) -> int:
@@ -93,16 +51,28 @@ class Examples:
 
 
 def prepare_examples(
-    path: Path, tokenizer: Any, folder: Path, *, sequence_length: int, loss_on: str, vocab_size: int
+    path: Path | str,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    sequence_length: int,
+    loss_on: str,
+    vocab_size: int,
+    validation: Path | str | None = None,
+    text_field: str = "text",
 ) -> str:
-    """Make `folder` of `path`, unless it is of the same file and settings. Returns a line on what was made.
+    """Make `folder` of `path`, unless it is of the same files and settings. Returns a line on what was made.
 
-    Texts longer than `sequence_length` are cut into pieces, chats at their end; what keeps no label is left out.
+    loss_on: "auto" and "assistant" train on the answers of chats and completions, "all" on prompts too. Where not one
+    answer of a chat can be told, "auto" leaves the chat out, and "assistant" raises UserError.
     """
+    files = [(file, file.split == "valid") for file in list_source_files(path)]
+    if validation is not None:
+        files += [(file, True) for file in list_source_files(validation)]
     vocabulary = sorted(tokenizer.get_vocab().items()), tokenizer.chat_template
     about = {
-        "file": [str(path), path.stat().st_size, path.stat().st_mtime_ns],
-        "settings": [sequence_length, loss_on],
+        "files": [[str(f.path), f.num_bytes, f.mtime_ns, held] for f, held in files],
+        "settings": [sequence_length, loss_on, text_field],
         "tokenizer": hashlib.sha256(repr(vocabulary).encode()).hexdigest(),
     }
     note = folder / "about.json"
@@ -114,53 +84,90 @@ def prepare_examples(
     folder.mkdir(parents=True, exist_ok=True)
     ids: list[np.ndarray] = []
     marks: list[np.ndarray] = []
-    unmarked = empty = chats = 0
-    for number, line in read_lines(path):
-        if "messages" in line:
-            chats += 1
-            tokens, spoken = _chat(tokenizer, line["messages"], path, number)
-            unmarked += spoken is None
-            if spoken is None and loss_on == "assistant":
-                raise UserError(
-                    f"--loss-on assistant: {path}, line {number}: the chat template does not tell what the assistant "
-                    "says; use --loss-on all, or a template with {% generation %} marks"
-                )
-            trained = [True] * len(tokens) if spoken is None or loss_on == "all" else spoken
-            tokens, trained = tokens[: sequence_length + 1], trained[: sequence_length + 1]
-        else:
-            if not isinstance(line["text"], str):
-                raise UserError(f'--data {path}, line {number}: "text" is not a string')
-            tokens, trained = encode_text(tokenizer, line["text"])
-        if tokens and max(tokens) >= vocab_size:
-            raise UserError(f"--model: its tokenizer makes token {max(tokens)}, but its vocabulary has {vocab_size}")
-        before = len(ids)
-        for begin in range(0, len(tokens), sequence_length):
-            piece, mark = (v[begin : begin + sequence_length + 1] for v in (tokens, trained))
-            if len(piece) >= 2 and any(mark[1:]):
-                ids.append(np.array(piece, dtype=np.int32))
-                marks.append(np.array(mark, dtype=bool))
-        empty += before == len(ids)
-    if len(ids) < 2:
-        raise UserError(f"--data {path}: {len(ids)} usable sequences; at least 2 are needed, one to be held out")
+    held_out: list[bool] = []
+    tally: Counter[str] = Counter()
+    for file, held in files:
+        for where, record in read_records(file.path):
+            before = len(ids)
+            for piece, mark in _pieces(tokenizer, record, where, tally, sequence_length, loss_on, text_field):
+                if max(piece, default=0) >= vocab_size:
+                    raise UserError(
+                        f"--model: its tokenizer makes token {max(piece)}, but its vocabulary has {vocab_size}"
+                    )
+                if len(piece) >= 2 and any(mark[1:]):
+                    ids.append(np.array(piece, dtype=np.int32))
+                    marks.append(np.array(mark, dtype=bool))
+            held_out += [held] * (len(ids) - before)
+            tally["left out"] += before == len(ids)
+    if len(ids) - sum(held_out) < 1:
+        raise UserError(f"--data {path}: no usable sequence{_remarks(tally, loss_on)}")
     np.save(folder / "tokens.npy", np.concatenate(ids))
     np.save(folder / "trained.npy", np.concatenate(marks))
     np.save(folder / "starts.npy", np.concatenate([[0], np.cumsum([len(x) for x in ids])]))
-    summary = f"{len(ids):,} sequences, {sum(len(x) for x in ids):,} tokens"
-    if empty:
-        summary += f"; {empty:,} lines left out: nothing to train on"
-    if chats and loss_on != "all":
-        summary += f"; loss on the assistant's tokens in {chats - unmarked:,} of {chats:,} chats"
+    np.save(folder / "held_out.npy", np.array(held_out, dtype=bool))
+    summary = f"{len(ids):,} sequences, {sum(len(x) for x in ids):,} tokens{_remarks(tally, loss_on)}"
     note.write_text(json.dumps(about | {"summary": summary}), encoding="utf-8")
     return summary
 
 
-def _chat(tokenizer: Any, messages: Any, path: Path, number: int) -> tuple[list[int], list[bool] | None]:
+def _pieces(
+    tokenizer: Any,
+    record: dict[str, Any],
+    where: str,
+    tally: Counter[str],
+    sequence_length: int,
+    loss_on: str,
+    text_field: str,
+) -> Iterator[Encoded]:
+    """What one record gives, each of sequence_length + 1 tokens at most."""
+    content = read_record(record, where, text_field)
+    if content is None:
+        return
+    if isinstance(content, Text):
+        tokens, trained = encode_text(tokenizer, content)
+        for begin in range(0, len(tokens), sequence_length):
+            yield tokens[begin : begin + sequence_length + 1], trained[begin : begin + sequence_length + 1]
+        return
+    if isinstance(content, Chat):
+        tally["chats"] += 1
+        tokens, answers = _encode_chat(tokenizer, content, where, loss_on)
+        if answers is None and loss_on != "all":
+            tally["unclear"] += 1
+            return
+        trained = [True] * len(tokens) if answers is None or loss_on == "all" else answers
+    else:
+        tokens, trained = encode_completion(tokenizer, content)
+        trained = [True] * len(tokens) if loss_on == "all" else trained
+    tally["cut"] += len(tokens) > sequence_length + 1
+    yield tokens[: sequence_length + 1], trained[: sequence_length + 1]
+
+
+def _encode_chat(tokenizer: Any, chat: Chat, where: str, loss_on: str) -> tuple[list[int], list[bool] | None]:
     if not tokenizer.chat_template:
-        raise UserError(f'--data {path}, line {number}: "messages", but the tokenizer of --model has no chat template')
+        raise UserError(f"{where}: a chat, but the tokenizer of --model has no chat template")
     try:
-        return encode_chat(tokenizer, messages)
+        tokens, answers = encode_chat(tokenizer, chat)
     except Exception as error:  # templates raise what they like
-        raise UserError(f"--data {path}, line {number}: the chat template refuses it: {error}") from error
+        raise UserError(f"{where}: the chat template refuses it: {error}") from error
+    if answers is None and loss_on == "assistant":
+        raise UserError(
+            f"--loss-on assistant: {where.removeprefix('--data ')}: the chat template does not tell what the assistant "
+            "says; use --loss-on all, or a template with {% generation %} marks"
+        )
+    return tokens, answers
+
+
+def _remarks(tally: Counter[str], loss_on: str) -> str:
+    out = ""
+    if tally["cut"]:
+        out += f"; {tally['cut']:,} were longer than --sequence-length and cut"
+    if tally["left out"]:
+        out += f"; {tally['left out']:,} lines left out: nothing to train on"
+    if tally["unclear"]:
+        out += f" ({tally['unclear']:,} because the chat template does not tell the answers; see --loss-on)"
+    if tally["chats"] and loss_on != "all":
+        out += f"; loss on the assistant's tokens in {tally['chats'] - tally['unclear']:,} of {tally['chats']:,} chats"
+    return out
 
 
 class ExampleLoader:
@@ -195,7 +202,16 @@ class ExampleLoader:
 
 
 def held_out(num_examples: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices to train on, and at least one held out."""
+    """Indices to train on, and those held out: at least one, none with `fraction` 0."""
     order = np.random.default_rng((seed, 0x5EED)).permutation(num_examples)
-    count = min(num_examples - 1, max(1, round(num_examples * fraction)))
+    count = min(num_examples - 1, max(1, round(num_examples * fraction))) if fraction else 0
     return np.sort(order[count:]), order[:count]
+
+
+def divide(examples: Examples, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """As `held_out`, unless files say which sequences are held out. UserError where none is left to hold out."""
+    if examples.held_out.any():
+        return np.flatnonzero(~examples.held_out), np.flatnonzero(examples.held_out)
+    if fraction and len(examples) < 2:
+        raise UserError("--data: 1 usable sequence, which cannot be held out too; give --valid-fraction 0")
+    return held_out(len(examples), fraction, seed)

@@ -139,8 +139,19 @@ def take_place(rank: int) -> None:
     os.environ.update(lab.rank_environment(rank))
 
 
+def end_with(pid: int) -> None:
+    """From here on this process ends within moments of process `pid`, whatever ends that one."""
+    try:
+        watch = os.pidfd_open(pid)
+    except AttributeError:  # not Linux
+        return
+    except OSError:  # it has ended
+        os._exit(1)
+    threading.Thread(target=_end_with, args=(watch,), name="luffy-launcher", daemon=True).start()
+
+
 def _end_with(watch: int) -> None:
-    """Wait for the end of the lab. The launcher cannot be asked to do this: it may have been killed with the lab."""
+    """Wait for the end of a process: for a lab, since the launcher may have been killed with it."""
     poll = select.poll()
     poll.register(watch, select.POLLIN)
     poll.poll()

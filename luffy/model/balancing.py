@@ -27,6 +27,11 @@ class LossFreeBias:
         modules = (m for m in model.modules() if isinstance(m, RouterBase))
         self.routers, self.comm = [m for m in modules if m.config.bias_update_rate > 0], comm
 
+    def forget(self) -> None:
+        """Drop what was counted since the last call: a step that made no update."""
+        for router in self.routers:
+            router.take_chosen()
+
     @torch.no_grad()
     def step(self) -> None:
         """Raise the bias of experts that were chosen less than the mean since the last call, lower that of the others:

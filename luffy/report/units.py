@@ -1,4 +1,4 @@
-"""Numbers for people: bytes, rates, durations, counts.
+"""Numbers for people, and by people: bytes, rates, durations, counts.
 
 Sizes and rates are decimal (1 kB = 1000 bytes), because links are sold that way: a byte count printed here
 can be divided by a link's rate in one's head. Three significant digits are enough to compare two runs, and
@@ -6,8 +6,13 @@ few enough that noise does not look like knowledge.
 """
 
 import math
+import re
+
+from luffy.errors import UserError
 
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
+_SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([kmgtKMGT]?)(i?)B")
+_POWER = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 DASH = "–"  # what stands in a table where nothing was measured
 
 
@@ -96,3 +101,11 @@ def format_share(part: float, whole: float) -> str:
     if percent >= 0.95:
         return f"{percent:.0f} %"
     return f"{percent:.1f} %" if percent >= 0.05 else "< 0.1 %"
+
+
+def parse_num_bytes(text: str, option: str) -> int:
+    """``8GB``, ``500MB``, ``2GiB`` -> bytes. Raises UserError naming the option."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or float(match[1]) <= 0:
+        raise UserError(f"{option} {text}: not a size; write a number and a unit, such as 8GB or 500MB")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** _POWER[match[2].lower()])

@@ -10,8 +10,7 @@ from luffy.testing.oracle_tools import (
     vivid_parameters,
 )
 from luffy.testing.oracle_train import OracleStep, oracle_step, oracle_train
-from luffy.testing.ranks import RankFailedError, run_ranks
-from luffy.testing.together import Outcome, run_together
+from luffy.testing.ranks import Outcome, RankFailedError, run_ranks, run_together
 
 __all__ = [
     "Condensing",

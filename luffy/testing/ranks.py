@@ -1,72 +1,42 @@
-"""Run a function on several real ranks: forked processes that talk over gloo, or over NCCL with a GPU each.
+"""Run a function, or many, on several real ranks: processes that talk over gloo, or over NCCL with a GPU each.
 
-Forking keeps the start cheap (torch is loaded once), so a test can afford real processes; a test does well to assert
-much in one launch. Where a launch is dear, as with a GPU a rank, `run_together` (together.py) shares one among tests.
+    run_ranks(add_up, 2, 3)      # [add_up(0, 3), add_up(1, 3)]
+    outcomes = run_together({"sum": (add_up, 3), "mean": (average,)}, world_size=2, backend="nccl")
+    outcomes["sum"].get()        # what each rank gave back; raises RankFailedError if one of them failed
+
+Ranks over gloo wait for the next call (pool.py), so that a call costs milliseconds. Over NCCL a call starts them, which
+takes seconds: tests of one number of ranks do well to share a call. No failure of a case reaches another one: ranks
+that died, or do not answer, are replaced; ranks that all answered, one of them with a failure, form a new process
+group, since a collective may have been entered by some only.
 """
 
 from __future__ import annotations
 
-import gc
-import multiprocessing as mp
-import os
-import queue
-import tempfile
-import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.distributed as dist
+from luffy.testing.pool import Ranks, give_back, lend
+
+Work = tuple[Any, ...]  # a function that is called with its rank, and its other arguments
 
 
 class RankFailedError(AssertionError):
     """A rank raised: carries its number and its traceback."""
 
 
-def join(rank: int, world: int, store: str, backend: str) -> None:
-    """Make this process rank `rank` of `world`, which meet at the file `store`."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    os.environ |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    torch.set_num_threads(1)
-    device = None
-    if backend == "nccl":
-        device = torch.device("cuda", rank)
-        torch.cuda.set_device(device)
-    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world, device_id=device)
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a case: `values` by rank, or `error`, the traceback of the first rank that failed."""
 
+    values: list[Any] | None
+    error: str | None
 
-def context_for(backend: str) -> Any:
-    """How ranks are started: forked over gloo; over NCCL forked from a server that has touched no GPU."""
-    if backend == "gloo":
-        return mp.get_context("fork")
-    mp.set_forkserver_preload(["luffy.train.trainer"])
-    return mp.get_context("forkserver")
-
-
-def start_all(children: Sequence[Any]) -> None:
-    """Start processes. What the parent no longer uses must not be destroyed in a child: a destructor that joins a
-    thread (a store's daemon, say) would wait for ever, since a fork takes no threads along."""
-    gc.collect()
-    gc.freeze()
-    for child in children:
-        child.start()
-    gc.unfreeze()
-
-
-def _child(fn: Callable[..., Any], rank: int, world: int, store: str, args: tuple, results: Any, backend: str) -> None:
-    try:
-        join(rank, world, store, backend)
-        value = fn(rank, *args)
-        dist.barrier()
-        results.put((rank, True, value))
-    except BaseException:
-        results.put((rank, False, traceback.format_exc()))
-    finally:
-        results.close()
-        results.join_thread()
-        # Skip the interpreter's shutdown: a forked child must not run its parent's exit handlers.
-        os._exit(0)
+    def get(self) -> list[Any]:
+        """The values; raises RankFailedError where there are none."""
+        if self.values is None:
+            raise RankFailedError(self.error)
+        return self.values
 
 
 def run_ranks(
@@ -74,44 +44,45 @@ def run_ranks(
 ) -> list[Any]:
     """Call `fn(rank, *args)` on `world_size` ranks; the results (picklable, no live tensors) in rank order.
 
-    backend: "gloo", or "nccl", where rank r has GPU r. Those ranks are forked from a server that has touched no GPU
-    (the oracle's optimizer here does), so `fn` must be importable by its name.
+    backend: "gloo", or "nccl", where rank r has GPU r. `fn` must be importable by its name, arguments picklable.
     Raises `RankFailedError` with the traceback of the first rank that failed, or that one did not answer in time.
     """
-    context = context_for(backend)
-    results = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        store = os.path.join(folder, "store")
-        children = [
-            context.Process(target=_child, args=(fn, r, world_size, store, args, results, backend), daemon=True)
-            for r in range(world_size)
-        ]
-        start_all(children)
-        answers: dict[int, Any] = {}
-        deadline = time.monotonic() + timeout_seconds
-        try:
-            while len(answers) < world_size:
-                try:
-                    rank, ok, value = results.get(timeout=0.5)
-                except queue.Empty:
-                    dead = [r for r, c in enumerate(children) if not c.is_alive() and r not in answers]
-                    if dead and results.empty():
-                        raise RankFailedError(f"rank {dead[0]} died without a word") from None
-                    if time.monotonic() > deadline:
-                        missing = [r for r in range(world_size) if r not in answers]
-                        raise RankFailedError(f"no answer from ranks {missing}") from None
-                    continue
-                if not ok:
-                    # A rank that was lost says nothing, but its peers complain of it: look for it first.
-                    time.sleep(0.5)
-                    silent = [r for r, c in enumerate(children) if c.exitcode not in (None, 0)]
-                    if silent:
-                        raise RankFailedError(f"rank {silent[0]} died without a word; rank {rank} then:\n{value}")
-                    raise RankFailedError(f"rank {rank} failed:\n{value}")
-                answers[rank] = value
-        finally:
-            for child in children:
-                if len(answers) < world_size:
-                    child.kill()
-                child.join()
-    return [answers[r] for r in range(world_size)]
+    case = {"": (fn, *args)}
+    return run_together(case, world_size, backend=backend, case_seconds=timeout_seconds, grace_seconds=0.5)[""].get()
+
+
+def run_together(
+    cases: Mapping[str, Work],
+    world_size: int,
+    *,
+    backend: str = "gloo",
+    case_seconds: float = 120.0,
+    grace_seconds: float = 10.0,
+) -> dict[str, Outcome]:
+    """Call each case's `fn(rank, *args)` on `world_size` ranks, one case after another; the outcome of each.
+
+    cases: by name, (fn, *args), importable as for `run_ranks`; results likewise. case_seconds: how long a case may
+    take, the start of the ranks included. grace_seconds: for ranks to end a case in which another has failed.
+    """
+    outcomes: dict[str, Outcome] = {}
+    ranks: Ranks | None = None
+    try:
+        for name, (fn, *args) in cases.items():
+            if ranks is None or ranks.spent:
+                if ranks is not None:
+                    ranks.end()
+                ranks = lend(world_size, backend)
+            answers, lost = ranks.run(fn, args, case_seconds, grace_seconds)
+            failed = [f"rank {r} failed:\n{value}" for r, (well, value) in answers.items() if not well]
+            error = "\n".join([*lost, *failed[:1]]) or None
+            outcomes[name] = Outcome(None if error else [answers[r][1] for r in range(world_size)], error)
+            if any(well is None for well, _ in answers.values()):  # no world, so the others fail alike
+                return outcomes | {other: Outcome(None, error) for other in cases if other not in outcomes}
+    except BaseException:  # interrupted: nobody knows what the ranks are doing
+        if ranks is not None:
+            ranks.end()
+        raise
+    finally:
+        if ranks is not None:
+            give_back(ranks)
+    return outcomes

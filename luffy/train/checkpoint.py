@@ -3,20 +3,17 @@
 Tensors go through `torch.distributed.checkpoint`. Experts and their optimizer state are described to it as shards of
 one tensor over the expert-parallel mesh; sharded weights (luffy.comm.sharding) are shards of one over the world as they
 are. So it can hand them to any other number of ranks, sharded or not. A checkpoint is written beside its final name,
-its files' sizes and checksums are recorded, and only then does it get that name; a kill or a full disk at any moment
-leaves the previous one as it was.
+its files' sizes and checksums are recorded (luffy.train.checkpoint_files), and only then does it get that name; a kill
+or a full disk at any moment leaves the previous one as it was.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import re
+import datetime
 import shutil
 import traceback
 import warnings
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException: `except Exception` misses it
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -32,15 +28,16 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from luffy.comm import Mesh
 from luffy.errors import UserError
 from luffy.model import Transformer, expert_parameters
-
-FORMAT_VERSION = 1
-PARTS = "parts.safetensors"
-_NAME = re.compile(r"step-(\d{8})$")
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first. What a killed run left half-written has another name."""
-    return sorted(p for p in folder.glob("step-*") if _NAME.match(p.name) and (p / "meta.json").exists())
+from luffy.train import checkpoint_files
+from luffy.train.checkpoint_files import (
+    FORMAT_VERSION,
+    DamagedError,
+    Reader,
+    Writer,
+    check_files,
+    list_checkpoints,
+)
+from luffy.train.ranklog import say
 
 
 def training_state(
@@ -108,86 +105,136 @@ def _quiet() -> Any:
         yield
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    state: dict[str, Any],
-    meta: dict[str, Any],
-    mesh: Mesh,
-    keep: int,
-    tensors: dict[str, Tensor] | None = None,
-) -> Path:
-    """Write `folder/step-XXXXXXXX` and drop all but the newest `keep`. tensors: of parts (luffy.train.parts.saving).
+class CheckpointWriter:
+    """Writes checkpoints of one run to `folder`, a file system that all ranks share; every rank makes one.
 
-    All ranks call it; the folder must be the same file system for all of them. Raises UserError (on every rank) when
-    the disk is full or not writable; earlier checkpoints are untouched then.
+    background: save from a copy of the state, while training goes on; otherwise `save` returns when all is written.
+    A checkpoint is there when the next one begins, or `finish` returns; until then the one before stays.
     """
-    final = folder / f"step-{step:08d}"
-    temporary = folder / f"{final.name}.tmp"
 
-    def clear() -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.glob("step-*.tmp"):
-                shutil.rmtree(leftover)
-        except OSError as error:
-            raise UserError(f"--out: cannot write checkpoints to {folder}: {error.strerror}") from error
+    def __init__(self, folder: Path, mesh: Mesh, keep: int, background: bool) -> None:
+        self.folder, self.mesh, self.keep, self.background = folder, mesh, keep, background
+        self._group: dist.ProcessGroup | None = None
+        self._under_way: tuple[int, Writer, Any] | None = None
 
-    def write() -> None:
-        try:
-            with _quiet():
-                dcp.save(state, checkpoint_id=str(temporary))
-        except (Exception, CheckpointException) as error:
-            reason = _disk_error(error)
-            if reason is None:
-                raise
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise UserError(f"--out: checkpoint of step {step} not written to {folder}: {reason}") from error
+    def save(
+        self, step: int, state: dict[str, Any], meta: dict[str, Any], tensors: dict[str, Tensor] | None = None
+    ) -> None:
+        """Begin to write `folder/step-XXXXXXXX`. Raises UserError, on every rank, when this or the one before fails.
 
-    def publish() -> None:
-        try:
-            if tensors:
-                save_file(tensors, temporary / PARTS)
-            files = {p.name: _fingerprint(p) for p in sorted(temporary.iterdir())}
-            text = json.dumps({"format": FORMAT_VERSION, "step": step, "files": files, **meta}, indent=1)
-            with open(temporary / "meta.json", "w", encoding="utf-8") as f:
-                f.write(text)
-                f.flush()
-                os.fsync(f.fileno())
-            if final.exists():
-                shutil.rmtree(final)
-            temporary.rename(final)
-            for old in list_checkpoints(folder)[:-keep]:
-                shutil.rmtree(old)
-        except OSError as error:
-            raise UserError(f"--out: checkpoint of step {step} not written: {error.strerror}") from error
+        That is: when the disk is full or not writable. Earlier checkpoints are untouched then. tensors: of parts
+        (luffy.train.parts.saving), the same on all ranks.
+        """
+        self.finish()
+        everyone(self.mesh, lambda: clear_leftovers(self.folder), only_first=True)
+        writer = Writer(self.folder / f"step-{step:08d}", {"step": step, **meta}, self.keep, tensors)
+        if self._group is None:
+            # Of its own: its collectives run beside the training's. A slow disk is no reason to give up.
+            timeout = datetime.timedelta(hours=2)
+            self._group = dist.new_group(backend="gloo", timeout=timeout)
+        with _quiet():
+            if not self.background:
+                self._end(step, writer, lambda: dcp.save(state, storage_writer=writer, process_group=self._group))
+                return
+            future = dcp.async_save(state, storage_writer=writer, process_group=self._group)
+        self._under_way = (step, writer, future)
 
-    everyone(mesh, clear, only_first=True)
-    everyone(mesh, write)
-    everyone(mesh, publish, only_first=True)
-    return final
+    def has_failed(self) -> bool:
+        """Whether the checkpoint under way is known here to have failed: `finish` will raise."""
+        return self._under_way is not None and self._under_way[2].done() and self._under_way[2].exception() is not None
+
+    def finish(self) -> None:
+        """Wait until the checkpoint under way is there. Every rank calls it; raises as `save` does."""
+        if self._under_way is None:
+            return
+        (step, writer, future), self._under_way = self._under_way, None
+        self._end(step, writer, future.result)
+
+    def _end(self, step: int, writer: Writer, wait: Callable[[], Any]) -> None:
+        def action() -> None:
+            try:
+                wait()
+            except (Exception, CheckpointException) as error:
+                reason = _disk_error(error)
+                if reason is None:
+                    raise
+                shutil.rmtree(writer.temporary, ignore_errors=True)
+                raise UserError(
+                    f"--out: checkpoint of step {step} not written to {self.folder}: {reason}; earlier checkpoints "
+                    "are as they were"
+                ) from error
+
+        everyone(self.mesh, action)
+        say(f"checkpoint of step {step}")
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what a killed run left half-written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob("step-*.tmp"):
+            shutil.rmtree(leftover)
+    except OSError as error:
+        raise UserError(f"--out: cannot write checkpoints to {folder}: {error.strerror}") from error
 
 
 def read_meta(path: Path) -> dict[str, Any]:
     """The checkpoint's description; raises UserError when it is damaged or of another version."""
     try:
-        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _damaged(path, "meta.json cannot be read") from error
+        meta = checkpoint_files.read_meta(path)
+    except DamagedError as error:
+        raise _damaged(path, str(error)) from error
     if meta.get("format") != FORMAT_VERSION:
         raise UserError(f"--resume: {path} was written by another version of luffy (format {meta.get('format')})")
     return meta
 
 
-def verify(path: Path) -> dict[str, Any]:
-    """`read_meta`, after comparing every file with its recorded size and checksum."""
-    meta = read_meta(path)
-    for name, expected in meta["files"].items():
-        if not (path / name).exists():
-            raise _damaged(path, f"{name} is missing")
-        if _fingerprint(path / name) != expected:
-            raise _damaged(path, f"{name} is not what was written")
-    return meta
+def newest_sound(folder: Path, mesh: Mesh, tell: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that is whole; None where there is none at all. Every rank calls it.
+
+    Damaged ones on the way are told of, and kept aside under another name. Raises UserError where all are damaged.
+    """
+    moved: list[str] = []
+    while True:
+        found = everyone(mesh, lambda: [str(p) for p in list_checkpoints(folder)], only_first=True)
+        if not found:
+            break
+        path = Path(found[-1])
+        fault = _fault(path, mesh)
+        if fault is None:
+            return path
+        aside = path.with_name(f"damaged-{path.name}")
+
+        def put_aside(path: Path = path, aside: Path = aside) -> None:
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+
+        everyone(mesh, put_aside, only_first=True)
+        moved.append(f"{path.name} ({fault})")
+        if mesh.rank == 0:
+            tell(f"checkpoint {path.name} is damaged ({fault}): kept aside as {aside.name}, trying the one before")
+    if moved:
+        raise UserError(
+            f"--resume: every checkpoint in {folder} is damaged: {', '.join(moved)}; use --overwrite to start anew"
+        )
+    return None
+
+
+def _fault(path: Path, mesh: Mesh) -> str | None:
+    """What is wrong with the files of a checkpoint, the same on all ranks, each of which reads its share."""
+
+    def check() -> str | None:
+        try:
+            meta = checkpoint_files.read_meta(path)
+            if meta.get("format") == FORMAT_VERSION:
+                check_files(path, meta["files"], mesh.rank, mesh.world_size)
+        except DamagedError as error:
+            return str(error)
+        return None
+
+    answers: list[str | None] = [None] * mesh.world_size
+    dist.all_gather_object(answers, everyone(mesh, check))
+    return next((a for a in answers if a is not None), None)
 
 
 def load_checkpoint(path: Path, state: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
@@ -195,12 +242,14 @@ def load_checkpoint(path: Path, state: dict[str, Any], mesh: Mesh) -> dict[str, 
 
     Raises UserError on every rank when it is damaged or does not fit the model.
     """
-    meta = everyone(mesh, lambda: verify(path), only_first=True)
+    meta = everyone(mesh, lambda: read_meta(path))
+    if fault := _fault(path, mesh):
+        raise _damaged(path, fault)
 
     def read() -> None:
         try:
             with _quiet():
-                dcp.load(state, checkpoint_id=str(path))
+                dcp.load(state, storage_reader=Reader(str(path)))
         except (Exception, CheckpointException) as error:
             raise UserError(
                 f"--resume: {path} does not fit this model and these options: {_last_line(error)}"
@@ -212,15 +261,6 @@ def load_checkpoint(path: Path, state: dict[str, Any], mesh: Mesh) -> dict[str, 
 
 def _damaged(path: Path, what: str) -> UserError:
     return UserError(f"--resume: checkpoint {path} is damaged ({what}); delete it to resume from the one before")
-
-
-def _fingerprint(path: Path) -> list[int]:
-    """[size, crc32] of a file, read in pieces."""
-    size = crc = 0
-    with open(path, "rb") as f:
-        while block := f.read(1 << 22):
-            size, crc = size + len(block), zlib.crc32(block, crc)
-    return [size, crc]
 
 
 def _disk_error(error: BaseException) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from luffy.config import PRESETS
-from luffy.errors import UserError
+from luffy.errors import StoppedError, UserError
 from luffy.hf.options import SHOWN, FinetuneOptions
 from luffy.lab.cli import lab
 from luffy.recipes import RECIPES
@@ -170,6 +170,9 @@ def run_group(group: click.Group, program: str, speaker: str, arguments: list[st
         sys.exit(2)
     except click.ClickException as error:
         fail(error.format_message().replace("\n", " "), 2)
+    except StoppedError as error:
+        print(f"{speaker}: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.status)
     except (click.Abort, KeyboardInterrupt):
         fail("stopped", 130)
     except RuntimeError as error:

@@ -31,7 +31,8 @@ from luffy.train.options import TrainOptions
 from luffy.train.run import start
 
 # Options that may differ between a run and its continuation: none changes what is computed or how fast.
-_FREE = {"out", "resume", "overwrite", "timeout_seconds", "cache_dir", "keep_checkpoints", "export"}
+_FREE = {"out", "resume", "overwrite", "timeout_seconds", "cache_dir", "keep_checkpoints", "export", "interface",
+         "max_restarts", "min_ranks", "async_checkpoints"}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -1,39 +1,55 @@
-"""Launch: join the world that torchrun describes, or start local ranks through torch's own launcher.
+"""Launch: join the world that torchrun describes, or start local ranks.
 
-A user's mistake on any rank ends the job with one line and status 2; a rank that dies takes the others down within
-seconds, and the cause is printed, whichever of them noticed first.
+A user's mistake on any rank ends the job with one line and status 2; a rank that dies or falls silent takes the others
+down within seconds, and one line names it, whichever of them noticed first. Local ranks meet on the loopback alone:
+nothing that they or their launcher open listens on another interface (luffy.train.scratch, `join_world`).
 """
 
 from __future__ import annotations
 
-import logging
-import multiprocessing
 import os
-import signal
-import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from luffy.comm import Mesh, build_mesh, init_distributed
-from luffy.errors import UserError
-from luffy.lab.place import current_lab, take_place
+from luffy.errors import StoppedError, UserError
+from luffy.lab.namespace import die_with_parent
+from luffy.lab.place import current_lab, end_with, take_place
+from luffy.train import lastwords, stopping
+from luffy.train.scratch import get_scratch, loopback_name, open_store
+from luffy.train.supervise import Attempt, RanksLostError, Requests
 
 # What a collective says when the fault is another rank's.
-_LOST_PEER = ("Connection reset", "Connection closed", "Broken pipe", "closed by peer", "Connection refused")
+LOST_PEER = ("Connection reset", "Connection closed", "Broken pipe", "closed by peer", "Connection refused")
+LOST_PEER_SECONDS = 2.0
+# A rank that waits reports who is late after --timeout-seconds; the backend's own timeout is for ranks that cannot.
+MORE_SECONDS = 30.0
+_WHOLE_NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 
 
 def under_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def check_environment() -> None:
+    """UserError where torchrun's variables are incomplete or no numbers."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise UserError(
+                f"RANK and WORLD_SIZE are set, and {name} is not: start under torchrun, or unset them and use --ranks"
+            )
+    for name in _WHOLE_NUMBERS:
+        if not (text := os.environ.get(name, "0")).isdigit():
+            raise UserError(
+                f"{name}={text} in the environment is not a whole number; unset it, or start under torchrun"
+            )
+    if int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
+        raise UserError(f"RANK={os.environ['RANK']} must be less than WORLD_SIZE={os.environ['WORLD_SIZE']}")
 
 
 def choose_device(device: str, backend: str, local_ranks: int) -> tuple[str, str]:
@@ -60,19 +76,36 @@ def choose_device(device: str, backend: str, local_ranks: int) -> tuple[str, str
     return device, backend
 
 
+def choose_interface(interface: str | None) -> None:
+    """Have gloo and NCCL listen on one interface: the one that is named, else the loopback if all ranks are here.
+
+    What the environment says already stays as it is. Between machines, with nothing named, they choose by themselves.
+    """
+    here = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        if interface is not None:
+            os.environ[name] = interface
+        elif here:
+            os.environ.setdefault(name, loopback_name())
+
+
 def join_world(
     device: str = "auto",
     backend: str = "auto",
     ep_size: int | None = None,
     ranks_per_node: int | None = None,
     timeout_seconds: float = 600.0,
+    interface: str | None = None,
 ) -> Mesh:
     """Initialise this rank from torchrun's environment and arrange the mesh."""
+    check_environment()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     lab = current_lab()
     if lab is not None:  # its nodes are one machine, so all of its ranks share these GPUs and cores
         local_rank, local_ranks = int(os.environ["RANK"]), lab.ranks
+    else:
+        choose_interface(interface)
     device, backend = choose_device(device, backend, local_ranks)
     if device == "cuda":
         where = torch.device("cuda", local_rank % torch.cuda.device_count())
@@ -80,91 +113,80 @@ def join_world(
     else:
         where = torch.device("cpu")
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
-    init_distributed(backend, where, timeout_seconds)
+    init_distributed(backend, where, timeout_seconds + MORE_SECONDS)
     return build_mesh(where, ep_size, ranks_per_node)
 
 
-def run_rank(work: Callable[..., Any], args: tuple[Any, ...], folder: str | None = None) -> None:
-    """Run `work(*args)` as one rank. `folder` is where its launcher looks for the words of a failure.
+def run_rank(work: Callable[..., Any], args: tuple[Any, ...], folder: str | None = None, launcher: int = 0) -> None:
+    """Run `work(*args)` as one rank. `folder` is where its launcher, process `launcher`, looks for its last words.
 
     A UserError leaves its line there, or is printed where torchrun is the launcher, and the rank exits with status 2.
-    Under `luffy lab` the rank first moves behind its shaped link.
+    Under `luffy lab` the rank first moves behind its shaped link. It ends with its launcher, whatever ends that one.
     """
+    rank = os.environ.get("RANK", "0")
+    lastwords.begin(folder)
     try:
         if folder:
-            take_place(int(os.environ["RANK"]))
+            end_with(launcher)
+            take_place(int(rank))
+        elif "TORCHELASTIC_RUN_ID" in os.environ:
+            die_with_parent(os.getppid())
+        stopping.install()
         work(*args)
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
     except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        if folder:
-            Path(folder, f"user-{rank}").write_text(str(error), encoding="utf-8")
-        elif rank == "0" or dist.is_initialized():
-            print(f"luffy: error: {error}", file=sys.stderr, flush=True)
-        _leave(2)
-    except BaseException:
-        if folder:
-            text, rank = traceback.format_exc(), os.environ.get("RANK", "0")
-            Path(folder, f"crash-{rank}").write_text(text, encoding="utf-8")
-            if any(words in text for words in _LOST_PEER):
-                time.sleep(2)  # let the launcher notice the rank that was lost before this one, which only misses it
-            _leave(1)
+        to_say = f"error: {error}" if rank == "0" or dist.is_initialized() else None
+        lastwords.leave_word("user", str(error), to_say)
+        lastwords.end_process(2)
+    except StoppedError as error:
+        lastwords.leave_word("stopped", str(error), str(error) if rank == "0" else None)
+        lastwords.end_process(error.status)
+    except BaseException as error:
+        text, line = traceback.format_exc(), None
+        if any(words in text for words in LOST_PEER):
+            time.sleep(LOST_PEER_SECONDS)  # let the launcher notice the rank that was lost before this one
+            line = f"error: rank {rank} lost its connection to another rank, which ended ({last_line(error)})"
+        lastwords.leave_word("crash", text, line)
+        if folder or line:
+            lastwords.end_process(1)
         raise
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
 
 
-def _leave(status: int) -> None:
-    """End this rank at once: waiting for peers that are stuck in a collective would be the hang itself."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+def last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__
 
 
-def launch(work: Callable[..., Any], args: tuple[Any, ...], ranks: int) -> None:
+def launch(
+    work: Callable[..., Any],
+    args: tuple[Any, ...],
+    ranks: int,
+    again: Callable[[int, int, str], tuple[tuple[Any, ...], int] | None] | None = None,
+) -> None:
     """Start `ranks` local ranks, each running `work(*args)`; or run it here when torchrun already started us.
 
-    Raises UserError with the line of the first rank that had one, RuntimeError with the first traceback otherwise.
+    again: asked when ranks were lost, with the number of the attempt, its ranks and what happened; the arguments and
+    the number of ranks of the next attempt, or None to give up.
+    Raises UserError with the line of the first rank that had one, StoppedError where a signal asked for it, otherwise
+    RuntimeError with one line, or with the traceback of a defect.
     """
     if under_torchrun():
+        check_environment()
         run_rank(work, args)
         return
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory(prefix="luffy-") as folder:
-        multiprocessing.set_forkserver_preload(["luffy.train.trainer"])
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=ranks,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            run_id=f"luffy-{os.getpid()}",
-            max_restarts=0,
-            monitor_interval=0.1,
-            # Ranks are forked from a fresh server that has imported torch once and has neither threads nor a GPU: quick
-            # as a fork, and as safe as a spawn. (A fork of this process inherits stores whose threads it lacks.)
-            start_method="forkserver",
-        )
-        try:
-            elastic_launch(config, run_rank)(work, args, folder)
-        except ChildFailedError as error:
-            _explain(Path(folder), error)
-        except SignalException as error:  # SIGTERM, say of a batch system; the ranks have been stopped
-            raise KeyboardInterrupt from error
-
-
-def _explain(folder: Path, error: ChildFailedError) -> None:
-    """Raise what a person should read about a failed job."""
-    user = sorted(folder.glob("user-*"), key=lambda p: p.stat().st_mtime_ns)
-    if user:
-        raise UserError(user[0].read_text(encoding="utf-8")) from None
-    crashes = sorted(folder.glob("crash-*"), key=lambda p: p.stat().st_mtime_ns)
-    reported = {int(p.name.split("-")[1]) for p in crashes}
-    # A rank that was killed says nothing itself; SIGTERM is how the launcher stops the others.
-    for rank, failure in error.failures.items():
-        if rank not in reported and failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
-            raise RuntimeError(f"rank {rank} was ended by signal {-failure.exitcode}; the other ranks were stopped")
-    if crashes:
-        text = crashes[0].read_text(encoding="utf-8")
-        raise RuntimeError(f"rank {crashes[0].name.split('-')[1]} failed:\n{text}")
-    raise RuntimeError(f"the ranks failed: {error}")
+    requests, attempt = Requests(), 0
+    scratch = get_scratch()
+    with requests.listening():
+        store, port = open_store()
+        while True:
+            try:
+                Attempt(run_rank, work, args, ranks, attempt, scratch, port, requests).run()
+                break
+            except RanksLostError as error:
+                following = None if again is None or requests.number is not None else again(attempt, ranks, str(error))
+                if following is None:
+                    raise
+                (args, ranks), attempt = following, attempt + 1
+        del store

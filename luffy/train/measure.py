@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,9 @@ from torch import Tensor
 from luffy.comm.clock import PHASES
 from luffy.comm.meter import DIRECTIONS, LINK_CLASSES, by_direction, by_link
 from luffy.compose import Runtime
-from luffy.errors import UserError
 from luffy.exchange.tally import busiest_over_mean, rows_at_home
 from luffy.model.aux_loss import RouterTotals
+from luffy.train.operations import Operations
 from luffy.train.over_ranks import over_ranks
 from luffy.train.seating import SeatedStep
 
@@ -24,17 +24,25 @@ LOAD_EVERY = 10  # steps between records of the load of every expert of every la
 class Measure:
     """One rank's counts. `step` makes one record of what all ranks counted since the last, in one small all-reduce."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime, self.comm = runtime, runtime.comm
+    def __init__(self, runtime: Runtime, ops: Operations) -> None:
+        self.runtime, self.comm, self.ops = runtime, runtime.comm, ops
         # Rows and experts sent to each rank since this process began: this rank's row of the traffic matrix.
         self.sent, self.sent_steps = np.zeros(self.comm.mesh.world_size, dtype=np.int64), 0
 
     def step(
-        self, number: int, token_loss: Tensor, norm: Tensor, routers: RouterTotals | None, in_full: bool
+        self,
+        number: int,
+        token_loss: Tensor,
+        norm: Tensor,
+        routers: RouterTotals | None,
+        in_full: bool,
+        forward_again: Callable[[], None],
     ) -> dict[str, Any]:
         """The record of step `number`, counted from 1. token_loss []: this rank's share; norm []: of all gradients.
 
-        in_full: with what layers and experts did, one by one. Raises UserError everywhere if a number is not finite.
+        in_full: with what layers and experts did, one by one. forward_again: the step's forward pass once more, to find
+        where a number that is not finite began. Raises UserError everywhere if there is one and the step is not to be
+        skipped.
         """
         mesh = self.comm.mesh
         self.sent, self.sent_steps = self.sent + self.comm.meter.read_to_rank(), self.sent_steps + 1
@@ -43,12 +51,14 @@ class Measure:
         under_way = self.comm.meter.take_under_way()
         hidden = max(0.0, under_way - seconds["exchange"])
         mine = np.concatenate([[seconds[p] for p in PHASES], [under_way, hidden], counts.reshape(-1)])
-        packed = torch.cat([token_loss[None], torch.from_numpy(mine).to(mesh.device)])
+        notes = self.ops.notes(seconds)
+        packed = torch.cat([token_loss[None], torch.from_numpy(np.concatenate([mine, notes])).to(mesh.device)])
         # The sum's own bytes belong to the next step: its counts are already on their way.
-        values = self.comm.all_reduce(packed).tolist()
-        grad_norm = float(norm)
-        if not math.isfinite(values[0]) or not math.isfinite(grad_norm):
-            _stop_not_finite(number, values[0], grad_norm, routers)
+        every = self.comm.all_reduce(packed).tolist()
+        values, notes, grad_norm = every[: -len(notes)], every[-len(notes) :], float(norm)
+        told = self.ops.read(notes, seconds)
+        if not self.ops.guard.passes(number, values[0], grad_norm, forward_again):
+            told["skipped"] = self.ops.guard.skipped
         n = 1 + len(PHASES)
         means = [v / mesh.world_size for v in values[1 : n + 2]]
         shape = (len(DIRECTIONS), len(LINK_CLASSES))
@@ -59,6 +69,7 @@ class Measure:
             "bytes": by_direction(traffic),
             "bytes_by_link": by_link(traffic),
             "seconds_split": dict(zip(PHASES, means, strict=False)),
+            **told,
         }
         if means[-2] > 0:
             record["exchange_under_way_seconds"], record["exchange_hidden_seconds"] = means[-2:]
@@ -110,14 +121,3 @@ class Measure:
         }
         seen = over_ranks(self.comm, plan, {"tokens_max_over_mean": tally.tokens_max_over_mean})
         return {"plan": {name: seen[name] for name in plan}, "tokens_max_over_mean": seen["tokens_max_over_mean"]}
-
-
-def _stop_not_finite(number: int, loss: float, grad_norm: float, routers: RouterTotals | None) -> None:
-    where = ""
-    if routers is not None:
-        bad = [i for i, z in enumerate(routers.z.tolist()) if not math.isfinite(z)]
-        where = f"; first seen in the router of MoE layer {bad[0]}" if bad else ""
-    raise UserError(
-        f"step {number}: loss {loss}, gradient norm {grad_norm}{where}. No update was made; lower --lr "
-        "or set --clip-norm, and continue from the last checkpoint with --resume"
-    )

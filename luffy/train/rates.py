@@ -5,7 +5,6 @@ All ranks measure at the same time, as they will work at the same time, and agre
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,21 +14,10 @@ from statistics import median
 import torch
 
 from luffy.comm import Comm, RowExchange, all_to_all_rows
-from luffy.errors import UserError
 from luffy.model.experts import Experts
 from luffy.plan.topology import Topology
 
-_SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([kmgtKMGT]?)(i?)B")
-_POWER = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 LEAST_SECONDS = 5e-3  # a transfer shorter than this says little of a link's rate
-
-
-def parse_num_bytes(text: str, option: str) -> int:
-    """``8GB``, ``500MB``, ``2GiB`` -> bytes. Raises UserError naming the option."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None or float(match[1]) <= 0:
-        raise UserError(f"{option} {text}: not a size; write a number and a unit, such as 8GB or 500MB")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** _POWER[match[2].lower()])
 
 
 def half_of_memory(device: torch.device, local_ranks: int) -> int:

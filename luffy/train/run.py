@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +12,14 @@ import click
 
 from luffy.comm import Mesh
 from luffy.data.corpus import list_source_files
-from luffy.errors import UserError
 from luffy.lab.place import check_ranks, current_lab
-from luffy.train.checkpoint import list_checkpoints
+from luffy.train.checkpoint import everyone
+from luffy.train.heartbeat import watching
 from luffy.train.launch import choose_device, join_world, launch, under_torchrun
 from luffy.train.options import TrainOptions
+from luffy.train.outfolder import check_out, claim_out
+from luffy.train.ranklog import open_log
+from luffy.train.restart import Restarts
 
 
 def start(options: TrainOptions, work: Callable[[Any], None] | None = None) -> None:
@@ -32,27 +34,8 @@ def start(options: TrainOptions, work: Callable[[Any], None] | None = None) -> N
     choose_device(options.device, options.backend, options.ranks)
     options.check_world(options.ranks)
     list_source_files(options.data)
-    _check_out(options)
-    launch(work, (options,), options.ranks)
-
-
-def _check_out(options: TrainOptions) -> None:
-    """Never write over a run that nobody said was to be replaced."""
-    out = Path(options.out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; choose a folder")
-    if (out / "metrics.jsonl").exists() and not (options.resume or options.overwrite):
-        step = list_checkpoints(out / "checkpoints")
-        has = f" (checkpoint {step[-1].name})" if step else ""
-        raise UserError(f"--out {out} already holds a run{has}; add --resume, --overwrite, or choose another folder")
-    if options.overwrite:
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be made: {error.strerror}") from error
-    if not os.access(out, os.W_OK):
-        raise UserError(f"--out {out} is not writable")
+    check_out(options)
+    launch(work, (options,), options.ranks, Restarts(options))
 
 
 def _rank(options: TrainOptions) -> None:
@@ -61,10 +44,24 @@ def _rank(options: TrainOptions) -> None:
     train_and_report(Trainer, options)
 
 
+def join(options: TrainOptions) -> tuple[TrainOptions, Mesh]:
+    """Join the world and take --out. A rank that a launcher (torchrun too) started again continues the run."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0:
+        options = replace(options, resume=True, overwrite=False)
+    mesh = join_world(
+        options.device, options.backend, options.ep_size, options.ranks_per_node, options.timeout_seconds,
+        options.interface,
+    )  # fmt: skip
+    everyone(mesh, lambda: claim_out(options), only_first=True)
+    open_log(options.out, mesh.rank)
+    return options, mesh
+
+
 def train_and_report(make: Callable[[Any, Mesh], Any], options: TrainOptions, **more: Path) -> None:
     """Join the world, train with the trainer that `make` makes, and say where everything is; `more`: what else."""
-    mesh = join_world(options.device, options.backend, options.ep_size, options.ranks_per_node, options.timeout_seconds)
-    summary = make(options, mesh).run()
+    options, mesh = join(options)
+    with watching(options, mesh):
+        summary = make(options, mesh).run()
     if summary is None:
         return
     from luffy.report.html import write_run_report

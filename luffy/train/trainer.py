@@ -30,28 +30,24 @@ from luffy.model.aux_loss import RouterTotals
 from luffy.model.stack import MicroBatch
 from luffy.plan.cost import AttentionCost
 from luffy.plan.topology import Topology, parse_topology
+from luffy.report.units import parse_num_bytes
 from luffy.seats.layout import SeatLayout
+from luffy.train import ranklog, stopping
 from luffy.train.attention import AttentionFit, attention_for_planning
 from luffy.train.batching import gather_step, make_micro_batch
-from luffy.train.checkpoint import (
-    list_checkpoints,
-    load_checkpoint,
-    prepare_optimizer,
-    read_meta,
-    save_checkpoint,
-    training_state,
-)
+from luffy.train.checkpoint import load_checkpoint, newest_sound, prepare_optimizer, read_meta, training_state
 from luffy.train.export import export_safetensors, load_safetensors
 from luffy.train.gradients import GradientSync, make_optimizer
 from luffy.train.measure import LOAD_EVERY, Measure
 from luffy.train.memory import training_need, without_vocabulary
 from luffy.train.metrics import MetricsWriter, RunSummary, describe_machine, read_metrics, write_json_atomic
+from luffy.train.operations import Operations
 from luffy.train.options import TrainOptions
 from luffy.train.parts import Done
 from luffy.train.parts.choose import choose_parts
 from luffy.train.parts.saving import load_states, states_of
 from luffy.train.progress import TrainProgress, phase
-from luffy.train.rates import half_of_memory, measure_experts, measure_links, parse_num_bytes
+from luffy.train.rates import half_of_memory, measure_experts, measure_links
 from luffy.train.reading import read_data
 from luffy.train.seating import StepReader
 
@@ -88,7 +84,8 @@ class Trainer:
         self.step = 0
         self.valid_loss: float | None = None
         self.attention_fit: AttentionFit | None = None
-        self.measure = Measure(self.runtime)
+        self.ops = Operations(options, self.model, mesh)
+        self.measure = Measure(self.runtime, self.ops)
         # Micro-batches that take turns; a step that is recorded takes them one by one.
         self.turns = 2 if options.overlap else 1
         self.reader = StepReader(self._read, self._seat_layout(), self.comm)
@@ -184,8 +181,10 @@ class Trainer:
         """One optimizer step on all ranks; the record for `metrics.jsonl`, the same on every rank."""
         begin, step = time.perf_counter(), self.step
         self.clock.start()
+        self.ops.begin_step(step + 1)
         for part in self.parts:
             part.before(step)
+        memory = self.memory
         self.runtime.draws.begin(step)
         done = Done({}, seated=self.reader.take(step))
         assert done.seated is not None
@@ -193,10 +192,14 @@ class Trainer:
         norm = self.sync.clip(self.options.clip_norm)
         lr = self.learning_rate(step + 1)
         in_full = (step + 1) % LOAD_EVERY == 0 or step + 1 == self.options.steps
-        totals = self.measure.step(step + 1, token_loss, norm, done.routers, in_full)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
+        totals = self.measure.step(step + 1, token_loss, norm, done.routers, in_full, self._forward_again)
+        done.skipped = "skipped" in totals
+        if done.skipped:
+            self.memory = memory
+        else:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         done.record |= {"step": self.step, **totals, "lr": lr, "seconds": time.perf_counter() - begin}
@@ -235,6 +238,12 @@ class Trainer:
                     self.memory = output.memory
         self.sync.finish()
         return token_loss
+
+    def _forward_again(self) -> None:
+        """The forward pass of this step once more, without gradient and without segment recurrence."""
+        for m in range(self.options.num_micro_batches):
+            sequences = self._read(self.step * self.options.num_micro_batches + m, self.mesh.rank, self.mesh.world_size)
+            self.model(self._alone(sequences, self._empty_memory(len(sequences))))
 
     # ---------------------------------------------------------------- evaluation
 
@@ -281,10 +290,7 @@ class Trainer:
             "expert_flops": self.expert_flops,
             "parts": values,
         }
-        keep = self.options.keep_checkpoints
-        if not keep:
-            return
-        save_checkpoint(self.checkpoints, self.step, self._state(), meta, self.mesh, keep, tensors)
+        self.ops.save(self.step, self._state(), meta, self.optimizer, tensors)
 
     def _attention_fit(self) -> dict[str, Any] | None:
         return None if self.attention_fit is None else self.attention_fit.to_dict()
@@ -304,6 +310,7 @@ class Trainer:
         prepare_optimizer(self.optimizer)
         load_checkpoint(path, self._state(), self.mesh)
         self.step, self.valid_loss = meta["step"], meta["valid_loss"]
+        self.ops.guard.skipped = meta.get("skipped_steps", 0)
         load_states(self.parts, meta.get("parts", {}), path)
         self.expert_flops = meta.get("expert_flops")
         fit = meta.get("attention_fit")
@@ -314,12 +321,14 @@ class Trainer:
     def run(self) -> RunSummary | None:
         """Train to the last step, writing as it goes; the summary on rank 0, None elsewhere."""
         o, first = self.options, self.mesh.rank == 0
-        found = list_checkpoints(self.checkpoints) if o.resume else []
+        found = newest_sound(self.checkpoints, self.mesh, ranklog.tell) if o.resume else None
         if found:
-            self.restore(found[-1])
+            self.restore(found)
         elif o.start_weights is not None:
             load_safetensors(self.model, Path(o.start_weights))
         self.prepare()
+        if self.topics is not None:
+            self.topics.prepare(self.loader, self.config.vocab_size, self.out, self.mesh.rank, resumed=bool(found))
         writer = None
         if first:
             writer = MetricsWriter(self.out, self.step if found else None, tensorboard=o.tensorboard)
@@ -330,7 +339,8 @@ class Trainer:
                 if o.resume and first:
                     note = f"resuming after step {self.step}" if found else "no checkpoint in --out: starting anew"
                     progress.message(note)
-                self._loop(writer, progress)
+                with stopping.at_step_ends():
+                    self._loop(writer, progress)
         finally:
             if writer is not None:
                 writer.close()
@@ -367,9 +377,11 @@ class Trainer:
         saved = self.step
         while self.step < o.steps:
             record = self.train_step()
-            last = self.step == o.steps
+            last, stops = self.step == o.steps, self.ops.stops
+            if self.ops.warning:
+                progress.message(self.ops.warning)
             note = ""
-            if last or (o.eval_every and self.step % o.eval_every == 0):
+            if self.valid_loader is not None and (last or (o.eval_every and self.step % o.eval_every == 0)):
                 self.valid_loss = record["valid_loss"] = self.evaluate()
                 note = f"held-out loss {self.valid_loss:.4f}"
             if writer is not None:
@@ -379,13 +391,16 @@ class Trainer:
                 self.step, loss=record["loss"], tokens=record["tokens"], seconds=record["seconds"],
                 num_bytes=moved, note=note,
             )  # fmt: skip
-            if last or (o.checkpoint_every and self.step % o.checkpoint_every == 0):
+            if last or stops or (o.checkpoint_every and self.step % o.checkpoint_every == 0):
                 if writer is not None:
                     writer.sync()
                 self.save()
                 saved = self.step
+            if stops and not last:
+                self.ops.stop(self.step)
         if saved != self.step:
             self.save()
+        self.ops.writer.finish()
 
     def _peak_memory(self) -> int:
         if self.mesh.device.type == "cuda":

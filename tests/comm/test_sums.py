@@ -8,9 +8,9 @@ from torch import Tensor
 
 from luffy.comm import Comm, RowExchange, all_to_all_rows, build_mesh
 from luffy.comm.meter import by_direction
-from luffy.comm.sums import SUM_FORMATS, GradientSums
+from luffy.comm.sums import GradientSums
 from luffy.testing import run_ranks
-from luffy.wire_format import BLOCK, row_num_bytes
+from luffy.wire_format import BLOCK, SUM_FORMATS, row_num_bytes
 
 SIZES = (1, 31, 33, 1024, 4 * 1024, 5000)  # within a block, a row, rows for all, and what fills none
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from luffy.exchange import copy_keys, pairs_by_expert, weighted_sum
-from luffy.exchange.copies import in_order
+from luffy.exchange.copies import copy_keys, in_order
+from luffy.exchange.permute import pairs_by_expert, weighted_sum
 
 from .routes import expert_map, random_routing
 

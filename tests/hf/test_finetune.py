@@ -19,23 +19,13 @@ pytest.importorskip("transformers")
 from transformers import AutoModelForCausalLM
 
 from luffy.comm import build_mesh
-from luffy.errors import UserError
 from luffy.hf.finetune import FineTuner
 from luffy.hf.options import FinetuneOptions
-from luffy.hf.text import Examples, encode_chat, encode_text, held_out, prepare_examples
+from luffy.hf.text import Examples, held_out
 from luffy.testing import RankFailedError, run_ranks
 from luffy.train.cli import main
 
-from .tiny import MARKED_TEMPLATE, tiny_config, tiny_model, tiny_tokenizer
-
-CHAT = [
-    {"role": "user", "content": "1+1?"},
-    {"role": "assistant", "content": "2"},
-    {"role": "user", "content": "sure?"},
-    {"role": "assistant", "content": "yes"},
-]
-# Answers of earlier turns lose their last letter, as thoughts do in some templates.
-REWRITING = "{% for m in messages %}<{{ m.role }}>{{ m.content if loop.last else m.content[:-1] }}{% endfor %}"
+from .tiny import tiny_config, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -60,79 +50,6 @@ def options(folder: Path, **changes: Any) -> FinetuneOptions:
         valid_fraction=0.2, sequence_length=24, rehome_every=2, out=str(folder / "out"),
     )  # fmt: skip
     return replace(base, **changes)
-
-
-# ---------------------------------------------------------------- data
-
-
-@pytest.mark.parametrize("template", ["by prefix", "by marks"])
-def test_the_loss_of_a_chat_is_on_what_the_assistant_says(template: str) -> None:
-    tokenizer = tiny_tokenizer() if template == "by prefix" else tiny_tokenizer(MARKED_TEMPLATE)
-    ids, spoken = encode_chat(tokenizer, CHAT)
-    assert tokenizer.decode(ids) == "<user>1+1?<eos><assistant>2<eos><user>sure?<eos><assistant>yes<eos>"
-    assert spoken is not None
-    assert tokenizer.decode([i for i, yes in zip(ids, spoken, strict=True) if yes]) == "2<eos>yes<eos>"
-
-
-def test_a_template_that_rewrites_the_past_leaves_it_open() -> None:
-    assert encode_chat(tiny_tokenizer(REWRITING), CHAT)[1] is None
-
-
-def test_texts_are_cut_and_chats_end(tmp_path: Path) -> None:
-    tokenizer, data = tiny_tokenizer(), tmp_path / "data.jsonl"
-    text = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMN"
-    long_question = [{"role": "user", "content": "x" * 40}, {"role": "assistant", "content": "y"}]
-    data.write_text("\n".join(json.dumps(v) for v in ({"text": text}, {"messages": CHAT}, {"messages": long_question})))
-    settings: dict[str, Any] = {"sequence_length": 30, "vocab_size": 97}
-    summary = prepare_examples(data, tokenizer, tmp_path / "t", loss_on="auto", **settings)
-    assert "1 lines left out" in summary, "its answer lies beyond the end"
-    assert "2 of 2 chats" in summary
-    examples = Examples(tmp_path / "t")
-    found = [examples.sequence(i, i) for i in range(len(examples))]
-    # 41 tokens with the end of the text: inputs 0..29 and 30..39, each label the token after.
-    ids = encode_text(tokenizer, text)[0]
-    assert [s.tokens.tolist() for s in found[:2]] == [ids[:30], ids[30:40]]
-    assert [s.labels.tolist() for s in found[:2]] == [ids[1:31], ids[31:41]]
-    chat = found[2]
-    assert tokenizer.decode(chat.tokens.tolist()) == "<user>1+1?<eos><assistant>2<eos><user>"
-    assert tokenizer.decode(chat.labels[chat.labels >= 0].tolist()) == "2<eos>"
-    assert chat.labels[21] == chat.tokens[22] == ord("2") - 32
-    # Prepared once: the same settings are taken as they are, others are made anew.
-    stamp = (tmp_path / "t" / "tokens.npy").stat().st_mtime_ns
-    prepare_examples(data, tokenizer, tmp_path / "t", loss_on="auto", **settings)
-    assert (tmp_path / "t" / "tokens.npy").stat().st_mtime_ns == stamp
-    prepare_examples(data, tokenizer, tmp_path / "t", loss_on="all", **settings)
-    assert len(Examples(tmp_path / "t")) == 4
-
-
-@pytest.mark.parametrize(
-    ("line", "template", "loss_on", "message"),
-    [
-        ("[1]", "", "auto", 'line 2: has neither "text" nor "messages"'),
-        ("{", "", "auto", "line 2: not a JSON object"),
-        ('{"text": 5}', "", "auto", 'line 2: "text" is not a string'),
-        (json.dumps({"messages": CHAT}), None, "auto", "no chat template"),
-        (json.dumps({"messages": CHAT}), "{{ raise_exception('no') }}", "auto", "line 2: the chat template refuses it"),
-        (json.dumps({"messages": CHAT}), REWRITING, "assistant", "--loss-on assistant"),
-    ],
-)  # fmt: skip
-def test_a_line_that_is_wrong_is_named(
-    tmp_path: Path, line: str, template: str | None, loss_on: str, message: str
-) -> None:
-    (tmp_path / "data.jsonl").write_text('{"text": "good"}\n' + line)
-    with pytest.raises(UserError, match=message.replace("(", r"\(")):
-        prepare_examples(
-            tmp_path / "data.jsonl", tiny_tokenizer(template), tmp_path / "t",
-            sequence_length=8, loss_on=loss_on, vocab_size=97,
-        )  # fmt: skip
-
-
-def test_a_vocabulary_that_is_too_small(tmp_path: Path) -> None:
-    (tmp_path / "data.jsonl").write_text('{"text": "good"}')
-    with pytest.raises(UserError, match=r"token 95, but its vocabulary has 90"):
-        prepare_examples(
-            tmp_path / "data.jsonl", tiny_tokenizer(), tmp_path / "t", sequence_length=8, loss_on="all", vocab_size=90
-        )
 
 
 # ---------------------------------------------------------------- runs
@@ -173,6 +90,12 @@ def plain_norm(folder: Path, examples: Examples, indices: Any) -> float:
     return float(torch.stack(norms).norm()) / labels
 
 
+def changed(one: Any, other: Any) -> set[str]:
+    """Names of the weights that differ."""
+    state = other.state_dict()
+    return {name for name, weight in one.state_dict().items() if not torch.equal(weight, state[name])}
+
+
 def opened(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
@@ -182,7 +105,8 @@ def test_a_run_its_resumption_and_what_it_leaves(folder: Path) -> None:
     runs = [
         options(folder, out=str(whole)),
         options(folder, out=str(halves)),  # stopped after 3 steps by removing what came later, below
-        options(folder, out=str(lora), lora=3, steps=4, lr=3e-2),
+        options(folder, out=str(lora), lora=3, steps=4, lr=3e-2, lora_on="attention,experts,router"),
+        options(folder, out=str(folder / "frozen"), steps=2, freeze="router,layers 0-1", valid_fraction=0.0),
     ]
     run_ranks(train, 2, runs)
 
@@ -207,14 +131,20 @@ def test_a_run_its_resumption_and_what_it_leaves(folder: Path) -> None:
     from peft import PeftModel
 
     old, merged = opened(folder / "model"), opened(lora / "model")
-    frozen = {n for n in old.state_dict() if torch.equal(old.state_dict()[n], merged.state_dict()[n])}
-    assert set(old.state_dict()) - frozen == {
-        f"model.layers.{i}.self_attn.{p}_proj.weight" for i in range(3) for p in "qkvo"
-    }
+    old_names = set(old.state_dict())
+    parts = [f"self_attn.{p}_proj.weight" for p in "qkvo"]
+    parts += ["mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    assert changed(old, merged) == {f"model.layers.{i}.{part}" for i in range(3) for part in parts}
     ids = torch.arange(30)[None]
     adapted = PeftModel.from_pretrained(old, str(lora / "adapter"))
     assert torch.allclose(adapted(ids).logits, merged(ids).logits, atol=1e-4)
     assert records(lora)[-1]["loss"] < records(lora)[0]["loss"]
+
+    # What is frozen stays, and with nothing held out there is no evaluation.
+    names = changed(opened(folder / "model"), opened(folder / "frozen" / "model"))
+    assert {n for n in old_names if ".layers.2." in n and ".gate." not in n} < names
+    assert not any(".layers.0." in n or ".layers.1." in n or ".gate." in n for n in names)
+    assert not any("valid_loss" in r for r in records(folder / "frozen"))
 
     # Killed between step 3 and step 6, and resumed: bit for bit what the uninterrupted run wrote.
     latest = halves / "checkpoints" / "step-00000006"
@@ -270,8 +200,12 @@ def test_a_model_without_tokenizer_stops_all_ranks(folder: Path, tmp_path: Path)
     [
         (["--data", "d.jsonl"], "--model is missing"),
         (["--model", "nowhere", "--data", "d.jsonl"], "--model nowhere is not a folder"),
-        (["--model", "{model}", "--data", "d.txt"], "--data d.txt is not a .jsonl file"),
-        (["--model", "{model}", "--data", "d.jsonl"], "--data d.jsonl is not there"),
+        (["--model", "{model}", "--data", "d.txt"], "--data d.txt does not exist"),
+        (["--model", "{model}", "--data", "{model}/chat_template.jinja"], "is of no known format"),
+        (["--model", "{model}", "--data", "{data}", "--validation", "d.jsonl"], "--validation d.jsonl does not exist"),
+        (["--model", "{model}", "--data", "{data}", "--valid-fraction", "1"], "--valid-fraction 1"),
+        (["--model", "nobody/nothing", "--data", "{data}"], "run `hf download nobody/nothing`"),
+        (["--model", "{model}", "--data", "nobody/nothing"], "run `hf download --repo-type dataset nobody/nothing`"),
         (["--model", "{model}", "--data", "{data}", "--ranks", "3"], "cannot be divided over 3"),
         (["--model", "{model}", "--data", "{data}", "--sequence-length", "65"], "--sequence-length 65 is more than"),
         (["--model", "{model}", "--data", "{data}", "--dense", "split"], "--dense"),
@@ -279,12 +213,24 @@ def test_a_model_without_tokenizer_stops_all_ranks(folder: Path, tmp_path: Path)
             ["--model", "{model}", "--data", "{data}", "--dense", "sharded", "--gradient-dtype", "bfloat16"],
             "cannot be combined with --dense sharded",
         ),
+        (
+            ["--model", "{model}", "--data", "{data}", "--lora", "2", "--lora-on", "heads"],
+            "--lora-on heads: name some of",
+        ),
+        (["--model", "{model}", "--data", "{data}", "--dora"], "--lora-on and --dora need --lora"),
+        (["--model", "{model}", "--data", "{data}", "--freeze", "gates"], "--freeze 'gates': name some of router"),
         (["--model", "{empty}", "--data", "{data}"], "config.json cannot be read"),
     ],
 )
 def test_the_command_line_says_what_is_wrong(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
 ) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     paths = {"model": folder / "model", "data": folder / "data.jsonl", "empty": tmp_path}
     with pytest.raises(SystemExit) as left:
         main(["finetune", "--out", str(tmp_path / "out"), *(a.format(**paths) for a in arguments)])

@@ -26,7 +26,7 @@ class Done:
 
     routers: what all routers did in the whole step, on all ranks. seated: its sequences; layouts: how those of each
     micro-batch lay on this rank. traced: recorded micro-batches, where anybody asked. plain: nothing was recorded and
-    no expert moved, so that its time is like those of others.
+    no expert moved, so that its time is like those of others. skipped: no update was made.
     """
 
     record: dict[str, Any]
@@ -35,6 +35,7 @@ class Done:
     layouts: list[Layout] = field(default_factory=list)
     traced: list[TraceStep] = field(default_factory=list)
     plain: bool = True
+    skipped: bool = False
 
 
 class Part(Protocol):

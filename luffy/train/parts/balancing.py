@@ -16,4 +16,7 @@ class Balancing(Stateless):
         self.bias = LossFreeBias(model, comm)
 
     def after(self, step: int, done: Done) -> None:
-        self.bias.step()
+        if done.skipped:
+            self.bias.forget()
+        else:
+            self.bias.step()

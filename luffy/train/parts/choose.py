@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from luffy.seats.seater import LearntSeats
+from luffy.seats.topic import TopicSeats
 from luffy.train.parts import Part
 from luffy.train.parts.balancing import Balancing
 from luffy.train.parts.condensing import Condensing
 from luffy.train.parts.learning import SeatLearning
 from luffy.train.parts.placing import Placing
+from luffy.train.parts.topics import TopicKeeping
 from luffy.train.parts.tracing import Tracing
 
 if TYPE_CHECKING:
@@ -21,6 +23,15 @@ def choose_parts(trainer: Trainer) -> list[Any]:
     o, model, mesh, runtime = trainer.options, trainer.model, trainer.mesh, trainer.runtime
     padded, parts = o.layout == "padded", list[Part]()
     learnt = LearntSeats(mesh.ep_size) if runtime.recipe.seats == "learnt" and mesh.world_size > 1 else None
+    if (num_topics := o.num_topics(mesh.ep_size)) > 0:
+        topical = TopicSeats(num_topics)
+        trainer.reader.use(topical)
+        parts.append(
+            TopicKeeping(
+                topical, trainer.reader, trainer.comm, trainer.loader, trainer.config.vocab_size, trainer.out,
+                o.start_weights,
+            )
+        )  # fmt: skip
     if learnt is not None:
         trainer.reader.use(learnt)
         parts.append(SeatLearning(learnt, trainer.reader, runtime, trainer.comm))

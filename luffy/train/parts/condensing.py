@@ -28,7 +28,7 @@ class Condensing:
             state.thresholds = [paper_threshold(self.initial_loss, self.loss)] * len(state.thresholds)
 
     def after(self, step: int, done: Done) -> None:
-        if done.routers is None:
+        if done.routers is None or done.skipped:
             return
         loss = done.record["loss"]
         self.initial_loss, self.loss = self.initial_loss or loss, loss

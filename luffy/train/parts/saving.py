@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from luffy.train.checkpoint import PARTS
+from luffy.train.checkpoint_files import PARTS
 from luffy.train.parts import Part
 
 
