@@ -75,7 +75,7 @@ class Seated:
 
     @torch.no_grad()
     def tokens_home(self, values: Tensor, fill: float = 0.0) -> Tensor:
-        """[S, L, ...] of tokens of the sequences that sit here -> [B, L, ...] as this rank has read them, `fill` in padding.
+        """[S, L, ...] of tokens of the sequences that sit here -> [B, L, ...] as this rank read them; padding: `fill`.
 
         Every rank calls it; no gradient flows back. Raises UserError where values are not one a token.
         """
