@@ -95,7 +95,7 @@ class FineTuner(Trainer):
     def _export(self) -> None:
         if not self.options.export:
             return
-        save_pretrained(self.model, self.out / "model")
+        save_pretrained(self.model, self.out / "model", verify=self.options.verify_export)
         if self.options.lora and self.mesh.rank == 0:
             self.model.library.save_pretrained(str(self.out / "adapter"), save_embedding_layers=False)  # type: ignore[operator]
 
