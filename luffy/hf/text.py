@@ -13,6 +13,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,17 @@ from luffy.model.transformer import IGNORE_INDEX
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of a .jsonl or .jsonl.gz file; UserError naming the line that is not one."""
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as f:
-        for number, line in enumerate(f, 1):
+    try:
+        yield from _read_lines(opener(path, "rt", encoding="utf-8"), path)
+    except UnicodeDecodeError as error:
+        raise UserError(f"--data {path} is not UTF-8 ({error.reason}); convert it, say with iconv") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"--data {path} is a damaged gzip file ({error}); fetch it again") from error
+
+
+def _read_lines(file: Any, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with file:
+        for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
