@@ -1,4 +1,4 @@
-"""Where a sequence is computed changes nothing: seated steps are the oracle's, in loss, gradients and trained weights."""
+"""Where a sequence is computed changes nothing: seated steps are the oracle's in loss, gradients, trained weights."""
 
 from __future__ import annotations
 
