@@ -68,6 +68,7 @@ from luffy.exchange.guests import Departed
 from luffy.exchange.wire import WireCodecs
 from luffy.model.experts import Experts, GroupedExperts
 from luffy.model.layers import FeedForward
+from luffy.model.rank_state import mark_state
 from luffy.model.residency import LayerResidency, ResidencyState
 from luffy.model.router import Router, RouterBase
 from luffy.plan.cost import AttentionCost
@@ -190,6 +191,7 @@ class MoELayer(nn.Module):
             self.register_buffer("outlook", torch.zeros(E, later_moe_layers, E, dtype=torch.int64))
         self.outlook: Tensor
         self._host_outlook: tuple[int, np.ndarray] = -1, np.zeros(0)
+        mark_state(self, runtime.comm.mesh)
         self.residency = (
             None if runtime.residency is None else LayerResidency(runtime.residency, runtime.comm, self.experts)
         )
