@@ -7,7 +7,7 @@ What ranks must agree on travels as a few numbers in the all-reduce that a step 
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -60,9 +60,19 @@ class Operations:
             say(self.warning)
         return entry
 
-    def save(self, step: int, state: dict[str, Any], meta: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
-        """Begin a checkpoint, unless none are kept. Raises UserError where the state is not fit to be saved."""
-        self.guard.check_state(step, optimizer, meta.get("valid_loss"))
+    def save(
+        self,
+        step: int,
+        state: dict[str, Any],
+        meta: dict[str, Any],
+        optimizer: torch.optim.Optimizer,
+        measure: Callable[[], float],
+    ) -> None:
+        """Begin a checkpoint, unless none are kept. Raises UserError where the state is not fit to be saved.
+
+        measure: a loss that the weights give now, the same on all ranks.
+        """
+        self.guard.check_state(step, optimizer, measure)
         if self.keep:
             self.writer.save(step, state, meta | {"skipped_steps": self.guard.skipped})
 
