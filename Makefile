@@ -18,7 +18,7 @@ WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n 
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-all test-multigpu check format clean bench-cpu bench-gpu bench-multigpu
+.PHONY: help venv demo soak test test-slow test-all test-multigpu check format clean bench-cpu bench-gpu bench-multigpu
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +65,12 @@ test-slow: $(STAMP)  ## run only the longer tests
 
 test-all: $(STAMP)  ## run every test that needs no GPU
 	$(PYTEST) -m "not gpu" $(PYTEST_OPTIONS)
+
+SOAK_MINUTES ?= 15
+SOAK_SEED ?= 0
+
+soak: $(STAMP)  ## random faults for a quarter of an hour: nothing lost, nothing left behind, equal ends
+	$(BIN)/python -m benchmarks.soak --minutes $(SOAK_MINUTES) --seed $(SOAK_SEED) --out runs/soak
 
 test-multigpu: $(STAMP)  ## run the tests of ranks with a GPU each, over NCCL (two GPUs at least)
 	$(BIN)/python -m pytest -m multigpu tests/gpu/test_multigpu.py -rs $(PYTEST_OPTIONS)

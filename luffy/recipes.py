@@ -4,7 +4,7 @@ There is one MoE layer; a recipe names what stands around it. luffy.compose alon
 of them:
 
 * `seats`: where a step's sequences are computed ("as-read": where they were read; "learnt": where the rows that they
-  are predicted to send are fewest; see luffy.seats. `--seats` overrides it).
+  are predicted to send are fewest; "topic": with the experts of what they are about; see luffy.seats. `--seats`).
 * `copies`: what one row on the wire stands for. "pairs": a (token, expert) pair, as in the classic systems; "ranks": a
   (token, rank) copy, sent once however many experts of that rank the token chose, answered with one partial sum.
 * `placement`: where a sequence lives after each layer ("stay": where it was; else a strategy of luffy.plan.placement).
@@ -56,7 +56,7 @@ class Recipe:
         return parse_wire(self.wire)
 
 
-SEATS = ("as-read", "learnt")
+SEATS = ("as-read", "learnt", "topic")
 RESIDENCIES = ("static", "fetch", "shadow")
 
 RECIPES: dict[str, Recipe] = {

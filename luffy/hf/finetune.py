@@ -99,7 +99,7 @@ class FineTuner(Trainer):
     def _export(self) -> None:
         if not self.options.export:
             return
-        save_pretrained(self.model, self.out / "model")
+        save_pretrained(self.model, self.out / "model", verify=self.options.verify_export)
         if self.options.lora:
             save_adapter(self.model, self.out / "adapter")
 

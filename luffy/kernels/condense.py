@@ -5,7 +5,7 @@ launches, each a few microseconds of a GPU and more of its host, whatever the nu
 
     _count    copies of each expert in each block of tokens; answers for copies that cannot be condensed
     _place    the table of windows (luffy.kernels.windows)
-    _choose   a program a window: W x W cosines on the matrix units, representatives, audit, answers
+    _choose   a program a window: W x W cosines on the matrix units, representatives, answers
 
 The cosines never leave the chip, so memory is linear in copies.
 
@@ -50,14 +50,12 @@ def choose(
     x = q.x if q.x.stride(-1) == 1 else q.x.contiguous()
     if not len(table):
         return
-    share, step, layer = q.audit or (0.0, 0, 0)
     W = q.window
     launch: Any = _choose[(len(table),)]
     launch(
-        x, table, q.layout.global_token if q.audit else table, answer.leader, answer.sent.view(torch.uint8),
-        answer.shared.view(torch.uint8), answer.audited,
-        x.shape[1], x.stride(0), float(q.threshold), share, step, layer,
-        K=q.ids.shape[1], W=W, BLOCK=block, CAUSAL=q.causal, NEAREST=q.nearest, AUDIT=q.audit is not None,
+        x, table, answer.leader, answer.sent.view(torch.uint8), answer.shared.view(torch.uint8),
+        x.shape[1], x.stride(0), float(q.threshold),
+        K=q.ids.shape[1], W=W, BLOCK=block, CAUSAL=q.causal, NEAREST=q.nearest,
         num_warps=num_warps or (8 if W > 64 else 4), num_stages=stages, maxnreg=registers,
     )  # fmt: skip
 
@@ -98,19 +96,9 @@ if triton is not None:
         return condensed, tl.where(condensed, best, place)
 
     @triton.jit
-    def _mix(name, step, layer):
-        """luffy.exchange.condense._mix, bit for bit."""
-        salt = step.to(tl.int64) * 0x3F58476D1CE4E5B9 + layer.to(tl.int64) * 0x14D049BB133111EB
-        z = name * 0x1E3779B97F4A7C15 + (salt & 0x7FFFFFFFFFFFFFFF)
-        z = (z ^ (z >> 30)) * 0x3F58476D1CE4E5B9
-        z = (z ^ (z >> 27)) * 0x14D049BB133111EB
-        return ((z ^ (z >> 31)) & 0xFFFFFF).to(tl.float32) / 16777216.0
-
-    @triton.jit(do_not_specialize=["step", "layer"])
     def _choose(
-        x, table, global_token, leader, sent, shared, audited, D, stride, threshold, share, step, layer,
+        x, table, leader, sent, shared, D, stride, threshold,
         K: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr, NEAREST: tl.constexpr,
-        AUDIT: tl.constexpr,
     ):  # fmt: skip
         place = tl.arange(0, W)
         row = tl.load(table + tl.program_id(0) * W + place)
@@ -132,11 +120,6 @@ if triton is not None:
             condensed, best = _representatives(similarity, threshold, real, place, W, CAUSAL, NEAREST)
             stands = tl.max(((best[None, :] == place[:, None]) & condensed[None, :]).to(tl.int32), axis=1) > 0
             other = tl.load(table + tl.program_id(0) * W + best)
-            picked = condensed & (place < 0)
-            if AUDIT:
-                name = tl.load(global_token + token, mask=real, other=0) * K + tl.where(real, row, 0) % K
-                picked = condensed & (_mix(name, step, layer) < share)
-            tl.store(leader + row, tl.where(picked, row, other).to(tl.int64), mask=real)
-            tl.store(sent + row, (picked | ~condensed).to(tl.uint8), mask=real)
-            tl.store(shared + row, (picked | stands).to(tl.uint8), mask=real)
-            tl.store(audited + row, tl.where(picked, other, -1).to(tl.int64), mask=real)
+            tl.store(leader + row, other.to(tl.int64), mask=real)
+            tl.store(sent + row, (~condensed).to(tl.uint8), mask=real)
+            tl.store(shared + row, stands.to(tl.uint8), mask=real)

@@ -69,15 +69,12 @@ def decide(q: Question, before: Graph | None) -> tuple[Answer, Graph]:
     """What becomes of every copy, and what was found; before: of the previous block.
 
     Priority is time where causal, else the degree; a copy goes to the representative that covered it first. q.window:
-    groups are cut into so many copies, 0: not at all. q.nearest and q.audit are not looked at.
+    groups are cut into so many copies, 0: not at all. q.nearest is not looked at.
     """
     (T, K), layout, device = q.ids.shape, q.layout, q.x.device
     order, begin, first_pair, found = _in_groups(q)
     n = len(begin) - 1
-    answer = Answer(
-        torch.arange(T * K, device=device).view(T, K), q.is_copy.clone(), torch.zeros_like(q.is_copy),
-        torch.full_like(q.ids, -1),
-    )  # fmt: skip
+    answer = Answer(torch.arange(T * K, device=device).view(T, K), q.is_copy.clone(), torch.zeros_like(q.is_copy))
     if not T or not n:
         return answer, found
     x = q.x if q.x.stride(-1) == 1 else q.x.contiguous()

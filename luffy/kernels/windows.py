@@ -30,7 +30,6 @@ class Question:
     """What one layer asks. x [T, D]: rows of any length. ids, rank int64 [T, K], is_copy bool [T, K]: as CopyKeys.
 
     local, by_sequence, pairs: which copies may be condensed, and among whom (luffy.exchange.condense.find_groups).
-    audit: None, or (share, step, layer).
     """
 
     x: Tensor
@@ -47,7 +46,6 @@ class Question:
     local: bool
     by_sequence: bool
     pairs: bool
-    audit: tuple[float, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,6 @@ class Answer:
     leader: Tensor
     sent: Tensor
     shared: Tensor
-    audited: Tensor
 
 
 def find_windows(q: Question) -> tuple[Tensor, Answer]:
@@ -68,9 +65,9 @@ def find_windows(q: Question) -> tuple[Tensor, Answer]:
     if num_windows * W >= 2**31:
         raise ValueError(f"{T * K} copies in windows of {W}, {segments * E} groups: more than int32 can count")
     table = torch.empty(num_windows, W, dtype=torch.int32, device=device)
-    leader, audited = (torch.empty(T, K, dtype=torch.int64, device=device) for _ in range(2))
+    leader = torch.empty(T, K, dtype=torch.int64, device=device)
     sent, shared = (torch.empty(T, K, dtype=torch.bool, device=device) for _ in range(2))
-    answer = Answer(leader, sent, shared, audited)
+    answer = Answer(leader, sent, shared)
     chunks = -(-longest // BLOCK_TOKENS)
     programs = segments * chunks
     if programs == 0:
@@ -86,7 +83,7 @@ def find_windows(q: Question) -> tuple[Tensor, Answer]:
     each = -(-table.numel() // programs)
     count: Any = _count[(programs,)]
     count(
-        ids, rank, is_copy, order, counts, table, leader, sent.view(torch.uint8), shared.view(torch.uint8), audited,
+        ids, rank, is_copy, order, counts, table, leader, sent.view(torch.uint8), shared.view(torch.uint8),
         T, chunks, table.numel(), each, E, q.ep_rank, **shape,
     )  # fmt: skip
     place: Any = _place[(programs,)]
@@ -128,7 +125,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["num_tokens", "num_chunks", "num_places", "each", "ep_rank"])
     def _count(
-        ids, rank, is_copy, order, counts, table, leader, sent, shared, audited,
+        ids, rank, is_copy, order, counts, table, leader, sent, shared,
         num_tokens, num_chunks, num_places, each, E, ep_rank,
         K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BY_SEQUENCE: tl.constexpr, LOCAL: tl.constexpr,
         PAIRS: tl.constexpr,
@@ -141,7 +138,6 @@ if triton is not None:
             tl.store(leader + name, name.to(tl.int64), mask=rest)
             tl.store(sent + name, tl.load(is_copy + name, mask=rest, other=0), mask=rest)
             tl.store(shared + name, tl.zeros_like(name).to(tl.uint8), mask=rest)
-            tl.store(audited + name, tl.zeros_like(name).to(tl.int64) - 1, mask=rest)
         for e in range(0, E, BLOCK_E):
             column = e + tl.arange(0, BLOCK_E)
             hits = tl.zeros((BLOCK_T, BLOCK_E), dtype=tl.int32)

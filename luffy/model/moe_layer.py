@@ -23,7 +23,7 @@ from luffy.data.batch import TokenBatch
 from luffy.exchange.copies import ExpertMap, copy_keys
 from luffy.exchange.dispatcher import Forecast, Norm, Received, Tokens
 from luffy.exchange.guests import Departed
-from luffy.exchange.permute import pairs_by_expert, weighted_sum
+from luffy.exchange.permute import pairs_by_expert
 from luffy.exchange.stage import Stage, finish
 from luffy.model.experts import Experts, GroupedExperts
 from luffy.model.layers import FeedForward
@@ -123,14 +123,13 @@ class MoELayer(nn.Module):
     def _run_experts(self, received: Received) -> Tensor:
         """Partial sums [R, D] over the experts of this rank and its guests, one for each received row."""
         experts, ep_rank = received.experts, self.runtime.comm.mesh.ep_rank
-        source, num_pairs = received.source_for(experts), received.copies.num_pairs
-        pairs = pairs_by_expert(received.expert_ids, experts, ep_rank, num_pairs, source)
+        source = received.source_for(experts)
+        pairs = pairs_by_expert(received.expert_ids, experts, ep_rank, received.num_pairs, source)
 
-        def local_work(rows: Tensor, weights: Tensor) -> Tensor:
-            permuted = received.norm(rows).index_select(0, pairs.row)
-            answers = self.experts(permuted, pairs.num_tokens_per_expert, received.guests)
-            return weighted_sum(answers, weights, pairs, rows.shape[0])
+        def local_work(rows: Tensor, weights: Tensor, residual: Tensor | None) -> Tensor:
+            return self.experts(received.norm(rows), weights, pairs, received.guests, residual)
 
+        given = received.rows, received.weights, received.residual
         if self.runtime.recompute and torch.is_grad_enabled():
-            return checkpoint(local_work, received.rows, received.weights, use_reentrant=False)
-        return local_work(received.rows, received.weights)
+            return checkpoint(local_work, *given, use_reentrant=False)
+        return local_work(*given)

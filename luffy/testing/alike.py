@@ -17,9 +17,8 @@ from torch import Tensor
 
 from luffy.condensation import Condensation
 from luffy.data.batch import Layout, SequenceTable
-from luffy.exchange import Condensed, CondenseState, ExpertMap, condense, copy_keys, only_sent
-from luffy.exchange.condense import History, find_groups, make_windows
-from luffy.exchange.copies import CopyKeys
+from luffy.exchange.condense import Condensed, CondenseState, History, condense, find_groups, make_windows, only_sent
+from luffy.exchange.copies import CopyKeys, ExpertMap, copy_keys
 
 ROUNDING = 2e-5  # of a cosine: sums of up to 4096 products in float32, in another order
 
@@ -68,7 +67,7 @@ class AlikeLayer:
         kernel: bool | None,
     ) -> tuple[Condensed, History | None]:
         """The same, knowing what the block before found, and what this one did."""
-        state = CondenseState(scheme, [threshold] * 4, step=12_345)
+        state = CondenseState(scheme, [threshold] * 4)
         return condense(
             state, 3, self.x, self.ids, self.keys, self.layout, self.experts, 0, causal=causal,
             by_sequence=by_sequence, pairs=self.pairs, history=history, kernel=kernel,
@@ -129,7 +128,7 @@ def compare_blocks(
         there = layer.to(device)
         expected, before = layer.decide_after(before, scheme, threshold, kernel=False, **flags)
         got, there_before = there.decide_after(there_before, scheme, threshold, kernel=True, **flags)
-        names = ("leader", "sent", "shared", "audited")
+        names = ("leader", "sent", "shared")
         problems = [_difference(n, getattr(expected, n), getattr(got, n)) for n in names]
         keys, new_keys = only_sent(layer.keys, expected), only_sent(there.keys, got)
         problems += [_difference(n, getattr(keys, n), getattr(new_keys, n)) for n in ("is_copy", "rank")]
@@ -161,8 +160,7 @@ def compare_closely(
     got = layer.to(device).decide(scheme, threshold, kernel=True, **flags)
     copy = expected.copy.flatten()
     token, a, b = (t.flatten().cpu()[copy] // K for t in (torch.arange(copy.numel()), expected.leader, got.leader))
-    names = ("sent", "shared") if not scheme.audits else ("sent",)
-    problems = [_difference(name, getattr(expected, name), getattr(got, name)) for name in names]
+    problems = [_difference(name, getattr(expected, name), getattr(got, name)) for name in ("sent", "shared")]
     off = ((unit[token] * unit[a]).sum(1) - (unit[token] * unit[b]).sum(1)).abs()
     if scheme.nearest and (worst := float(off.nan_to_num(0.0).max())) > ROUNDING:
         problems.append(f"a representative is less alike than it could be, by {worst:.2e}")

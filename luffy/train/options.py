@@ -10,11 +10,11 @@ from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from luffy.config import DTYPES, ModelConfig, _one_of, _require, model_preset
+from luffy.config import DTYPES, SEAT_LOSS_FORMS, ModelConfig, _one_of, _require, model_preset
 from luffy.inputs import keep_run_apart
 from luffy.plan.topology import Topology, parse_topology
 from luffy.ranges import AT_LEAST_ONE, COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE, Range
-from luffy.recipes import Recipe, get_recipe
+from luffy.recipes import SEATS, Recipe, get_recipe
 from luffy.report.units import parse_num_bytes
 from luffy.wire_format import SUM_FORMATS
 
@@ -132,7 +132,8 @@ class TrainOptions:
     seats: str | None = option(
         None,
         "Where a step's sequences are computed: as-read (where they were read), learnt (by the rows that they are "
-        "predicted to send, from their token ids) (default: the recipe's).",
+        "predicted to send, from their token ids), topic (by what they are about; --seat-loss teaches routers to "
+        "follow) (default: the recipe's).",
         "Training",
     )
     wire: str | None = option(
@@ -151,12 +152,21 @@ class TrainOptions:
     fetch_limit: str | None = option(
         None, "Most that a rank may hold of others' experts, such as 8GB (default: half of its memory).", "Training"
     )
-    auto_every: int = option(200, "Most steps between the looks of --recipe auto.", "Training")
+    auto_every: int = option(
+        200, "Steps between the looks of --recipe auto, unless the speed changes before.", "Training"
+    )
     condense: str | None = option(
         None,
         "Let similar tokens share a row: none, static:0.9, paper, lsh:6, lsh-causal:6; ,local ,window=N ,correct may "
         "follow (default: the recipe's).",
         "Training",
+    )
+    topics: int | None = option(
+        None, "Topics, in equal shares of the tokens, each with its block of experts (default: --ep-size).", "Training"
+    )
+    seat_loss_warmup: int = option(0, "Steps over which the seat loss grows to its weight.", "Training")
+    seat_loss_final: float = option(
+        1.0, "Share of its weight that the seat loss keeps at the last step; it changes evenly.", "Training"
     )
     condense_warmup: int = option(0, "Steps before condensation begins.", "Training")
     condense_until: float = option(1.0, "Share of the steps after which it ends.", "Training")
@@ -185,6 +195,12 @@ class TrainOptions:
     locality_loss: float | None = option(
         None, "Weight of the loss that gives a sequence few experts, all staying in use; 0 is off, try 0.02.", "Model"
     )
+    seat_loss: float | None = option(
+        None, "Weight of the loss that pulls tokens to the experts of their sequence's topic (--seats topic).", "Model"
+    )
+    seat_loss_form: str | None = option(None, f"What it counts: {', '.join(SEAT_LOSS_FORMS)}.", "Model")
+    num_groups: int | None = option(None, "Groups of experts, of which a token uses --top-k-groups.", "Model")
+    top_k_groups: int | None = option(None, "Groups of experts that a token may choose in.", "Model")
     bias_update_rate: float | None = option(None, "Loss-free balancing; 0 is off.", "Model")
     capacity_factor: float | None = option(None, "Drop choices beyond capacity (default: dropless).", "Model")
 
@@ -223,8 +239,38 @@ class TrainOptions:
         if self.topology is not None:
             parse_topology(self.topology)
         check(recipe, config)
+        self._check_seats(config)
         if self.fetch_limit is not None:
             parse_num_bytes(self.fetch_limit, "--fetch-limit")
+
+    def _check_seats(self, config: ModelConfig) -> None:
+        if self.seats is not None:
+            _one_of("--seats", self.seats, SEATS)
+        for name in ("topics", "seat_loss"):
+            asked = getattr(self, name)
+            _require(not asked or self.seats == "topic", f"--{name.replace('_', '-')} {asked} needs --seats topic")
+        if self.seats != "topic":
+            return
+        _require(
+            not self.rehome_every, "--rehome-every: with --seats topic experts stay with their topics; leave it out"
+        )
+        _require(config.num_moe_layers > 0, "--seats topic needs a model with MoE layers")
+        if self.topics is not None:
+            E = config.router.num_experts
+            _require(
+                self.topics >= 1 and E % self.topics == 0,
+                f"--topics {self.topics} must divide the {E} experts of a layer",
+            )
+
+    def num_topics(self, ep_size: int) -> int:
+        """Topics of sequences; 0 without."""
+        return 0 if self.seats != "topic" else self.topics or ep_size
+
+    def seat_strength(self, step: int) -> float:
+        """Factor of the seat loss at `step`, from 0: warmed up, and changing evenly to its final share."""
+        final = self.seat_loss_final
+        change = 1.0 if final == 1 else 1 + (final - 1) * step / max(1, self.steps - 1)
+        return change * min(1.0, (step + 1) / (self.seat_loss_warmup + 1))
 
     @property
     def num_micro_batches(self) -> int:
@@ -247,12 +293,10 @@ class TrainOptions:
         """How gradients are written while ranks sum them."""
         return self.get_recipe().gradient_dtype if self.gradient_dtype is None else self.gradient_dtype
 
-    def seat_strength(self, step: int) -> float:
-        """Factor of the seat loss at `step`, counted from 0."""
-        return 1.0
-
     def get_rehome_every(self) -> int:
-        """Steps between re-homings of experts; 0 is never."""
+        """Steps between re-homings of experts; 0 is never. Experts of topics stay where they are."""
+        if self.seats == "topic":
+            return 0
         return self.get_recipe().rehome_every if self.rehome_every is None else self.rehome_every
 
     def model_config(self) -> ModelConfig:
@@ -274,6 +318,10 @@ class TrainOptions:
             balance_loss=self.balance_loss,
             z_loss=self.z_loss,
             locality_loss=self.locality_loss,
+            seat_loss=self.seat_loss,
+            seat_loss_form=self.seat_loss_form,
+            num_groups=self.num_groups,
+            top_k_groups=self.top_k_groups,
             bias_update_rate=self.bias_update_rate,
             capacity_factor=self.capacity_factor,
         )
@@ -289,6 +337,11 @@ class TrainOptions:
             ep_size >= 1 and world_size % ep_size == 0, f"--ep-size {ep_size} does not divide the {world_size} ranks"
         )
         self.model_config().check_ranks(ep_size)
+        C = self.num_topics(ep_size)
+        _require(
+            not C or C % ep_size == 0 or ep_size % C == 0,
+            f"--topics {C} must be a multiple or a divisor of the {ep_size} expert-parallel ranks",
+        )
         links = self.links()
         _require(
             links is None or links.world_size == ep_size,

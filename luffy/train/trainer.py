@@ -382,6 +382,8 @@ class Trainer:
             if self.valid_loader is not None and (last or (o.eval_every and self.step % o.eval_every == 0)):
                 self.valid_loss = record["valid_loss"] = self.evaluate()
                 note = f"held-out loss {self.valid_loss:.4f}"
+            if "auto" in record:
+                progress.message(record["auto"]["note"])
             if writer is not None:
                 writer.write(record)
             moved = sum(record["bytes"].values())

@@ -47,9 +47,9 @@ def check(
     condensed = 0
     for turn, window, threshold, layer, flags in _turns(dtypes, sizes, widths, lengths):
         extras = f",window={window}" + (",local" if turn % 2 else "") + (",correct" if turn % 5 == 0 else "")
-        scheme = parse_condense(f"{'budget' if turn % 3 else 'static'}:0.1{extras}")
+        scheme = parse_condense(f"static:0.1{extras}")
         assert scheme is not None
-        scheme = replace(scheme, nearest=turn % 4 > 0, audit_share=1 / 4)
+        scheme = replace(scheme, nearest=turn % 4 > 0)
         condensed += compare_exactly(layer(turn), scheme, threshold, **flags, device=device)
     return condensed
 

@@ -165,7 +165,7 @@ def test_the_audit_measures_the_error_of_what_would_have_been_shared():
         rows,
         ids,
         ids.double(),
-        Copies(torch.arange(5), 5, idle, 5, 1),
+        Copies(torch.arange(5), 5, idle, 5, 1, torch.arange(5)[:, None]),
         shared=ids > 0,
         audit=torch.tensor([0, -1, 0, -3, 0]),
     )
