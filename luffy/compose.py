@@ -94,7 +94,8 @@ class Runtime:
         self, layer: int, layer_of_moe: int, experts: Experts, *, causal: bool, may_drop: bool
     ) -> Dispatcher:
         """For layer `layer`, the `layer_of_moe`-th MoE layer of its model. may_drop: its router has a capacity."""
-        transport = Transport(self.recipe.wire_spec, self.draws, layer)
+        spec = WireSpec() if self.recipe.auto else self.recipe.wire_spec  # of auto a permission
+        transport = Transport(spec, self.draws, layer)
         self.transports.append(transport)
         if self.comm is not None and self.comm.mesh.ep_size == 1 and self.planner is None and self.condense is None:
             return Alone(self.clock, layer, self.tally)

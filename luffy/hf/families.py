@@ -26,7 +26,6 @@ from luffy.errors import UserError
 from luffy.kernels.activation import Activation
 
 
-
 @dataclass(frozen=True)
 class OnDisk:
     """Names of the experts' weights in a checkpoint, relative to the block of a layer.

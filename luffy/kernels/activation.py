@@ -74,7 +74,7 @@ def activate_weighted_backward(
     """
     P = x.shape[0]
     # Choices that nobody here serves have no gradient; where they are among the P, the kernel says so.
-    whole = P == weights.numel()
+    whole = weights.numel() == P
     if isinstance(activation, str) and uses_kernel(x, kernel) and P:
         to_weights = torch.empty_like(weights) if whole else torch.zeros_like(weights)
         to_x = torch.empty_like(x)
@@ -117,7 +117,9 @@ if triton is not None:
     def _load(x, bias, group, p, d, here, width, BIAS: tl.constexpr):
         value = tl.load(x + p.to(tl.int64)[:, None] * width + d[None, :], mask=here, other=0.0).to(tl.float32)
         if BIAS:
-            value += tl.load(bias + group.to(tl.int64)[:, None] * width + d[None, :], mask=here, other=0.0).to(tl.float32)
+            value += tl.load(bias + group.to(tl.int64)[:, None] * width + d[None, :], mask=here, other=0.0).to(
+                tl.float32
+            )
         return value
 
     @triton.jit

@@ -75,9 +75,7 @@ def pick(x: Tensor, index: Tensor, kernel: bool | None = None) -> Tensor:
     return out
 
 
-def add_up(
-    rows: Tensor, index: Tensor, place: Tensor, *addends: Tensor | None, kernel: bool | None = None
-) -> Tensor:
+def add_up(rows: Tensor, index: Tensor, place: Tensor, *addends: Tensor | None, kernel: bool | None = None) -> Tensor:
     """rows [P, D], place int [R, K] -> [R, D]; without gradient. index: as place, for the reference."""
     known = [a.contiguous() for a in addends if a is not None]
     if len(known) > 2:
@@ -117,9 +115,7 @@ if triton is not None:
         tl.store(out + i.to(tl.int64)[:, None] * D + d[None, :], value, mask=here)
 
     @triton.jit
-    def _add_up(
-        rows, place, a, b, out, D, K: tl.constexpr, ADDENDS: tl.constexpr, BLOCK: tl.constexpr
-    ):
+    def _add_up(rows, place, a, b, out, D, K: tl.constexpr, ADDENDS: tl.constexpr, BLOCK: tl.constexpr):
         r = tl.program_id(0).to(tl.int64)
         d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = d < D

@@ -28,6 +28,7 @@ from luffy.exchange.stage import Stage, finish
 from luffy.model.experts import Experts, GroupedExperts
 from luffy.model.layers import FeedForward
 from luffy.model.observe import observe
+from luffy.model.rank_state import mark_state
 from luffy.model.router import Router, RouterBase
 
 Predictor = Callable[[Tensor], Forecast]
@@ -62,6 +63,7 @@ class MoELayer(nn.Module):
         self.dispatcher = runtime.dispatcher(layer, layer_of_moe, experts, causal=causal, may_drop=may_drop)
         self.register_buffer("slot_of_expert", torch.arange(router.config.num_experts))
         self.slot_of_expert: Tensor
+        mark_state(self, runtime.comm.mesh)
 
     @classmethod
     def build(cls, config: ModelConfig, runtime: Runtime, layer: int) -> MoELayer:

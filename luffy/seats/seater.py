@@ -3,8 +3,9 @@
 A seat is decided in two steps, both in integers, so that every rank comes to the same seats by itself.
 
 1. *The expert-parallel rank*, by predicted rows: the placement strategy `best` (luffy.plan.best) under equal counts, or
-   budgets of tokens and attention operations where lengths differ, of the whole step. Rows at ranks whose experts are
-   in demand weigh more, and the busiest rank may not be expected to receive or send more rows than as read.
+   budgets of tokens and attention operations where lengths differ, of the whole step. It is asked with several weights
+   for rows at ranks whose experts are in demand, and what leaves the busiest rank the least to receive or send is
+   taken; if that is more than as read, nobody moves.
 2. *The cell*, a micro-batch of a data-parallel group, which costs no rows: sequences are dealt so that cells are alike
    in tokens, attention operations, and rows that each rank receives (luffy.seats.cells).
 
@@ -33,7 +34,7 @@ from luffy.seats.layout import Seating, SeatLayout, as_read
 from luffy.seats.predictor import RowPredictor
 
 SLACK = 0.1  # of the budgets, over the mean
-BOTTLENECK_WEIGHT = 0.5  # see luffy.plan.best
+BOTTLENECK_WEIGHTS = (0.0, 1.0, 2.0)  # of luffy.plan.best, to be tried
 
 
 class Seats(Protocol):
@@ -149,9 +150,8 @@ def choose_ranks(rows: np.ndarray, lengths: np.ndarray, home: np.ndarray, layout
         balance=Balance.for_lengths(lengths, SLACK),
     )
     start = problem if problem.balance.mode == "sequences" else replace(problem, home_rank=_level(problem))
-    chosen = plan_placement("best", start, bottleneck_weight=BOTTLENECK_WEIGHT).new_home
-    worse = bottleneck_femtoseconds(problem, chosen) > bottleneck_femtoseconds(problem, home)
-    return problem.home_rank if worse else chosen
+    ways = [plan_placement("best", start, bottleneck_weight=w).new_home for w in BOTTLENECK_WEIGHTS]
+    return min([*ways, problem.home_rank], key=lambda way: bottleneck_femtoseconds(problem, way))
 
 
 def _level(problem: PlacementProblem) -> np.ndarray:

@@ -1,7 +1,8 @@
 """`luffy plan`: what every recipe would put on the links of a cluster, from a recorded trace.
 
 The trace comes from `luffy train --trace-every`; the cluster need not exist. See `luffy.plan.prediction` for what is
-counted (bytes) and what is modelled (seconds).
+counted (bytes) and what is modelled (seconds). Seats are predicted from the features of a trace, by a predictor that is
+fitted to steps that are not counted.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ def group_of(topology: Topology, num_experts: int, ep_size: int | None) -> Topol
 def show(predictions: list[Prediction], compute_seconds: float | None, console: Console) -> None:
     console.print("one step, forward and backward: bytes counted by replay, seconds predicted")
     table = Table(box=None, pad_edge=False)
-    columns = ["in nodes", "between", "share", "links busy", "moved"]
+    columns = ["in nodes", "between", "share", "links busy", "seated", "moved"]
     if compute_seconds is not None:
         columns += ["step", "speed-up"]
     table.add_column("recipe", no_wrap=True)
@@ -138,7 +139,7 @@ def show(predictions: list[Prediction], compute_seconds: float | None, console: 
     for p in predictions:
         share = sum(p.num_bytes) / sum(first.num_bytes) if sum(first.num_bytes) else 1.0
         cells = [format_bytes(p.num_bytes[0]), format_bytes(p.num_bytes[1]), f"{share:.2f}"]
-        cells += [format_seconds(p.exchange_seconds), f"{p.moved_share:.0%}"]
+        cells += [format_seconds(p.exchange_seconds), f"{p.seated_share:.0%}", f"{p.moved_share:.0%}"]
         if compute_seconds is not None:
             step = compute_seconds + p.exchange_seconds
             cells += [format_seconds(step), f"{(compute_seconds + first.exchange_seconds) / step:.2f}x"]
@@ -195,7 +196,7 @@ def run_plan(
     chosen = [get_recipe(name.strip()) for name in recipes.split(",") if name.strip()]
     if wire is not None:
         parse_wire(wire)
-        chosen = [replace(r, wire=wire) for r in chosen]
+        chosen = [r if r.moves else replace(r, wire=wire) for r in chosen]  # rows that carry residuals stay as they are
     if not chosen:
         raise UserError("--recipes names no recipe; leave it out for all of them")
     recorded = load_trace(trace)
@@ -213,6 +214,12 @@ def run_plan(
     show(predictions, compute_seconds, console)
     if any(get_recipe(p.recipe).rehome_every and not p.rehomed for p in predictions):
         console.print("experts stay as dealt: re-homing needs a trace of at least 4 steps")
+    named = [get_recipe(p.recipe) for p in predictions]
+    if any(r.seats != "as-read" for r in named):
+        if any(s.features is None for s in recorded.steps):
+            console.print("sequences stay as dealt: the trace holds no features to predict seats from; record it again")
+        elif len(counted) == len(recorded.steps):
+            console.print("sequences stay as dealt: predicting their seats needs a trace of at least 2 steps")
     if alike := [p.recipe for p in predictions if get_recipe(p.recipe).condense != "none"]:
         console.print(f"{', '.join(alike)}: counted without condensation; a trace of routing does not say who is alike")
     if target is not None:
