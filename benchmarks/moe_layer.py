@@ -4,7 +4,7 @@
 
 Each computes x + experts(norm(x)), router included, in bfloat16 on the same random weights; their answers are compared.
 Reported: milliseconds forward, and forward and backward (medians, by device events), peak memory beyond weights, input
-and upstream gradient (the gradients of weights count), launches of both passes, and the share of the rate of one grouped
+and upstream gradient (the gradients of weights count), launches of both passes, and the share of the rate of a grouped
 product that both passes come to. `luffy_masters` keeps float32 weights, cast once a step; the others hold bfloat16.
 """
 
@@ -209,11 +209,13 @@ def main(shapes: str, only: str, kernels: int, out: Path | None) -> None:
                 click.echo(f"  {layer}: {type(error).__name__}: {str(error)[:600]}")
                 continue
             exact = exact or outputs
-            off = [float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(outputs, exact, strict=True)]
+            off = [
+                float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(outputs, exact, strict=True)
+            ]
             r = SimpleNamespace(**row)
             click.echo(
                 f"  {layer:<14} forward {r.forward_ms:6.2f} ms, both {r.both_ms:6.2f} ms, peak {r.peak_gb:5.2f} GB, "
-                f"{r.launches:3d} launches of {r.device_ms:6.2f} ms, {r.share_of_grouped_rate:.2f} of the grouped rate, "
+                f"{r.launches:3d} launches of {r.device_ms:6.2f} ms, {r.share_of_grouped_rate:.2f} of its rate, "
                 f"off {' '.join(format(o, '.0e') for o in off)}, {'repeats' if r.repeats_to_the_bit else 'differs'}"
             )
             for kernel, count, spent in r.kernels[:kernels]:

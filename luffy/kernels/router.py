@@ -116,7 +116,8 @@ def choose_backward(
     run(
         scores, ids, *(scores if g is None else g for g in given), out, T, E,
         LOGITS=given[0] is not None, SCORES=given[1] is not None, WEIGHTS=given[2] is not None,
-        SOFTMAX=score == "softmax", NORMALIZE=normalize, K=K, ROWS=_ROWS, COLUMNS=triton.next_power_of_2(E), num_warps=4,
+        SOFTMAX=score == "softmax", NORMALIZE=normalize, K=K, ROWS=_ROWS,
+        COLUMNS=triton.next_power_of_2(E), num_warps=4,
     )  # fmt: skip
     return out
 

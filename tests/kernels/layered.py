@@ -47,9 +47,7 @@ def check_sort(device: str) -> int:
     return seen
 
 
-def check_rows(
-    device: str, dtypes: tuple[torch.dtype, ...], sizes: tuple[int, ...], cases: tuple = CASES
-) -> int:
+def check_rows(device: str, dtypes: tuple[torch.dtype, ...], sizes: tuple[int, ...], cases: tuple = CASES) -> int:
     seen = 0
     for (R, K, E, drop), dtype, D in itertools.product(cases, dtypes, sizes):
         ids = choices(R, K, E, drop, device)
@@ -68,9 +66,7 @@ def check_rows(
     return seen
 
 
-def check_activation(
-    device: str, dtypes: tuple[torch.dtype, ...], sizes: tuple[int, ...], cases: tuple = CASES
-) -> int:
+def check_activation(device: str, dtypes: tuple[torch.dtype, ...], sizes: tuple[int, ...], cases: tuple = CASES) -> int:
     seen = 0
     for (R, K, E, drop), dtype, F, name in itertools.product(cases, dtypes, sizes, ("swiglu", "gelu")):
         ids = choices(R, K, E, drop, device)
@@ -114,9 +110,9 @@ def check_router(device: str) -> int:
             for a, b in zip((got.logits, got.scores, got.weights), want, strict=True):
                 near(a, b.detach().float())
             for which in itertools.product((True, False), repeat=3):
-                ups = [torch.randn(w.shape, generator=g).to(device) if on else None for w, on in zip(want, which)]
+                ups = [torch.randn(w.shape, generator=g).to(device) if on else None for w, on in zip(want, which, strict=True)]
                 if any(which):
-                    outputs, given = zip(*((w, u.double()) for w, u in zip(want, ups) if u is not None))
+                    outputs, given = zip(*((w, u.double()) for w, u in zip(want, ups, strict=True) if u is not None), strict=True)
                     (expected,) = torch.autograd.grad(outputs, exact, given, retain_graph=True)
                     found = choose_backward(got.scores, got.ids, *ups, score, normalize).float().unflatten(1, (3, E))
                     assert torch.equal(found[:, 0], found[:, 1])
