@@ -13,9 +13,12 @@ DEMO_OUT ?= runs/demo
 DEMO ?= --recipe vanilla_dedup --model moe-gpt2-tiny --ranks 4 --steps 100 --device cpu --data stdlib \
 	--batch-size 16 --sequence-length 128 --vocab-size 4096 --lr 3e-3 --eval-every 50 --eval-batches 4
 PYTEST_OPTIONS ?=
+# Processes that run tests side by side, a file of them each at a time: one a core, up to 8.
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n -gt 8 ] && n=8; echo $$n)
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-all test-multigpu check format clean bench-cpu bench-gpu bench-multigpu
+.PHONY: help venv demo soak test test-slow test-all test-multigpu check format clean bench-cpu bench-gpu bench-multigpu
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,13 +58,19 @@ bench-gpu: $(STAMP)  ## the full set, for as long as 9 minutes; call it again to
 		$(if $(BENCH_GPU_LINK),--link $(BENCH_GPU_LINK)) $(BENCH_OPTIONS)
 
 test: $(STAMP)  ## run the fast tests
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_OPTIONS)
+	$(PYTEST) -m "not slow and not gpu" $(PYTEST_OPTIONS)
 
 test-slow: $(STAMP)  ## run only the longer tests
-	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_OPTIONS)
+	$(PYTEST) -m "slow and not gpu" $(PYTEST_OPTIONS)
 
 test-all: $(STAMP)  ## run every test that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_OPTIONS)
+	$(PYTEST) -m "not gpu" $(PYTEST_OPTIONS)
+
+SOAK_MINUTES ?= 15
+SOAK_SEED ?= 0
+
+soak: $(STAMP)  ## random faults for a quarter of an hour: nothing lost, nothing left behind, equal ends
+	$(BIN)/python -m benchmarks.soak --minutes $(SOAK_MINUTES) --seed $(SOAK_SEED) --out runs/soak
 
 test-multigpu: $(STAMP)  ## run the tests of ranks with a GPU each, over NCCL (two GPUs at least)
 	$(BIN)/python -m pytest -m multigpu tests/gpu/test_multigpu.py -rs $(PYTEST_OPTIONS)

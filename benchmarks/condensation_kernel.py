@@ -29,6 +29,7 @@ from luffy.condensation import parse_condense
 from luffy.config import model_preset
 from luffy.exchange import CondenseState, condense, only_sent
 from luffy.kernels.condense import Question, choose, find_windows
+from luffy.kernels.sort import sort_by_group
 from luffy.model.experts import GroupedExperts
 from luffy.testing.alike import AlikeLayer, alike_layer, compare_closely, compare_exactly
 from luffy.testing.launches import launches
@@ -97,11 +98,12 @@ def forward_of(network: GroupedExperts, layer: AlikeLayer) -> Callable[[], Any]:
     """What the experts do with the copies: as many rows for each."""
     num_rows = layer.ids.numel()
     rows = layer.x[torch.arange(num_rows, device="cuda") // TOP_K]
-    counts = torch.full((NUM_EXPERTS,), num_rows // NUM_EXPERTS, device="cuda")
+    ids = torch.arange(NUM_EXPERTS, device="cuda").repeat_interleave(num_rows // NUM_EXPERTS)[:, None]
+    pairs, ones = sort_by_group(ids, NUM_EXPERTS), torch.ones(num_rows, 1, device="cuda")
 
     def forward() -> None:
         with torch.no_grad():
-            network(rows, counts)
+            network(rows, ones, pairs)
 
     return forward
 

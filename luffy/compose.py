@@ -19,6 +19,7 @@ from luffy.condensation import parse_condense
 from luffy.config import ModelConfig
 from luffy.data.batch import Layout
 from luffy.errors import UserError
+from luffy.exchange.alone import Alone
 from luffy.exchange.condense import CondenseState
 from luffy.exchange.condensing import Condensing
 from luffy.exchange.direct import Direct
@@ -93,8 +94,11 @@ class Runtime:
         self, layer: int, layer_of_moe: int, experts: Experts, *, causal: bool, may_drop: bool
     ) -> Dispatcher:
         """For layer `layer`, the `layer_of_moe`-th MoE layer of its model. may_drop: its router has a capacity."""
-        transport = Transport(self.recipe.wire_spec, self.draws, layer)
+        spec = WireSpec() if self.recipe.auto else self.recipe.wire_spec  # of auto a permission
+        transport = Transport(spec, self.draws, layer)
         self.transports.append(transport)
+        if self.comm is not None and self.comm.mesh.ep_size == 1 and self.planner is None and self.condense is None:
+            return Alone(self.clock, layer, self.tally)
         direct = Direct(self.comm, self.clock, self.recipe.copies, transport, self.tally)
         return _wrapped(direct, self, layer, layer_of_moe, experts, causal=causal, may_drop=may_drop)
 

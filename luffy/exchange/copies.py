@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from luffy.comm import Comm, RowExchange
-from luffy.kernels.order import stable_order
+from luffy.kernels.sort import Pairs, sort_by_group
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,10 @@ def copy_keys(topk_expert_ids: Tensor, experts: ExpertMap, ep_rank: int, per: st
     return CopyKeys(is_copy, rank)
 
 
-def in_order(keys: CopyKeys, ep_rank: int, ep_size: int) -> Tensor:
-    """token * K + slot of the copies, own ones first, then by rank, then by token; others behind: int64 [T * K]."""
+def in_order(keys: CopyKeys, ep_rank: int, ep_size: int, num_copies: int) -> Pairs:
+    """The copies, own ones first, then by rank, then by token."""
     destination = torch.where(keys.rank == ep_rank, 0, keys.rank + 1)
-    destination = torch.where(keys.is_copy, destination, ep_size + 1)
-    return stable_order(destination.flatten(), ep_size + 2)
+    return sort_by_group(destination.masked_fill(~keys.is_copy, -1), ep_size + 1, num_copies)
 
 
 @dataclass(frozen=True)
@@ -109,6 +108,7 @@ class Copies:
     destination rank, then by token. slot: which of the token's K choices it stands for (its first on that rank).
     num_local: copies that stay. exchange: split sizes for the others.
     num_pairs: (row, expert) pairs this rank's experts will compute, from all sources.
+    place: int32 [T, K], where each possible copy stands among these, -1 for those that are none.
     """
 
     flat: Tensor
@@ -116,6 +116,7 @@ class Copies:
     exchange: RowExchange
     num_pairs: int
     top_k: int
+    place: Tensor
 
     @cached_property
     def token(self) -> Tensor:
@@ -129,9 +130,9 @@ class Copies:
 
     def places(self, num_possible: int) -> Tensor:
         """Where each possible copy stands among these, C for those that are not: int64 [num_possible]."""
-        place = torch.full((num_possible,), len(self.token), dtype=torch.int64, device=self.token.device)
-        place[self.flat] = torch.arange(len(self.token), device=self.token.device)
-        return place
+        assert num_possible == self.place.numel()
+        place = self.place.flatten().long()
+        return torch.where(place < 0, len(self.flat), place)
 
 
 def all_local(keys: CopyKeys, topk_expert_ids: Tensor, comm: Comm) -> Copies:
@@ -171,4 +172,5 @@ def exchange_counts(
 
 def _copies(keys: CopyKeys, K: int, num_copies: int, num_local: int, num_pairs: int, exchange: RowExchange) -> Copies:
     mesh = exchange.comm.mesh
-    return Copies(in_order(keys, mesh.ep_rank, mesh.ep_size)[:num_copies], num_local, exchange, num_pairs, K)
+    order = in_order(keys, mesh.ep_rank, mesh.ep_size, num_copies)
+    return Copies(order.flat.long(), num_local, exchange, num_pairs, K, order.place)

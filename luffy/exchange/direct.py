@@ -23,6 +23,7 @@ from luffy.exchange.guests import Departed
 from luffy.exchange.stage import Stage
 from luffy.exchange.tally import RowTally
 from luffy.exchange.wire import Transport
+from luffy.kernels.rows import gather_rows, sum_rows
 
 # Marks a shared choice beside its expert id: ids fit in 14 bits, and 16,383 experts are more than anyone trains.
 _SHARED = 1 << 14
@@ -64,7 +65,7 @@ class Direct:
             own, away = hidden.index_select(0, copies.token[:n]), hidden
             codecs = wire.gathering(copies.token[n:], hidden.shape[0])
         else:
-            rows = hidden.index_select(0, copies.token) if sent is None else sent
+            rows = gather_rows(hidden, copies.token, copies.place) if sent is None else sent
             own, away = rows.split([n, num_away])
             codecs = wire.plain
         columns = [ids.to(torch.int16), weights]
@@ -118,12 +119,12 @@ class Direct:
         yield
         (remote,) = arrive(under_way)
         # Up to K partial sums meet in a token; adding them in bfloat16 would round K times.
-        out = base.to(torch.promote_types(hidden.dtype, torch.float32))
         if wire.coded:
-            out = (out + remote).index_add(0, copies.token[:n], wire.staying(own).to(out.dtype))
+            out = base.to(torch.promote_types(hidden.dtype, torch.float32)) + remote
+            out = out.index_add(0, copies.token[:n], wire.staying(own).to(out.dtype)).to(hidden.dtype)
         else:
-            out = out.index_add(0, copies.token, torch.cat([own, remote]).to(out.dtype))
-        return tokens.batch.with_hidden(boundary(out.to(hidden.dtype), self.clock, "exchange", "other"))
+            out = sum_rows(torch.cat([own, remote]), copies.token, copies.place, base)
+        return tokens.batch.with_hidden(boundary(out, self.clock, "exchange", "other"))
 
     def _return(
         self, copies: Copies, partial: Tensor, codecs: tuple[Codec | None, Codec | None]

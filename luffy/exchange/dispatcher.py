@@ -92,6 +92,7 @@ class Received:
     experts elsewhere are among them. weights: [R, K]. Where a copy is a pair, K is 1 here. copies: this rank's own,
     which know how many came from where. keys: those of the copies that were sent. norm: to apply to the rows.
     experts: where experts live. guests [F, W]: weights of experts of other ranks that are held here, if any.
+    residual [R, D]: what to add to the experts' partial sums, each then rounded once; None for nothing.
 
     Set where sequences move: global_token int64 [R], plan. Set where tokens are condensed: shared, bool [R, K], choices
     answered with weight one; condensed; all_keys, with the copies that were condensed; sent [C, D], the rows that
@@ -106,6 +107,7 @@ class Received:
     norm: Norm
     experts: ExpertMap
     guests: Tensor | None = None
+    residual: Tensor | None = None
     global_token: Tensor | None = None
     plan: Any = None
     shared: Tensor | None = None
@@ -113,6 +115,11 @@ class Received:
     all_keys: CopyKeys | None = None
     sent: Tensor | None = None
     history: Any = None
+
+    @property
+    def num_pairs(self) -> int | None:
+        """(row, expert) pairs, where ranks told each other."""
+        return None if self.copies is None else self.copies.num_pairs
 
     def source_for(self, experts: ExpertMap) -> Tensor | None:
         """The rank that each row came from, int64 [R], where who serves a choice depends on it; else None."""

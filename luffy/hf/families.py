@@ -23,8 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from luffy.errors import UserError
-
-Activation = Callable[[Tensor], Tensor]
+from luffy.kernels.activation import Activation
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,8 @@ GATE_UP_DOWN = OnDisk(
 def gated(block: Any) -> Activation:
     """gate_up [P, 2F] -> act(gate) * up [P, F], with the block's own activation."""
     act = block.experts.act_fn
+    if type(act).__name__ in ("SiLU", "SiLUActivation"):
+        return "swiglu"
 
     def activate(x: Tensor) -> Tensor:
         gate, up = x.chunk(2, dim=-1)

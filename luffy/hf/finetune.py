@@ -89,17 +89,17 @@ class FineTuner(Trainer):
         return parallel.train()
 
     @torch.no_grad()
-    def evaluate(self) -> float:
+    def evaluate(self, micro_batches: int | None = None) -> float:
         self.model.eval()
         try:
-            return super().evaluate()
+            return super().evaluate(micro_batches)
         finally:
             self.model.train()
 
     def _export(self) -> None:
         if not self.options.export:
             return
-        save_pretrained(self.model, self.out / "model")
+        save_pretrained(self.model, self.out / "model", verify=self.options.verify_export)
         if self.options.lora:
             save_adapter(self.model, self.out / "adapter")
 

@@ -67,6 +67,9 @@ class FinetuneOptions(TrainOptions):
         "Training",
     )
     export: bool = option(True, "Write OUT/model at the end.", "Training")
+    verify_export: bool = option(
+        True, "Open OUT/model again in plain transformers, and compare the logits of a batch.", "Training"
+    )
 
     def __post_init__(self) -> None:
         _require(bool(self.model), "--model is missing: name the folder of a model")

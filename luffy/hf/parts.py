@@ -20,8 +20,12 @@ from luffy.comm.sharding import is_sharded
 from luffy.config import RouterConfig
 from luffy.data.batch import Layout
 from luffy.errors import UserError
-from luffy.hf.families import Activation, Family
-from luffy.model.experts import Experts, Groups, grouped_linear
+from luffy.hf.families import Family
+from luffy.kernels.activation import Activation, activate
+from luffy.kernels.grouped import add_bias, grouped_product, one_kernel
+from luffy.kernels.rows import gather_rows, sum_rows
+from luffy.kernels.sort import Pairs
+from luffy.model.experts import Experts, weighted_bias
 from luffy.model.router import RouterBase, RouterStats, Routing, router_stats, wide
 
 if TYPE_CHECKING:
@@ -109,7 +113,7 @@ class LibraryExperts(Experts):
         adapters: Sequence[ExpertAdapter] = (),
     ) -> None:
         super().__init__()
-        self.num_local, self.transposed, self._activate = num_local, family.transposed, activate
+        self.num_local, self.transposed, self.activation = num_local, family.transposed, activate
         names = ["gate_up_proj", "down_proj"]
         names += ["gate_up_proj_bias", "down_proj_bias"] if family.biases else []
         for name in names:
@@ -161,27 +165,31 @@ class LibraryExperts(Experts):
     def _own(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         return self._oriented(self.merged("gate_up_proj"), self.merged("down_proj"))
 
-    def forward(self, x: Tensor, num_tokens_per_expert: Tensor, guests: Tensor | None = None) -> Tensor:
+    def forward(
+        self, rows: Tensor, weights: Tensor, pairs: Pairs, guests: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
         if guests is not None or not self.scaling:
-            return super().forward(x, num_tokens_per_expert, guests)
+            return super().forward(rows, weights, pairs, guests, residual)
         w_in, w_out, b_in, b_out = self._oriented(self.gate_up_proj, self.down_proj)
-        groups = Groups(num_tokens_per_expert, x.shape[0])
-        hidden = grouped_linear(x, w_in.to(x.dtype), groups, b_in)
-        hidden = self.activate(self._adapted("gate_up_proj", hidden, x, groups))
-        return self._adapted("down_proj", grouped_linear(hidden, w_out.to(x.dtype), groups, b_out), hidden, groups)
+        x = gather_rows(rows, pairs.row, pairs.place)
+        hidden = grouped_product(x, self._cast("in", w_in, x.dtype), pairs)
+        hidden = add_bias(self._adapted("gate_up_proj", hidden, x, pairs), b_in, pairs)
+        share = weights.reshape(-1).index_select(0, pairs.flat)[:, None]
+        hidden = (activate(hidden, self.activation) * share).to(x.dtype)
+        answers = grouped_product(hidden, self._cast("out", w_out, x.dtype), pairs)
+        answers = self._adapted("down_proj", answers, hidden, pairs)
+        bias = None if b_out is None else weighted_bias(b_out, weights, pairs, x.dtype)
+        return sum_rows(answers, pairs.row, pairs.place, residual, bias)
 
-    def _adapted(self, name: str, y: Tensor, x: Tensor, groups: Groups) -> Tensor:
+    def _adapted(self, name: str, y: Tensor, x: Tensor, pairs: Pairs) -> Tensor:
         """y [P, out] and what the adapter makes of x [P, in]."""
         if name not in self.scaling:
             return y
         a, b = self.lora_A[name].to(x.dtype), self.lora_B[name].to(x.dtype)
-        if groups.multiplies(x) and (missing := -a.shape[1] % 8):  # the kernel wants rows of 16 bytes
+        if one_kernel(x) and (missing := -a.shape[1] % 8):  # the kernel wants rows of 16 bytes
             a, b = F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))
-        low = grouped_linear(x, a.transpose(1, 2), groups)
-        return y + self.scaling[name] * grouped_linear(low, b.transpose(1, 2), groups)
-
-    def activate(self, x: Tensor) -> Tensor:
-        return self._activate(x)
+        low = grouped_product(x, a.transpose(1, 2), pairs)
+        return y + self.scaling[name] * grouped_product(low, b.transpose(1, 2), pairs)
 
 
 def lent(norm: nn.Module) -> Callable[[Tensor], Tensor]:

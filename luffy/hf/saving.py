@@ -7,25 +7,34 @@ them. The folder gets its name when it is complete; nothing half-written is ever
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from luffy.comm.sharding import whole
 from luffy.errors import UserError
 from luffy.hf.dense import whole_again
 from luffy.hf.files import SHARD_NUM_BYTES, Checkpoint, ShardWriter, write_index
-from luffy.hf.loading import is_stored, sparse_blocks, tied_names
+from luffy.hf.loading import sparse_blocks
 from luffy.hf.model import ParallelModel
 from luffy.hf.placing import Source, source_of
+from luffy.hf.plain import check_all_saved, is_tied, plain_module, plain_tensors
+from luffy.hf.verify import ask, judge, opened_again
+from luffy.inputs import keep_apart
 from luffy.model.moe_layer import MoELayer
 from luffy.model.ownership import expert_parameters
+from luffy.report.units import format_bytes
 from luffy.train.checkpoint import everyone
+
+# More would keep the other ranks waiting for longer than they wait for each other.
+MOST_VERIFIED_NUM_BYTES = 20_000_000_000
 
 # Beside the weights and config.json: what a folder may hold of tokenizer and generation.
 COMPANIONS = (
@@ -40,13 +49,19 @@ def save_pretrained(
     *,
     dtype: torch.dtype | None = None,
     shard_num_bytes: int = SHARD_NUM_BYTES,
+    verify: bool = True,
 ) -> Path:
     """Write `folder`, replacing what it held; all ranks call it and see the same files.
 
+    verify: before the folder gets its name, open it in a fresh process of plain transformers on the first rank's
+    machine, and compare the logits of one batch with those of `parallel`. UserError if they are others; what was
+    written is then kept beside, as `FOLDER.unverified`.
     dtype: of the weights there, None: as in the folder that the model was loaded from, else as they are. PEFT adapters
     are merged into the weights that they adapt. UserError on every rank if one cannot write.
     """
     final, mesh = Path(folder), parallel.runtime.comm.mesh
+    keep_apart(final, {"the folder that the model was loaded from,": parallel.folder})
+    asked = ask(parallel) if verify else None
     temporary = final.with_name(final.name + ".tmp")
 
     def begin() -> None:
@@ -72,51 +87,76 @@ def save_pretrained(
             part.write_text(json.dumps([writer.where, writer.num_bytes]), encoding="utf-8")
 
     everyone(mesh, announce)
-    everyone(mesh, lambda: _publish(parallel, temporary, final, dtype or parallel.stored_dtype), only_first=True)
+    dtype = dtype or parallel.stored_dtype
+    everyone(mesh, lambda: _complete(parallel, temporary, dtype), only_first=True)
+    if asked is not None:
+        rounded = parallel.stream_dtype.itemsize < 4 or (dtype is not None and dtype.itemsize < 4)
+        everyone(mesh, lambda: _verify(temporary, final, *asked, rounded), only_first=True)
+    everyone(mesh, lambda: _publish(temporary, final), only_first=True)
     return final
+
+
+def _verify(temporary: Path, final: Path, tokens: Tensor, logits: Tensor, rounded: bool) -> None:
+    num_bytes = sum(p.stat().st_size for p in temporary.glob("*.safetensors"))
+    if num_bytes > MOST_VERIFIED_NUM_BYTES:
+        click.echo(f"{final}: {format_bytes(num_bytes)} are too many to be opened again while ranks wait", err=True)
+        return
+    try:
+        judge(final, logits, *opened_again(temporary, tokens), rounded)
+    except UserError as error:
+        kept = final.with_name(final.name + ".unverified")
+        shutil.rmtree(kept, ignore_errors=True)
+        temporary.rename(kept)
+        raise UserError(f"{error}; it is kept as {kept}") from error
 
 
 @contextlib.contextmanager
 def _merged(parallel: ParallelModel) -> Iterator[None]:
-    """Within, adapters (if any) are part of the weights that they adapt, which are whole on every rank."""
+    """Within, adapters (if any) are part of the weights that they adapt, which are whole on every rank.
+
+    Afterwards those are what they were, to the bit: taking an adapter off again would leave its rounding behind.
+    """
     library: Any = parallel.library
     if not hasattr(library, "merge_adapter"):
         yield
         return
     with whole_again(parallel):
+        adapted = [m for m in library.modules() if hasattr(m, "base_layer") and hasattr(m, "merge")]
+        weights = [p for m in adapted for p in m.base_layer.parameters(recurse=False)]
+        before = [p.detach().to("cpu", copy=True) for p in weights]
         library.merge_adapter()
         try:
             yield
         finally:
             library.unmerge_adapter()
+            with torch.no_grad():
+                for p, value in zip(weights, before, strict=True):
+                    p.copy_(value)
 
 
 @torch.no_grad()
 def _write(parallel: ParallelModel, writer: ShardWriter, dtype: torch.dtype | None) -> None:
     """This rank's part: its experts, and on the first rank all that is replicated."""
-    mesh, blocks, layers = parallel.runtime.comm.mesh, sparse_blocks(parallel), expert_parameters(parallel)
-    for name, p in parallel.named_parameters():
-        library = parallel.library_name(name)
-        if ".lora_" in library:
-            continue
-        source = source_of(library, parallel.family, blocks, None)
-        value = _with_adapter(parallel, name) if name in layers else whole(p)
-        value = value if dtype is None else value.to(dtype)
-        if name in layers:
-            _write_experts(parallel, layers[name], value, source, writer)
+    mesh, blocks, experts = parallel.runtime.comm.mesh, sparse_blocks(parallel), expert_parameters(parallel)
+    layer_of = {id(p): experts[name] for name, p in parallel.named_parameters() if name in experts}
+    tensors = plain_tensors(parallel)
+    check_all_saved(parallel, tensors)
+    for name, tensor in tensors.items():
+        source, layer = source_of(name, parallel.family, blocks, None), layer_of.get(id(tensor))
+        value = whole(tensor) if layer is None else _with_adapter(layer, tensor)
+        if isinstance(tensor, nn.Parameter) and dtype is not None:
+            value = value.to(dtype)
+        if layer is not None:
+            _write_experts(parallel, layer, value, source, writer)
         elif mesh.rank == 0:
             writer.add(source.keys[0], value)
-    for name, b in parallel.named_buffers():
-        if mesh.rank == 0 and is_stored(parallel, name):
-            writer.add(source_of(parallel.library_name(name), parallel.family, blocks, None).keys[0], b)
     writer.close()
 
 
-def _with_adapter(parallel: ParallelModel, name: str) -> Tensor:
+def _with_adapter(layer: MoELayer, weight: Tensor) -> Tensor:
     """A stacked weight of experts; PEFT's own merging does not know those that are spread over ranks."""
-    module, _, leaf = name.rpartition(".")
-    experts: Any = parallel.get_submodule(module)
-    return experts.merged(leaf)
+    experts: Any = layer.experts
+    return experts.merged(next(n for n, p in experts.named_parameters(recurse=False) if p is weight))
 
 
 def _write_experts(parallel: ParallelModel, moe: MoELayer, value: Tensor, source: Source, writer: ShardWriter) -> None:
@@ -136,8 +176,8 @@ def _write_experts(parallel: ParallelModel, moe: MoELayer, value: Tensor, source
                 writer.add(key, part)
 
 
-def _publish(parallel: ParallelModel, temporary: Path, final: Path, dtype: torch.dtype | None) -> None:
-    """Index, configuration and companions; every tensor accounted for; then the name."""
+def _complete(parallel: ParallelModel, temporary: Path, dtype: torch.dtype | None) -> None:
+    """Index, configuration and companions; every tensor accounted for."""
     lm, num_bytes = parallel.causal_lm, 0
     where: dict[str, str] = {}
     for part in sorted(temporary.glob("part-*.json")):
@@ -150,11 +190,16 @@ def _publish(parallel: ParallelModel, temporary: Path, final: Path, dtype: torch
     for name in COMPANIONS:
         if parallel.folder is not None and (parallel.folder / name).exists():
             shutil.copy(parallel.folder / name, temporary / name)
-    before = lm.config.dtype
-    lm.config.dtype = dtype or lm.config.dtype
-    lm.config.architectures = [type(lm).__name__]
-    lm.config.save_pretrained(temporary)
-    lm.config.dtype = before
+    config = copy.deepcopy(lm.config)
+    config.dtype = dtype or config.dtype
+    config.architectures = [type(lm).__name__]
+    config.tie_word_embeddings = is_tied(parallel)  # not where they have been trained apart
+    config.vocab_size = plain_module(lm.get_input_embeddings()).weight.shape[0]
+    config.save_pretrained(temporary)
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    """Give the folder its name."""
     old = final.with_name(final.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
@@ -166,15 +211,10 @@ def _publish(parallel: ParallelModel, temporary: Path, final: Path, dtype: torch
 def check_complete(parallel: ParallelModel, checkpoint: Checkpoint) -> None:
     """RuntimeError if a tensor of the model is not in the folder, or one too many: a defect, found in time."""
     blocks, expected = sparse_blocks(parallel), set()
-    tied = tied_names(parallel.causal_lm)
-    stored = [n for n, _ in parallel.named_buffers() if is_stored(parallel, n)]
-    for name in [n for n, _ in parallel.named_parameters()] + stored:
-        library = parallel.library_name(name)
-        if ".lora_" in library:
-            continue
-        source = source_of(library, parallel.family, blocks, None)
+    for name in plain_tensors(parallel):
+        source = source_of(name, parallel.family, blocks, None)
         experts = range(parallel.config.router.num_experts) if source.per_expert else [0]
         expected |= {key for e in experts for key in source.of(e)}
-    odd = sorted((expected - set(tied)) ^ set(checkpoint.entries))
+    odd = sorted(expected ^ set(checkpoint.entries))
     if odd:
         raise RuntimeError(f"export is not complete: {odd[0]} and {len(odd) - 1} more")

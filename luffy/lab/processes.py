@@ -24,8 +24,8 @@ from luffy.lab.namespace import die_with_parent, enter
 from luffy.lab.place import VARIABLE, Lab, current_lab, process_identity
 
 POLL_SECONDS = 0.05
-# A command that is asked to stop has its own ranks to stop first.
-GRACE_SECONDS = 10.0
+# A command that is asked to stop has a step to finish and a checkpoint to write first.
+GRACE_SECONDS = 60.0
 # The first rank to end is not always the one that failed first: give the others time to be seen.
 LOOK_AROUND_SECONDS = 0.5
 # Ranks have addresses but no host names, and torch would say so for every connection.

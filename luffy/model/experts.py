@@ -1,38 +1,45 @@
 """Experts: many small feed-forward networks, run as one grouped matrix product.
 
-A rank owns `num_local` experts, stored stacked. Rows arrive sorted by expert; on a GPU `F.grouped_mm` multiplies
-each group by its own matrix without a host round trip, elsewhere one matrix product per expert does. An expert that
-received no row still takes part and gets a zero gradient: a missing gradient would leave its optimizer state behind
-that of its copies on other ranks.
+A rank owns `num_local` experts, stacked. Each row serves some of them, a (row, expert) pair each; `pairs` has them
+sorted by expert. All between a rank's rows and the sums of its experts' answers is one function:
+
+    pairs -> rows by expert -> first product -> activation times the choice's weight -> second product -> sum by row
+
+It keeps its rows and what the first product gave, nothing else that is as long as there are pairs: rows are gathered,
+and activations computed, again in the backward pass. An expert that received no row still takes part and gets a zero
+gradient: a missing gradient would leave its optimizer state behind that of its copies on other ranks.
 """
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from luffy.config import ModelConfig
-from luffy.model.layers import activate
+from luffy.kernels.activation import Activation, activate_weighted, activate_weighted_backward
+from luffy.kernels.grouped import group_sums, grouped_outer, grouped_product
+from luffy.kernels.rows import add_up, pick
+from luffy.kernels.sort import Pairs
+from luffy.model.casting import CastOnce
 
 
 class Experts(nn.Module):
-    """[P, D] sorted by expert -> [P, D]: two grouped products around an activation.
+    """Rows [R, D] -> [R, D], for each row the weighted sum of what its experts say.
 
     Where the parameters are and how they lie is the subclass's: it gives them as `_own` does, views allowed, with the
-    experts first in every parameter.
+    experts first in every parameter. activation: see luffy.kernels.activation.
     """
 
     num_local: int
+    activation: Activation
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._cast = CastOnce()
 
     def _own(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """w_in [num_local, D, width], w_out [num_local, F, D], b_in [num_local, width], b_out [num_local, D]."""
-        raise NotImplementedError
-
-    def activate(self, x: Tensor) -> Tensor:
-        """[P, width] -> [P, F]."""
         raise NotImplementedError
 
     @property
@@ -43,15 +50,18 @@ class Experts(nn.Module):
     def device(self) -> torch.device:
         return self._own()[0].device
 
-    def forward(self, x: Tensor, num_tokens_per_expert: Tensor, guests: Tensor | None = None) -> Tensor:
-        """x: [P, D] sorted by expert; num_tokens_per_expert: int64 [num_local + F].
+    def forward(
+        self, rows: Tensor, weights: Tensor, pairs: Pairs, guests: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """rows [R, D], weights [R, K] of choices, pairs of choices by expert -> [R, D], added in float32 at least.
 
         guests: [F, W] as `flat` gives them, experts of other ranks that take part behind this rank's own.
+        residual: [R, D] to add within the same sums, which then are rounded once.
         """
         w_in, w_out, b_in, b_out = self._with(guests)
-        groups = Groups(num_tokens_per_expert, x.shape[0])
-        hidden = self.activate(grouped_linear(x, w_in.to(x.dtype), groups, b_in))
-        return grouped_linear(hidden, w_out.to(x.dtype), groups, b_out)
+        w_in, w_out = self._cast("in", w_in, rows.dtype), self._cast("out", w_out, rows.dtype)
+        biases = None if b_out is None else weighted_bias(b_out, weights, pairs, rows.dtype)
+        return _WeightedExperts.apply(rows, weights, w_in, w_out, b_in, residual, biases, pairs, self.activation)
 
     def flat(self) -> Tensor:
         """All weights of each expert end to end: [num_local, W]."""
@@ -87,68 +97,64 @@ class GroupedExperts(Experts):
     def _own(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         return self.w_in, self.w_out, self.b_in, self.b_out
 
-    def activate(self, x: Tensor) -> Tensor:
-        return activate(x, self.activation)
+
+def weighted_bias(bias: Tensor, weights: Tensor, pairs: Pairs, dtype: torch.dtype) -> Tensor:
+    """sum_k weights[r, k] * bias[expert of that choice]: [R, D], one small product instead of a row a pair."""
+    n, (R, _) = bias.shape[0], weights.shape
+    served = pairs.place >= 0
+    expert = torch.where(served, _look_up(pairs.group, pairs.place), n)  # [R, K]
+    share = weights.new_zeros(R, n + 1).scatter_add(1, expert, weights)[:, :n]
+    return share.to(dtype) @ bias.to(dtype)
 
 
-class Groups:
-    """How `num_rows` rows, sorted by group, divide into groups of counts, int64 [n] on their device."""
-
-    def __init__(self, counts: Tensor, num_rows: int) -> None:
-        self.counts, self.num_rows = counts, num_rows
-
-    @cached_property
-    def ends(self) -> Tensor:
-        """Where each group ends, int32 [n]."""
-        return self.counts.cumsum(0, dtype=torch.int32)
-
-    @cached_property
-    def of_row(self) -> Tensor:
-        """The group of each row, int64 [num_rows]."""
-        groups = torch.arange(len(self.counts), device=self.counts.device)
-        return groups.repeat_interleave(self.counts, output_size=self.num_rows)
-
-    @cached_property
-    def sizes(self) -> list[int]:
-        """The counts on the host, which has to wait for them."""
-        return [int(n) for n in self.counts.tolist()]
-
-    def multiplies(self, x: Tensor) -> bool:
-        """Whether one kernel multiplies all groups of x [num_rows, ..]."""
-        return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and self.num_rows > 0
+def _look_up(table: Tensor, index: Tensor) -> Tensor:
+    """table [P] at index [R, K], anything where that is negative: int64."""
+    if not table.numel():
+        return torch.zeros_like(index, dtype=torch.int64)
+    return table.index_select(0, index.clamp_min(0).flatten()).view(index.shape).long()
 
 
-def grouped_linear(x: Tensor, weight: Tensor, groups: Groups, bias: Tensor | None = None) -> Tensor:
-    """x [P, in], weight [n, in, out] of x's dtype, bias [n, out] of any -> [P, out], each group by its own."""
-    if groups.multiplies(x):
-        y = F.grouped_mm(x, weight, offs=groups.ends)
-    else:
-        parts = zip(x.split(groups.sizes), weight.unbind(0), strict=True)
-        y = torch.cat([g @ w for g, w in parts])
-    return y if bias is None else _AddBias.apply(y, bias, groups)
-
-
-class _AddBias(torch.autograd.Function):
-    """y [P, out] plus its group's row of bias [n, out].
-
-    The bias's gradient, a sum over each group's rows, is a product with a row of ones: gathering rows of the bias
-    would have its backward add thousands of rows into n, one atomic addition after the other, each rounded.
-    """
+class _WeightedExperts(torch.autograd.Function):
+    """The whole of `Experts.forward`; what it keeps is said above."""
 
     @staticmethod
-    def forward(ctx, y: Tensor, bias: Tensor, groups: Groups) -> Tensor:
-        ctx.groups, ctx.dtype = groups, bias.dtype
-        return y + bias.to(y.dtype).index_select(0, groups.of_row)
+    def forward(
+        ctx,
+        rows: Tensor,
+        weights: Tensor,
+        w_in: Tensor,
+        w_out: Tensor,
+        b_in: Tensor | None,
+        residual: Tensor | None,
+        biases: Tensor | None,
+        pairs: Pairs,
+        activation: Activation,
+    ) -> Tensor:
+        hidden = grouped_product(pick(rows, pairs.row), w_in, pairs)
+        answers = grouped_product(activate_weighted(hidden, b_in, weights, pairs, activation), w_out, pairs)
+        ctx.save_for_backward(rows, weights, w_in, w_out, b_in, hidden)
+        ctx.pairs, ctx.activation = pairs, activation
+        return add_up(answers, pairs.row, pairs.place, residual, biases)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
-        groups: Groups = ctx.groups
-        if groups.multiplies(grad):
-            ones = grad.new_ones(grad.shape[0], _ROWS_OF_ONES).t()  # so that they lie as the kernel asks
-            summed = F.grouped_mm(ones, grad.contiguous(), offs=groups.ends)[:, 0]
-        else:
-            summed = torch.stack([g.sum(0) for g in grad.split(groups.sizes)])
-        return grad, summed.to(ctx.dtype), None
-
-
-_ROWS_OF_ONES = 16  # as many as the kernel wants at least; one would do
+        rows, weights, w_in, w_out, b_in, hidden = ctx.saved_tensors
+        pairs: Pairs = ctx.pairs
+        wants_rows, _, wants_in, wants_out, wants_bias = ctx.needs_input_grad[:5]
+        to_in = to_out = to_bias = to_rows = None
+        upstream = pick(grad, pairs.row)
+        to_hidden, activated, to_weights = activate_weighted_backward(
+            grouped_product(upstream, w_out.transpose(1, 2), pairs), hidden, b_in, weights, pairs, ctx.activation
+        )
+        if wants_out:
+            to_out = grouped_outer(activated, upstream, pairs, like=w_out)
+        del upstream, activated
+        if wants_bias:
+            to_bias = group_sums(to_hidden, pairs).to(b_in.dtype)
+        if wants_in:
+            to_in = grouped_outer(pick(rows, pairs.row), to_hidden, pairs, like=w_in)
+        if wants_rows:
+            to_rows = add_up(grouped_product(to_hidden, w_in.transpose(1, 2), pairs), pairs.row, pairs.place)
+        return to_rows, to_weights, to_in, to_out, to_bias, *(g if w else None for g, w in zip(
+            (grad, grad), ctx.needs_input_grad[5:7], strict=True)), None, None  # fmt: skip

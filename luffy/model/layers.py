@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from luffy.config import ModelConfig
+from luffy.kernels.activation import activate
 
 
 class Linear(nn.Linear):
@@ -32,12 +33,16 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.RMSNorm):
-    """Root-mean-square norm (arXiv 1910.07467), statistics in float32 at least; output in the input's dtype."""
+    """Root-mean-square norm (arXiv 1910.07467), statistics in float32 at least; output in the input's dtype.
+
+    One kernel each way on a GPU, which wants its weight in the input's dtype.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(self.weight.dtype, torch.float32))
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + (self.eps or 0.0))
-        return (wide * scale * self.weight).to(x.dtype)
+        if x.is_cuda:
+            return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        return F.rms_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.eps).to(x.dtype)
 
 
 def make_norm(config: ModelConfig, size: int | None = None) -> nn.Module:
@@ -45,14 +50,6 @@ def make_norm(config: ModelConfig, size: int | None = None) -> nn.Module:
     if config.norm == "rmsnorm":
         return RMSNorm(size, eps=config.norm_eps)
     return LayerNorm(size, eps=config.norm_eps)
-
-
-def activate(x: Tensor, activation: str) -> Tensor:
-    """ "gelu": [.., F] -> [.., F]. "swiglu": [.., 2F] (gate, then value) -> [.., F] (arXiv 2002.05202)."""
-    if activation == "swiglu":
-        gate, value = x.chunk(2, dim=-1)
-        return F.silu(gate) * value
-    return F.gelu(x, approximate="tanh")
 
 
 class FeedForward(nn.Module):

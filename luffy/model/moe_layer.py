@@ -23,11 +23,12 @@ from luffy.data.batch import TokenBatch
 from luffy.exchange.copies import ExpertMap, copy_keys
 from luffy.exchange.dispatcher import Forecast, Norm, Received, Tokens
 from luffy.exchange.guests import Departed
-from luffy.exchange.permute import pairs_by_expert, weighted_sum
+from luffy.exchange.permute import pairs_by_expert
 from luffy.exchange.stage import Stage, finish
 from luffy.model.experts import Experts, GroupedExperts
 from luffy.model.layers import FeedForward
 from luffy.model.observe import observe
+from luffy.model.rank_state import mark_state
 from luffy.model.router import Router, RouterBase
 
 Predictor = Callable[[Tensor], Forecast]
@@ -62,6 +63,7 @@ class MoELayer(nn.Module):
         self.dispatcher = runtime.dispatcher(layer, layer_of_moe, experts, causal=causal, may_drop=may_drop)
         self.register_buffer("slot_of_expert", torch.arange(router.config.num_experts))
         self.slot_of_expert: Tensor
+        mark_state(self, runtime.comm.mesh)
 
     @classmethod
     def build(cls, config: ModelConfig, runtime: Runtime, layer: int) -> MoELayer:
@@ -123,14 +125,13 @@ class MoELayer(nn.Module):
     def _run_experts(self, received: Received) -> Tensor:
         """Partial sums [R, D] over the experts of this rank and its guests, one for each received row."""
         experts, ep_rank = received.experts, self.runtime.comm.mesh.ep_rank
-        source, num_pairs = received.source_for(experts), received.copies.num_pairs
-        pairs = pairs_by_expert(received.expert_ids, experts, ep_rank, num_pairs, source)
+        source = received.source_for(experts)
+        pairs = pairs_by_expert(received.expert_ids, experts, ep_rank, received.num_pairs, source)
 
-        def local_work(rows: Tensor, weights: Tensor) -> Tensor:
-            permuted = received.norm(rows).index_select(0, pairs.row)
-            answers = self.experts(permuted, pairs.num_tokens_per_expert, received.guests)
-            return weighted_sum(answers, weights, pairs, rows.shape[0])
+        def local_work(rows: Tensor, weights: Tensor, residual: Tensor | None) -> Tensor:
+            return self.experts(received.norm(rows), weights, pairs, received.guests, residual)
 
+        given = received.rows, received.weights, received.residual
         if self.runtime.recompute and torch.is_grad_enabled():
-            return checkpoint(local_work, received.rows, received.weights, use_reentrant=False)
-        return local_work(received.rows, received.weights)
+            return checkpoint(local_work, *given, use_reentrant=False)
+        return local_work(*given)

@@ -16,8 +16,8 @@ from luffy.errors import UserError
 from luffy.report import compare_figures as figures
 from luffy.report import compare_structure as structure
 from luffy.report import compare_table as tables
-from luffy.report.html import REPORT_FILE, origin, render
-from luffy.report.runs import read_run, write_bytes_atomic
+from luffy.report.html import origin, render
+from luffy.report.runs import REPORT_FILE, read_run, write_bytes_atomic
 from luffy.report.style import draw_if_any
 
 COMPARE_FILE = "compare.json"

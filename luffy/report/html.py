@@ -17,12 +17,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from luffy.report.figures import write_pictures
-from luffy.report.runs import BYTE_KINDS, SECONDS_KINDS, Run, read_run, write_bytes_atomic
+from luffy.report.runs import BYTE_KINDS, REPORT_FILE, SECONDS_KINDS, Run, read_run, write_bytes_atomic
 from luffy.report.style import data_uri, label_of
 from luffy.report.units import DASH, format_bytes, format_count, format_rate, format_seconds, format_share
 from luffy.version import __version__
 
-REPORT_FILE = "report.html"
 PROVENANCE = ("measured", "emulated", "predicted")
 
 # Shown in the header, the tiles or the tables below, hence not again among the rest of the summary.

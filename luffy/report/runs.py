@@ -30,6 +30,7 @@ from luffy.errors import UserError
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 CONFIG_FILE = "config.json"
+REPORT_FILE = "report.html"
 
 BYTE_KINDS = (
     "dispatch",

@@ -152,7 +152,9 @@ class TrainOptions:
     fetch_limit: str | None = option(
         None, "Most that a rank may hold of others' experts, such as 8GB (default: half of its memory).", "Training"
     )
-    auto_every: int = option(200, "Most steps between the looks of --recipe auto.", "Training")
+    auto_every: int = option(
+        200, "Steps between the looks of --recipe auto, unless the speed changes before.", "Training"
+    )
     condense: str | None = option(
         None,
         "Let similar tokens share a row: none, static:0.9, paper, lsh:6, lsh-causal:6; ,local ,window=N ,correct may "

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from luffy.errors import UserError
-from luffy.report.html import REPORT_FILE
-from luffy.report.runs import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE
+from luffy.report.runs import CONFIG_FILE, METRICS_FILE, REPORT_FILE, SUMMARY_FILE
 from luffy.train.checkpoint_files import list_checkpoints
 from luffy.train.metrics import TENSORBOARD_DIR
 from luffy.train.options import TrainOptions

@@ -14,6 +14,7 @@ from statistics import median
 import torch
 
 from luffy.comm import Comm, RowExchange, all_to_all_rows
+from luffy.kernels.sort import sort_by_group
 from luffy.model.experts import Experts
 from luffy.plan.topology import Topology
 
@@ -51,8 +52,10 @@ def measure_experts(experts: Experts, num_rows: int, dtype: torch.dtype, comm: C
     num_rows: about what a rank computes in a step, spread evenly over its experts.
     """
     each = max(1, num_rows // experts.num_local)
-    counts = torch.full((experts.num_local,), each, device=comm.mesh.device)
-    x = torch.randn(each * experts.num_local, experts.hidden_size, dtype=dtype, device=comm.mesh.device)
+    ids = torch.arange(experts.num_local, device=comm.mesh.device).repeat_interleave(each)[:, None]
+    pairs = sort_by_group(ids, experts.num_local)
+    x = torch.randn(len(ids), experts.hidden_size, dtype=dtype, device=comm.mesh.device)
+    ones = torch.ones(len(ids), 1, dtype=torch.promote_types(dtype, torch.float32), device=comm.mesh.device)
     x.requires_grad_()
     weights = [p for p in experts.parameters() if p.requires_grad]
     # Not the gradient of a sum, which is one number seen through strides of zero: grouped products refuse that.
@@ -60,7 +63,7 @@ def measure_experts(experts: Experts, num_rows: int, dtype: torch.dtype, comm: C
 
     def work() -> None:
         with torch.enable_grad():
-            torch.autograd.grad(experts(x, counts), [x, *weights], upstream)
+            torch.autograd.grad(experts(x, ones, pairs), [x, *weights], upstream)
 
     seconds = _timed(work, comm, repeats)
     size = sum(p[0].numel() for p in experts.parameters())

@@ -13,7 +13,6 @@ import click
 from luffy.comm import Mesh
 from luffy.data.corpus import list_source_files
 from luffy.lab.place import check_ranks, current_lab
-from luffy.train.checkpoint import everyone
 from luffy.train.heartbeat import watching
 from luffy.train.launch import choose_device, join_world, launch, under_torchrun
 from luffy.train.options import TrainOptions
@@ -52,6 +51,8 @@ def join(options: TrainOptions) -> tuple[TrainOptions, Mesh]:
         options.device, options.backend, options.ep_size, options.ranks_per_node, options.timeout_seconds,
         options.interface,
     )  # fmt: skip
+    from luffy.train.checkpoint import everyone  # a second of loading that the launcher does not need
+
     everyone(mesh, lambda: claim_out(options), only_first=True)
     open_log(options.out, mesh.rank)
     return options, mesh

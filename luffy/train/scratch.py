@@ -23,6 +23,7 @@ from luffy.lab.place import process_identity
 from luffy.train import reaper
 
 LOOPBACK = "127.0.0.1"
+LONGEST_FOLDER = 60  # the address of a socket in it has 107 characters at most
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Scratch:
 @functools.cache
 def get_scratch() -> Scratch:
     """The one of this process, made at the first call, with the server that ranks are forked from."""
-    folder = Path(tempfile.mkdtemp(prefix="luffy-"))
+    base = tempfile.gettempdir()
+    folder = Path(tempfile.mkdtemp(prefix="luffy-", dir=base if len(base) <= LONGEST_FOLDER else "/tmp"))
     pid = os.getpid()
     identity = process_identity(pid) or str(pid)
     command = [sys.executable, "-I", "-S", reaper.__file__, identity, str(folder)]

@@ -57,6 +57,7 @@ class StepReader:
         seats: Seats | None = None,
     ) -> None:
         self.read, self.layout, self.comm, self.seats = read, layout, comm, seats
+        self.reads_per_step = layout.num_micro_batches  # of the loader, however a step is divided
         self._thread: ThreadPoolExecutor | None = None
         self._reading: dict[int, Future[list[TokenSequence]]] = {}
         self._seating: dict[int, Future[tuple[Seating, float]]] = {}
@@ -68,8 +69,8 @@ class StepReader:
 
     def whole(self, step: int) -> list[TokenSequence]:
         """All sequences of a step, in reading order."""
-        A = self.layout.num_micro_batches
-        return [s for m in range(A) for s in self.read(step * A + m, 0, 1)]
+        n = self.reads_per_step
+        return [s for m in range(n) for s in self.read(step * n + m, 0, 1)]
 
     def take(self, step: int) -> SeatedStep:
         """The sequences of step `step`, counted from 0; every rank calls it, and the next step begins to be read.

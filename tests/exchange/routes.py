@@ -14,10 +14,11 @@ from luffy.data.batch import Layout, SequenceTable, TokenBatch
 from luffy.exchange.copies import Copies, ExpertMap
 from luffy.exchange.direct import Direct
 from luffy.exchange.dispatcher import Dispatcher, Tokens
-from luffy.exchange.permute import pairs_by_expert, weighted_sum
+from luffy.exchange.permute import pairs_by_expert
 from luffy.exchange.stage import Stage, finish
 from luffy.exchange.tally import RowTally
 from luffy.exchange.wire import Draws, Transport
+from luffy.kernels.rows import sum_rows
 from luffy.wire_format import parse_wire
 
 PER = ("pairs", "ranks")
@@ -64,7 +65,7 @@ def direct(comm: Comm, per: str = "ranks", wire: str = "model") -> Direct:
 def batch_of(hidden: Tensor, lengths: list[list[int]], rank: int) -> TokenBatch:
     """The stream [T, D] of this rank; lengths: of the sequences of each rank."""
     home = [r for r, of in enumerate(lengths) for _ in of]
-    table = SequenceTable(np.array(sum(lengths, []), dtype=np.int64), np.array(home, dtype=np.int64))
+    table = SequenceTable(np.array([n for of in lengths for n in of], dtype=np.int64), np.array(home, dtype=np.int64))
     return TokenBatch(hidden, Layout(table, rank, hidden.device))
 
 
@@ -99,8 +100,9 @@ def pass_through(
             answers = work(answers, received.expert_ids.flatten()[pairs.flat])
         if scales is not None:
             held = scales.weight if received.guests is None else torch.cat([scales.weight, received.guests])
-            answers = answers * held.repeat_interleave(pairs.num_tokens_per_expert, dim=0)
-        partial = weighted_sum(answers, received.weights, pairs, received.rows.shape[0])
+            answers = answers * held.index_select(0, pairs.group)
+        answers = (answers * received.weights.flatten()[pairs.flat][:, None]).to(answers.dtype)
+        partial = sum_rows(answers, pairs.row, pairs.place)
         return (yield from dispatcher.combine(tokens, received, partial))
 
     return finish(stages()), seen[0]

@@ -13,6 +13,7 @@ from luffy.model.profile import AttentionProfile, Sample
 from luffy.plan.cost import AttentionCost, CostFit
 from luffy.testing import run_ranks
 from luffy.train.attention import AttentionFit, agree, plans_weigh_attention
+from luffy.train.checkpoint_files import dump_meta, read_meta
 from luffy.train.metrics import read_metrics
 from luffy.train.options import TrainOptions
 from luffy.train.trainer import Trainer
@@ -80,15 +81,15 @@ def test_a_resumed_run_plans_with_the_same_cost_and_repeats_its_losses_exactly(s
     assert fits[0]["flops_per_second"] == costs[0].flops_per_second and fits[0]["layout"] == layout
     # Planned with a cost that came from the checkpoint, even an odd one, on every rank.
     meta = again / "checkpoints" / "step-00000003" / "meta.json"
-    content = json.loads(meta.read_text())
+    content = read_meta(meta.parent)
     content["attention_fit"] |= {"flops_per_second": 123.0, "score_cost": 2048}
-    meta.write_text(json.dumps(content))
+    meta.write_text(dump_meta(content))
     shutil.rmtree(again / "checkpoints" / "step-00000006")
     options = TrainOptions(**(settings | {"out": str(again), "resume": True}))
     assert run_ranks(_train, 2, options) == [AttentionCost(32, 123.0, 2048)] * 2
     # Of another device: measured again.
     content["attention_fit"]["device_name"] = "another device"
-    meta.write_text(json.dumps(content))
+    meta.write_text(dump_meta(content))
     shutil.rmtree(again / "checkpoints" / "step-00000006")
     first, second = run_ranks(_train, 2, options)
     assert first == second and first.flops_per_second != 123.0

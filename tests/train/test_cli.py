@@ -1,6 +1,7 @@
 """The command line as a person meets it: mistakes are one line and status 2, a kill loses nothing."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from luffy.errors import UserError
+from luffy.testing.processes import ranks_of, start, wait_for_step
+from luffy.train.checkpoint_files import list_checkpoints
 from luffy.train.cli import main
 from luffy.train.launch import choose_device
 from luffy.train.metrics import read_metrics
-
-LUFFY = [sys.executable, "-m", "luffy.train.cli"]
 
 
 def _mistake(capfd, *arguments, after_progress=False):
@@ -47,6 +48,9 @@ def test_a_mistake_names_the_option_and_the_mend(capfd, tmp_path, small, as_argu
         (["--backend", "nccl", "--device", "cpu"], ("--backend nccl",)),
         (["--memory-length", "8"], ("--memory-length",)),
         (["--resume", "--overwrite"], ("--resume", "--overwrite")),
+        (["--timeout-seconds", "0"], ("--timeout-seconds 0",)),
+        (["--seed", str(10**30)], ("--seed 1000",)),
+        (["--min-ranks", "3"], ("--min-ranks 3", "--ranks 1")),
     ):
         line = _mistake(capfd, "train", *out, *arguments)
         assert all(word in line for word in words), line
@@ -59,40 +63,10 @@ def test_mistakes_that_only_the_ranks_can_see_are_one_line_too(capfd, tmp_path, 
     assert "--data" in line and "empty" in line
 
 
-def _start(settings, as_arguments):
-    return subprocess.Popen(
-        [*LUFFY, "train", *as_arguments(settings)],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def _wait_for_step(out, step, process):
-    path = Path(out, "metrics.jsonl")
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if path.exists() and len(read_metrics(path)) >= step:
-            return
-        time.sleep(0.05)
-    raise AssertionError(process.communicate()[1])
-
-
-def _children(pid):
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
-
-
-def _ranks(pid):
-    """The rank processes of a launcher: they are forked from its fork server."""
-    return sorted(grandchild for child in _children(pid) for grandchild in _children(child))
-
-
 def test_killed_and_resumed_equals_never_killed(small, as_arguments, tmp_path, capfd):
     settings = small(ranks=2, steps=30, checkpoint_every=4, seed=3)
-    process = _start(settings, as_arguments)
-    _wait_for_step(settings["out"], 11, process)
+    process = start(as_arguments(settings))
+    wait_for_step(settings["out"], 11, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     seen = len(read_metrics(Path(settings["out"], "metrics.jsonl")))
@@ -111,9 +85,9 @@ def test_killed_and_resumed_equals_never_killed(small, as_arguments, tmp_path, c
 
 def test_a_rank_that_dies_takes_the_job_down_with_its_cause(small, as_arguments):
     settings = small(ranks=2, steps=100000, checkpoint_every=0)
-    process = _start(settings, as_arguments)
-    _wait_for_step(settings["out"], 2, process)
-    ranks = _ranks(process.pid)
+    process = start(as_arguments(settings))
+    wait_for_step(settings["out"], 2, process)
+    ranks = ranks_of(process.pid)
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
     begin = time.monotonic()
@@ -126,14 +100,17 @@ def test_a_rank_that_dies_takes_the_job_down_with_its_cause(small, as_arguments)
 
 def test_being_stopped_is_one_line_and_leaves_no_rank_behind(small, as_arguments):
     settings = small(ranks=2, steps=100000, checkpoint_every=0)
-    process = _start(settings, as_arguments)
-    _wait_for_step(settings["out"], 2, process)
-    ranks = _ranks(process.pid)
+    process = start(as_arguments(settings))
+    wait_for_step(settings["out"], 2, process)
+    ranks = ranks_of(process.pid)
     process.terminate()
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert err.strip().splitlines()[-1] == "luffy: error: stopped"
-    assert "Traceback" not in err
+    assert process.returncode == 143
+    last = err.splitlines()[-1]
+    line = re.fullmatch(r"luffy: stopped by SIGTERM after step (\d+), which is saved; .*--resume.*", last)
+    assert line, err
+    assert list_checkpoints(Path(settings["out"], "checkpoints"))[-1].name == f"step-{int(line[1]):08d}"
+    assert "Traceback" not in err and "hread" not in err
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from luffy.train.condensing import CondenseControl
 
 from luffy.comm import build_mesh
 from luffy.condensation import parse_condense
 from luffy.errors import UserError
 from luffy.exchange import CondenseState
 from luffy.testing import run_ranks
-from luffy.train.condensing import CondenseControl
 from luffy.train.metrics import read_metrics
 from luffy.train.options import TrainOptions
 from luffy.train.trainer import Trainer

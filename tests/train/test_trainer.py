@@ -105,7 +105,7 @@ def _poisoned(rank, options):
         with torch.no_grad():
             trainer.model.moe_layers[1].router.weight[0, 0] = float("nan")
     before = trainer.model.token_embedding.weight.clone()
-    with pytest.raises(UserError, match=r"step 1: .*router of MoE layer 1.*--lr"):
+    with pytest.raises(UserError, match=r"step 1: .*weight blocks.1.moe.router.weight is not finite.*--lr"):
         trainer.train_step()
     assert torch.equal(before, trainer.model.token_embedding.weight)
     return True
@@ -115,29 +115,22 @@ def test_a_nan_in_one_ranks_router_stops_all_ranks_and_names_the_layer(small):
     assert run_ranks(_poisoned, 2, TrainOptions(**small())) == [True, True]
 
 
-def _broken_checkpoint(rank, options):
+def _foreign_checkpoint(rank, options):
     with pytest.raises(UserError) as caught:
         Trainer(options, build_mesh(torch.device("cpu"))).run()
     return str(caught.value)
 
 
-def test_a_damaged_or_foreign_checkpoint_is_refused_in_one_line(small):
+def test_a_foreign_checkpoint_is_refused_in_one_line(small):
     settings = small(steps=1)
     _run(settings, 2)
-    checkpoint = Path(settings["out"], "checkpoints", "step-00000001")
     resume = TrainOptions(**(settings | {"resume": True, "steps": 2}))
     for options, message in (
         (replace(resume, hidden_size=64), "other settings (hidden_size"),
         (replace(resume, seed=5), "--seed 0, not 5"),
     ):
-        answers = run_ranks(_broken_checkpoint, 2, options)
+        answers = run_ranks(_foreign_checkpoint, 2, options)
         assert all(message in a and "\n" not in a for a in answers), answers
-    victim = max(checkpoint.glob("*.distcp"), key=lambda p: p.stat().st_size)
-    content = bytearray(victim.read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    victim.write_bytes(content)
-    answers = run_ranks(_broken_checkpoint, 2, resume)
-    assert all("damaged" in a and victim.name in a and "\n" not in a for a in answers), answers
 
 
 def test_export_holds_every_expert_of_every_rank(small):

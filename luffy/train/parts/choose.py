@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from luffy.seats.seater import LearntSeats
+from luffy.seats.seater import AsRead, LearntSeats
 from luffy.seats.topic import TopicSeats
 from luffy.train.parts import Part
 from luffy.train.parts.balancing import Balancing
@@ -13,6 +14,8 @@ from luffy.train.parts.learning import SeatLearning
 from luffy.train.parts.placing import Placing
 from luffy.train.parts.topics import TopicKeeping
 from luffy.train.parts.tracing import Tracing
+from luffy.train.parts.tuning import Mode, Tuning
+from luffy.wire_format import parse_wire
 
 if TYPE_CHECKING:
     from luffy.train.trainer import Trainer
@@ -47,8 +50,27 @@ def choose_parts(trainer: Trainer) -> list[Any]:
                 reader=trainer.reader,
             )
         )  # fmt: skip
+    if runtime.recipe.auto and mesh.world_size > 1:
+        parts.insert(0, _tuning(trainer, learnt))
     parts.append(Balancing(model, trainer.comm))
     if o.trace_every:
         about = {"model": o.model, "recipe": o.recipe, "seed": o.seed, "data": o.data, "ep_size": mesh.ep_size}
         parts.append(Tracing(model, mesh, o.trace_every, trainer.out / "trace", padded, about))
     return parts
+
+
+def _tuning(trainer: Trainer, learnt: LearntSeats | None) -> Tuning:
+    o, layout, read = trainer.options, trainer.reader.layout, AsRead()
+
+    def use(mode: Mode) -> None:
+        trainer.turns = 2 if mode.overlap else 1
+        trainer.reader.use(
+            learnt if mode.seated and learnt is not None else read,
+            replace(layout, num_micro_batches=o.accumulate * trainer.turns),
+        )
+        trainer.runtime.use_wire(parse_wire(mode.wire))
+
+    share = trainer.mesh.world_size * o.accumulate * 2
+    wires = ["model"] if o.wire is None else list(dict.fromkeys(["model", "int8", o.wire]))
+    may_overlap = o.batch_size % share == 0
+    return Tuning(use, trainer.comm, may_overlap=may_overlap, wires=wires, every=o.auto_every)

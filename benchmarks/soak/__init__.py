@@ -1,0 +1,1 @@
+"""`make soak`: a small training under random faults, counted. See docs/reliability.md."""

@@ -1,0 +1,145 @@
+"""What an operator relies on: closed doors, no orphans, no run written over, restarts, and who is late."""
+
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from luffy.testing.processes import (
+    LOOPBACK,
+    LUFFY,
+    alive,
+    family,
+    listening,
+    ranks_of,
+    start,
+    wait_for_step,
+    wait_until,
+)
+from luffy.train.metrics import read_metrics
+from luffy.train.suspects import Report, accused, verdict
+
+
+def test_a_local_run_listens_on_the_loopback_alone_locks_its_folder_and_ends_with_its_launcher(small, as_arguments):
+    settings = small(ranks=2, steps=100000, checkpoint_every=2)
+    temporary = tempfile.TemporaryDirectory(prefix="t-", dir="/tmp")
+    process = start(as_arguments(settings), TMPDIR=temporary.name)
+    wait_for_step(settings["out"], 3, process)
+    everyone = family(process.pid)
+    addresses = listening(everyone)
+    assert len(addresses) >= 3  # the store, and the ranks' own
+    assert set(addresses) <= LOOPBACK
+
+    # A second run, as torchrun would start it, is told who holds the folder; the checks are not skipped.
+    torchrun = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    torchrun |= {"MASTER_PORT": "29713", "TORCHELASTIC_RESTART_COUNT": "0"}
+    one = as_arguments(settings | {"ranks": 1})
+    other = subprocess.run(
+        [*LUFFY, "train", *one, "--overwrite"], capture_output=True, text=True, env=os.environ | torchrun
+    )
+    line = other.stderr.strip().splitlines()[-1]
+    assert other.returncode == 2 and "is in use by process" in line and os.uname().nodename in line, other.stderr
+
+    ranks = ranks_of(process.pid)
+    os.kill(ranks[1], signal.SIGSTOP)  # it hears nothing of its launcher's end
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    wait_until(lambda: not alive(everyone), 5)
+    # torch itself keeps a cache there, for whoever comes next.
+    wait_until(lambda: not [n for n in os.listdir(temporary.name) if not n.startswith("torchinductor")], 5)
+    temporary.cleanup()
+    again = subprocess.run([*LUFFY, "train", *one], capture_output=True, text=True, env=os.environ | torchrun)
+    assert again.returncode == 2 and "already holds a run" in again.stderr.strip().splitlines()[-1]
+
+
+def test_a_lost_rank_is_replaced_and_the_end_is_the_same_to_the_bit(small, as_arguments, tmp_path):
+    settings = small(ranks=2, steps=40, checkpoint_every=4, max_restarts=1)
+    process = start(as_arguments(settings))
+    wait_for_step(settings["out"], 10, process)
+    os.kill(ranks_of(process.pid)[1], signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "rank 1 was ended by signal 9" in err and "restart 1 of 1, on 2 ranks, from step-" in err
+    whole = settings | {"out": str(tmp_path / "whole"), "checkpoint_every": 0, "async_checkpoints": False}
+    subprocess.run([*LUFFY, "train", *as_arguments(whole)], check=True, capture_output=True)
+    losses = [[r["loss"] for r in read_metrics(Path(s["out"], "metrics.jsonl"))] for s in (settings, whole)]
+    assert losses[0] == losses[1] and len(losses[0]) == 40
+
+
+def test_a_rank_that_stops_is_named_within_the_timeout_plus_five_seconds(small, as_arguments):
+    settings = small(ranks=2, steps=100000, checkpoint_every=0, timeout_seconds=4)
+    process = start(as_arguments(settings))
+    wait_for_step(settings["out"], 3, process)
+    os.kill(ranks_of(process.pid)[1], signal.SIGSTOP)
+    begin = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - begin < 4 + 5
+    line = err.strip().splitlines()[-1]
+    assert process.returncode == 1 and "Traceback" not in err
+    assert line.startswith(f"luffy: error: rank 1 on {os.uname().nodename} is late: last heard of "), line
+    assert "Rank 0 waited 4 s in " in line and ", step " in line
+    assert "late" in Path(settings["out"], "logs", "rank-0.log").read_text()
+    assert Path(settings["out"], "logs", "rank-1.log").exists()
+
+
+def _report(rank, **changes):
+    return Report(rank=rank, host="a", step=7, where="all_reduce", waited_seconds=10.0, hosts={"2": "b"}, **changes)
+
+
+def test_the_rank_that_most_reports_miss_is_the_late_one():
+    silent = [_report(0, silent={"2": 11.0}), _report(1, silent={"2": 11.2}), _report(3, silent={"2": 10.9})]
+    assert "rank 2 on b is late: last heard of 11 s ago" in verdict(silent)
+    # Rank 2 lives behind a cut link: it misses all others, and says so.
+    cut = [*silent, _report(2, silent={"0": 11.0, "1": 11.0, "3": 11.0})]
+    assert accused(cut) == "2" and "the link to it is cut" in verdict(cut)
+    # The store is with rank 0, behind the cut link: rank 0 misses everyone, the others hear of nobody.
+    lost = [_report(r, store_lost=True, store_rank=0) for r in (1, 2, 3)]
+    assert accused([_report(0, silent={"1": 9.0, "2": 9.0, "3": 9.0}), *lost]) == "0"
+    # One is alive and elsewhere.
+    behind = [_report(0, behind={"1": "sleep (data/loader.py), step 7"})]
+    assert "rank 1 is late: it lives, and is in sleep (data/loader.py), step 7" in verdict(behind)
+    assert "a link between them is cut" in verdict([_report(0), _report(1)])
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"RANK": "x", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, "RANK=x"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR is not"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, "RANK=2 must be less"),
+    ],
+)
+def test_a_wrong_environment_of_torchrun_is_one_line(capfd, monkeypatch, small, as_arguments, variables, words):
+    from luffy.train.cli import main
+
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as caught:
+        main(["train", *as_arguments(small())])
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert caught.value.code == 2 and len(lines) == 1 and words in lines[0], lines
+
+
+def test_overwrite_removes_the_old_run_and_nothing_else(small, tmp_path):
+    from luffy.errors import UserError
+    from luffy.train.options import TrainOptions
+    from luffy.train.outfolder import claim_out
+
+    out = tmp_path / "run"
+    for name in ("checkpoints/step-00000009", "trace", "logs", "tensorboard", "mine"):
+        (out / name).mkdir(parents=True)
+    for name in ("metrics.jsonl", "summary.json", "model.safetensors", "loss.png", "mine/notes.txt", "own.txt"):
+        (out / name).write_text("{}")
+    with pytest.raises(UserError, match="already holds a run"):
+        claim_out(TrainOptions(**small()))
+    with pytest.raises(UserError, match=r"--overwrite would remove --start-weights .*model.safetensors"):
+        claim_out(TrainOptions(**small(overwrite=True, start_weights=str(out / "model.safetensors"))))
+    claim_out(TrainOptions(**small(overwrite=True)))
+    assert sorted(p.name for p in out.iterdir()) == ["lock.json", "mine", "own.txt"]
+    assert json.loads((out / "lock.json").read_text())["pid"] == os.getpid()
+    assert (out / "mine" / "notes.txt").exists()
