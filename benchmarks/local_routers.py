@@ -37,7 +37,14 @@ SIZES: dict[str, dict[str, Any]] = {
     "64x8": {"experts": 64, "top_k": 8, "expert_hidden_size": 256},
     "16x2": {"experts": 16, "top_k": 2, "expert_hidden_size": 1024},
 }
-MODEL = {"model": "moe-llm", "layers": 6, "hidden_size": 512, "heads": 8, "max_sequence_length": 512, "vocab_size": 8192}
+MODEL = {
+    "model": "moe-llm",
+    "layers": 6,
+    "hidden_size": 512,
+    "heads": 8,
+    "max_sequence_length": 512,
+    "vocab_size": 8192,
+}
 DOMAIN_SEQUENCES = 256  # of each domain, at most
 MEASURED = 16  # unseen batches whose choices are counted
 
@@ -145,7 +152,9 @@ def record_trace(trainer: Trainer, path: Path, batches: int) -> None:
         recorder.active = True
         trainer.model(micro)
         step_trace = recorder.finish(trainer.comm, trainer.step, micro.tokens)
-        recorded.append(replace(step_trace, foreseen=np.full_like(step_trace.foreseen, -1)))  # nobody asks, much to keep
+        recorded.append(
+            replace(step_trace, foreseen=np.full_like(step_trace.foreseen, -1))
+        )  # nobody asks, much to keep
     router, wire = trainer.config.router, wire_of(trainer.model, False)
     about = {"model": "local_routers " + path.stem, "ep_size": 1, "expert_num_bytes": wire.expert_num_bytes}
     RoutingTrace(
@@ -217,7 +226,9 @@ def one(work: Path, data: str, device: str, cache: str | None, variant: str) -> 
 @click.option("--jobs", default=1)
 @click.option("--seconds", default=3600.0)
 @click.option("--variants", type=Path, required=True, help="JSON: a list of {name, size, options, ...}")
-def sweep(work: Path, data: str, device: str, cache: str | None, gpus: int, jobs: int, seconds: float, variants: Path) -> None:
+def sweep(
+    work: Path, data: str, device: str, cache: str | None, gpus: int, jobs: int, seconds: float, variants: Path
+) -> None:
     """Train all variants of a file that are not finished, several side by side."""
     work.mkdir(parents=True, exist_ok=True)
 
