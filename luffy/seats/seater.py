@@ -88,12 +88,20 @@ class AsRead:
 
 
 class LearntSeats:
-    """By rows that `predictor` foretells; as read until it has been fitted."""
+    """By rows that `predictor` foretells; as read until it has been fitted.
+
+    seen: what this rank has observed since the predictor was refreshed (luffy.seats.sharing).
+    """
 
     name = "learnt"
 
     def __init__(self, ep_size: int) -> None:
-        self.predictor = RowPredictor(ep_size)
+        self.predictor, self.seen = RowPredictor(ep_size), RowPredictor(ep_size)
+
+    def forget(self) -> None:
+        """Drop all that is known, as when experts have moved."""
+        self.predictor.forget()
+        self.seen.forget()
 
     @property
     def is_fitted(self) -> bool:

@@ -179,7 +179,7 @@ def learn_seats(
         rows = rows_of_all_layers(step, owners, mesh.ep_size, copies)
         seen.observe(step.features[mine], step.lengths[mine], rows[mine])
     if anew:
-        seats.predictor.forget()
+        seats.forget()
     return learn_together(seats.predictor, seen, comm, "experts")
 
 
