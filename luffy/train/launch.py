@@ -25,6 +25,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from luffy.comm import Mesh, build_mesh, init_distributed
+from luffy.comm.alike import check_alike, code_facts
 from luffy.errors import UserError
 from luffy.lab.place import current_lab, take_place
 
@@ -81,6 +82,7 @@ def join_world(
         where = torch.device("cpu")
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
     init_distributed(backend, where, timeout_seconds)
+    check_alike(code_facts() | {"--ep-size": ep_size, "--ranks-per-node": ranks_per_node}, where)
     return build_mesh(where, ep_size, ranks_per_node)
 
 

@@ -29,11 +29,13 @@ from luffy.lab.place import Lab, current_lab
 from luffy.model import ModelOutput, Runtime, build_model
 from luffy.model.aux_loss import RouterTotals
 from luffy.model.balancing import LossFreeBias
+from luffy.model.ownership import check_model as check_weights_alike
 from luffy.plan.topology import Topology, parse_topology
 from luffy.plan.trace import RoutingTrace, TraceStep
 from luffy.train.attention import AttentionFit, attention_for_planning
 from luffy.train.auto import AutoControl
 from luffy.train.batching import gather_step, make_micro_batch
+from luffy.train.beginning import changes_on_resume, check_data, check_model, check_options, data_facts
 from luffy.train.checkpoint import (
     list_checkpoints,
     load_checkpoint,
@@ -64,6 +66,7 @@ class Trainer:
         self.options, self.mesh = options, mesh
         self.out = Path(options.out)
         self.comm = Comm.create(mesh)
+        check_options(options.to_dict(), mesh)
         options.check_world(mesh.world_size)
         self.micro_size = options.batch_size // options.num_micro_batches
         self.dtype_name = options.dtype
@@ -71,6 +74,9 @@ class Trainer:
             self.dtype_name = "bfloat16" if mesh.device.type == "cuda" else "float32"
         self._check_memory()
         self._load_data()
+        self.data_facts = data_facts(self.loader, self.valid_loader, self.vocabulary)
+        check_data(self.data_facts, str(options.data), mesh)
+        self.changes: list[str] = []  # on a resume, of options
         self.model = self._build_model()
         self.config, self.runtime = self.model.config, self.model.runtime
         self.expert_flops: float | None = None
@@ -112,6 +118,7 @@ class Trainer:
             reading = read_data(self.options, progress)
         self.config, self.mask_id = reading.config, reading.mask_id
         self.loader, self.valid_loader = reading.loader, reading.valid_loader
+        self.vocabulary = reading.vocabulary
 
     def _build_model(self) -> Any:
         """The model with its runtime, initialised, on the mesh's device."""
@@ -384,6 +391,7 @@ class Trainer:
             "attention_fit": self._attention_fit(),
             "condensing": self.condensing.to_dict(),
             "expert_flops": self.expert_flops,
+            "data": self.data_facts,
             "auto": None if self.auto is None else self.auto.to_dict(),
         }
         keep = self.options.keep_checkpoints
@@ -397,15 +405,8 @@ class Trainer:
     def restore(self, path: Path) -> None:
         """Continue from `path`. Raises UserError when it is damaged or belongs to another model or data order."""
         meta = read_meta(path)
-        if meta["model"] != self.config.to_dict():
-            new, old = self.config.to_dict(), meta["model"]
-            differing = sorted(k for k in new if new[k] != old.get(k))
-            raise UserError(f"--resume: {path} holds a model with other settings ({', '.join(differing)})")
-        for name in ("seed", "batch_size", "accumulate", "overlap", "sequence_length", "sequence_mode"):
-            before, now = meta["options"].get(name, False), getattr(self.options, name)
-            if before != now:
-                option = "--" + name.replace("_", "-")
-                raise UserError(f"--resume: the run began with {option} {before}, not {now}; give it again as it was")
+        check_model(path, meta["model"], self.config)
+        self.changes = changes_on_resume(path, meta, self.options.to_dict(), self.data_facts)
         prepare_optimizer(self.optimizer)
         load_checkpoint(path, self._state(), self.mesh)
         self.step, self.valid_loss = meta["step"], meta["valid_loss"]
@@ -424,6 +425,7 @@ class Trainer:
             self.restore(found[-1])
         elif o.start_weights is not None:
             load_safetensors(self.model, Path(o.start_weights))
+        check_weights_alike(self.model, self.mesh)
         self.prepare()
         writer = None
         if first:
@@ -434,7 +436,8 @@ class Trainer:
             with TrainProgress(o.steps, start_step=self.step, enabled=first) as progress:
                 if o.resume and first:
                     note = f"resuming after step {self.step}" if found else "no checkpoint in --out: starting anew"
-                    progress.message(note)
+                    for line in (note, *self.changes):
+                        progress.message(line)
                 self._loop(writer, progress)
         finally:
             if writer is not None:
