@@ -32,6 +32,8 @@ from luffy.model.balancing import LossFreeBias
 from luffy.model.ownership import check_model as check_weights_alike
 from luffy.plan.topology import Topology, parse_topology
 from luffy.plan.trace import RoutingTrace, TraceStep
+from luffy.report.runs import METRICS_FILE
+from luffy.report.units import format_loss
 from luffy.train.attention import AttentionFit, attention_for_planning
 from luffy.train.auto import AutoControl
 from luffy.train.batching import gather_step, make_micro_batch
@@ -432,8 +434,9 @@ class Trainer:
             writer = MetricsWriter(self.out, self.step if found else None, tensorboard=o.tensorboard)
             about = {"options": o.to_dict(), "model": self.config.to_dict(), "attention_fit": self._attention_fit()}
             write_json_atomic(self.out / "config.json", about)
+        before = read_metrics(self.out / METRICS_FILE) if first and found else []
         try:
-            with TrainProgress(o.steps, start_step=self.step, enabled=first) as progress:
+            with TrainProgress(o.steps, start_step=self.step, records=before, enabled=first) as progress:
                 if o.resume and first:
                     note = f"resuming after step {self.step}" if found else "no checkpoint in --out: starting anew"
                     for line in (note, *self.changes):
@@ -488,7 +491,7 @@ class Trainer:
             note = ""
             if last or (o.eval_every and self.step % o.eval_every == 0):
                 self.valid_loss = record["valid_loss"] = self.evaluate()
-                note = f"held-out loss {self.valid_loss:.4f}"
+                note = f"held-out loss {format_loss(self.valid_loss)}"
             if writer is not None:
                 writer.write(record)
             moved = sum(record["bytes"].values())
