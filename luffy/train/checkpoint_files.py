@@ -185,6 +185,6 @@ class Reader(FileSystemReader):
 
 
 def _inside(file: str) -> str:
-    if Path(file).name != file:
+    if Path(file).name != file or file == "..":
         raise ValueError(f"{file} is not in the folder")
     return file
