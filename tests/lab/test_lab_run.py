@@ -226,8 +226,8 @@ def test_a_training_may_also_be_started_once_on_every_rank(start_lab, tiny, tmp_
 
 @pytest.mark.slow
 def test_a_cut_link_is_named_in_one_line_and_a_restart_continues(start_lab, tiny, tmp_path):
-    lab = start_lab(*LINKS, "--", "luffy", "train", *tiny, "--steps", "60", "--timeout-seconds", "5", "--max-restarts", "3",
-                    "--checkpoint-every", "2")  # fmt: skip
+    more = ["--steps", "60", "--timeout-seconds", "5", "--max-restarts", "3", "--checkpoint-every", "2"]
+    lab = start_lab(*LINKS, "--", "luffy", "train", *tiny, *more)
     metrics = tmp_path / "run" / "metrics.jsonl"
     wait_until(lambda: lab.poll() is not None or (metrics.exists() and len(read_metrics(metrics)) >= 5), 120)
     ranks = sorted(pid for pid in processes_of(lab) if os.readlink(f"/proc/{pid}/ns/net") in namespaces_of(lab))
