@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -144,3 +145,15 @@ def test_overwrite_removes_the_old_run_and_nothing_else(small, tmp_path):
     assert sorted(p.name for p in out.iterdir()) == ["lock.json", "mine", "own.txt"]
     assert json.loads((out / "lock.json").read_text())["pid"] == os.getpid()
     assert (out / "mine" / "notes.txt").exists()
+
+
+def test_fine_tuning_without_transformers_is_one_line(tmp_path):
+    (tmp_path / "chats.jsonl").write_text('{"text": "a"}')
+    script = (
+        "import sys; sys.modules['transformers'] = None; from luffy.train.cli import main; "
+        f"main(['finetune', '--model', '{tmp_path}', '--data', '{tmp_path}/chats.jsonl'])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and len(lines) == 1, done.stderr
+    assert "transformers" in lines[0] and "pip install 'luffy-moe[hf]'" in lines[0]
