@@ -70,7 +70,7 @@ def activate_weighted_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad [P, F] of the output -> gradient of x [P, width], the output [P, F], gradient of weights [R, K].
 
-    The gradient of the bias is that of x, summed by group. The kernel puts the first two in the place of `x` and `grad`,
+    The gradient of the bias is that of x, summed by group. The kernel puts the first two in the place of x and grad,
     which are as large as anything in a layer; autograd is told, so that a second pass over x is refused.
     """
     P = x.shape[0]
