@@ -100,8 +100,9 @@ def links(ranks: int) -> Iterator[str]:
         launch(_measure, (str(target),), ranks)
         found = json.loads(target.read_text())
     rate, latency = found["bytes_per_second"], found["latency_seconds"]
-    yield f"{backend} on {device}: {format_rate(rate)} a rank and direction while all send, {format_seconds(latency)} a message"
-    yield f"for luffy plan: --topology {ranks}:intra={rate * 8 / 1e9:.3g}gbit,latency={latency * 1e6:.3g}us"
+    of = f"{backend} on {device}"
+    yield f"{of}: {format_rate(rate)} a rank and direction while all send, {format_seconds(latency)} a message"
+    yield f"for luffy plan: --topology {ranks}:intra={rate * 8 / 1e6:.0f}mbit,latency={latency * 1e6:.0f}us"
 
 
 def _measure(target: str) -> None:
