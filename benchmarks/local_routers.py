@@ -37,8 +37,15 @@ SIZES: dict[str, dict[str, Any]] = {
     "64x8": {"experts": 64, "top_k": 8, "expert_hidden_size": 256},
     "16x2": {"experts": 16, "top_k": 2, "expert_hidden_size": 1024},
 }
-MODEL = {"model": "moe-llm", "layers": 6, "hidden_size": 512, "heads": 8, "max_sequence_length": 512, "vocab_size": 8192}
-DOMAIN_SEQUENCES = 512  # of each domain, at most
+MODEL = {
+    "model": "moe-llm",
+    "layers": 6,
+    "hidden_size": 512,
+    "heads": 8,
+    "max_sequence_length": 512,
+    "vocab_size": 8192,
+}
+DOMAIN_SEQUENCES = 256  # of each domain, at most
 MEASURED = 16  # unseen batches whose choices are counted
 
 
@@ -82,7 +89,7 @@ def options_of(variant: dict[str, Any], work: Path, data: str, device: str, cach
     """The training that a variant names."""
     settings = MODEL | SIZES[variant["size"]] | {
         "recipe": "vanilla_dedup", "data": data, "cache_dir": cache, "device": device, "steps": 2000, "seats": "topic",
-        "topics": 8, "batch_size": 64, "sequence_length": 512, "eval_batches": 64, "keep_checkpoints": 0,
+        "topics": 8, "batch_size": 32, "sequence_length": 256, "eval_batches": 64, "keep_checkpoints": 0,
         "tensorboard": False, "overwrite": True, "out": str(work / "runs" / variant["name"]),
         "profile_attention": False,
     }  # fmt: skip
@@ -139,12 +146,15 @@ def record_trace(trainer: Trainer, path: Path, batches: int) -> None:
     """Choices of unseen batches, for placements and seats fitted afterwards."""
     recorded, recorder = [], trainer.runtime.recorder
     for step in range(batches):
-        sequences = trainer.loader.batch(trainer.options.steps + step)
+        first = trainer.options.steps + 2 * step
+        sequences = trainer.loader.batch(first) + trainer.loader.batch(first + 1)
         micro = make_micro_batch(sequences, 0, gather_step([sequences], trainer.comm), trainer.comm)
         recorder.active = True
         trainer.model(micro)
         step_trace = recorder.finish(trainer.comm, trainer.step, micro.tokens)
-        recorded.append(replace(step_trace, foreseen=np.full_like(step_trace.foreseen, -1)))  # nobody asks, much to keep
+        recorded.append(
+            replace(step_trace, foreseen=np.full_like(step_trace.foreseen, -1))
+        )  # nobody asks, much to keep
     router, wire = trainer.config.router, wire_of(trainer.model, False)
     about = {"model": "local_routers " + path.stem, "ep_size": 1, "expert_num_bytes": wire.expert_num_bytes}
     RoutingTrace(
@@ -172,7 +182,7 @@ def train_one(variant: dict[str, Any], options: TrainOptions, mesh: Mesh, work: 
     data = Path(options.data)
     valid = next(iter(data.glob("*valid*.gz")), None) if data.is_dir() else None
     if valid is not None and not variant.get("mixed"):
-        result["domains"] = loss_by_domain(trainer, valid, trainer.valid_loader._pieces._split, 512)
+        result["domains"] = loss_by_domain(trainer, valid, trainer.valid_loader._pieces._split, 256)
     if C <= 16:
         result["telling"] = trainer.topics.topics.telling_ids(12).tolist()  # type: ignore[union-attr]
     result["seconds_a_step"] = float(np.median([r["seconds"] for r in records[5:]] or [0]))
@@ -216,7 +226,9 @@ def one(work: Path, data: str, device: str, cache: str | None, variant: str) -> 
 @click.option("--jobs", default=1)
 @click.option("--seconds", default=3600.0)
 @click.option("--variants", type=Path, required=True, help="JSON: a list of {name, size, options, ...}")
-def sweep(work: Path, data: str, device: str, cache: str | None, gpus: int, jobs: int, seconds: float, variants: Path) -> None:
+def sweep(
+    work: Path, data: str, device: str, cache: str | None, gpus: int, jobs: int, seconds: float, variants: Path
+) -> None:
     """Train all variants of a file that are not finished, several side by side."""
     work.mkdir(parents=True, exist_ok=True)
 

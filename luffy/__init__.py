@@ -11,11 +11,18 @@ from luffy.version import __version__
 
 _HOMES = {
     "MoEBlock": "model.block",
-    "GradientSync": "train.gradients",
     "LossFreeBias": "model.balancing",
+    "GradientSync": "train.gradients",
     "join_world": "train.launch",
+    "save_checkpoint": "train.own_state",
+    "load_checkpoint": "train.own_state",
+    "save_weights": "train.own_state",
+    "load_weights": "train.own_state",
 }
-__all__ = ["GradientSync", "LossFreeBias", "MoEBlock", "__version__", "join_world"]
+__all__ = [
+    "GradientSync", "LossFreeBias", "MoEBlock", "__version__", "join_world", "load_checkpoint", "load_weights",
+    "save_checkpoint", "save_weights",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

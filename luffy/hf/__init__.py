@@ -7,6 +7,7 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "CausalLM": "causal_lm",
     "FAMILIES": "families",
     "Family": "families",
     "family_of": "families",
@@ -16,6 +17,7 @@ _HOMES = {
     "parallelize": "model",
     "save_adapter": "adapters",
     "save_pretrained": "saving",
+    "trainer_of": "trainer",
 }
 __all__ = sorted(_HOMES)
 

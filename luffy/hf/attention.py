@@ -9,6 +9,7 @@ sequence that moves without being sent. Masks are the library's own, made for it
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ def check_attention(config: Any) -> None:
 
 
 PACKED = "luffy_packed"
+# The argument had another name before transformers 5.24.
+_NO_CACHE = {"cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values": None}
 
 
 class Frames:
@@ -72,7 +75,6 @@ class Frames:
                 hidden_states=x[None],
                 position_embeddings=(self.cos[:, positions], self.sin[:, positions]),
                 attention_mask=None,
-                past_key_values=None,
                 packed=packed,
             )
         finally:
@@ -88,7 +90,6 @@ class Frames:
             hidden_states=grid,
             position_embeddings=(self.cos[:, :length], self.sin[:, :length]),
             attention_mask=self.mask(index, length, grid),
-            past_key_values=None,
         )
         return answer[0]
 
@@ -102,9 +103,7 @@ class Frames:
                 raise UserError(f"layer_types {kind!r}: only full_attention and sliding_attention are known here")
             make = create_causal_mask if kind == "full_attention" else create_sliding_window_causal_mask
             shaped = like.new_empty(1, length, 1)  # only its shape, dtype and device are looked at
-            self._masks[length, kind] = make(
-                config=self.config, inputs_embeds=shaped, attention_mask=None, past_key_values=None
-            )
+            self._masks[length, kind] = make(config=self.config, inputs_embeds=shaped, attention_mask=None, **_NO_CACHE)
         return self._masks[length, kind]
 
 

@@ -30,15 +30,15 @@ def make_batch(
     row: a sequence begins wherever it is 0. Their values are not used beyond that: positions count from each
     sequence's first token.
     """
-    spans = _spans(input_ids, attention_mask, position_ids)
-    pieces = [input_ids[b, i:j] for b, i, j in spans]
-    targets = [_shifted(None if labels is None else labels[b, i:j], j - i) for b, i, j in spans]
+    found = spans(input_ids, attention_mask, position_ids)
+    pieces = [input_ids[b, i:j] for b, i, j in found]
+    targets = [_shifted(None if labels is None else labels[b, i:j], j - i) for b, i, j in found]
     mesh = comm.mesh
-    mine = torch.tensor([len(spans), sum(int((y != IGNORE_INDEX).sum()) for y in targets)], device=mesh.device)
+    mine = torch.tensor([len(found), sum(int((y != IGNORE_INDEX).sum()) for y in targets)], device=mesh.device)
     counts = comm.all_gather_world(mine).cpu().numpy()  # [world, 2]
     most = max(1, int(counts[:, 0].max()))
     lengths = torch.zeros(most, dtype=torch.int64)
-    lengths[: len(spans)] = torch.tensor([j - i for _, i, j in spans], dtype=torch.int64)
+    lengths[: len(found)] = torch.tensor([j - i for _, i, j in found], dtype=torch.int64)
     gathered = comm.all_gather_world(lengths.to(mesh.device)).cpu().numpy()  # [world, most]
     ranks = mesh.ep_ranks
     own = [gathered[r, : counts[r, 0]] for r in ranks]
@@ -64,7 +64,7 @@ def _shifted(labels: Tensor | None, length: int) -> Tensor:
     return out
 
 
-def _spans(ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> list[tuple[int, int, int]]:
+def spans(ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> list[tuple[int, int, int]]:
     """(row, begin, end) of each sequence; rows without a token have none."""
     if ids.dim() != 2:
         raise UserError(f"input_ids must be [batch, length], not {list(ids.shape)}")
@@ -72,7 +72,7 @@ def _spans(ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> list[t
     if keep.shape != tuple(ids.shape):
         raise UserError(f"attention_mask {list(keep.shape)} does not fit input_ids {list(ids.shape)}")
     starts_at = None if positions is None else np.broadcast_to(positions.cpu().numpy(), keep.shape)
-    spans = []
+    out = []
     for row in range(keep.shape[0]):
         places = np.flatnonzero(keep[row])
         if len(places) == 0:
@@ -83,5 +83,5 @@ def _spans(ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> list[t
         cuts = [begin]
         if starts_at is not None:
             cuts += [int(p) for p in begin + 1 + np.flatnonzero(starts_at[row, begin + 1 : end] == 0)]
-        spans += [(row, i, j) for i, j in zip(cuts, [*cuts[1:], end], strict=True)]
-    return spans
+        out += [(row, i, j) for i, j in zip(cuts, [*cuts[1:], end], strict=True)]
+    return out

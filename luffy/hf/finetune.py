@@ -89,10 +89,10 @@ class FineTuner(Trainer):
         return parallel.train()
 
     @torch.no_grad()
-    def evaluate(self) -> float:
+    def evaluate(self, micro_batches: int | None = None) -> float:
         self.model.eval()
         try:
-            return super().evaluate()
+            return super().evaluate(micro_batches)
         finally:
             self.model.train()
 

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from luffy.comm import Mesh
+from luffy.comm import Mesh, build_mesh
 from luffy.comm.sharding import is_sharded, local_part, rows_of
 from luffy.errors import UserError
 from luffy.hf.families import family_of
 from luffy.hf.files import Checkpoint
+from luffy.hf.hub import local_model
 from luffy.hf.model import ParallelModel, parallelize
 from luffy.hf.placing import source_of
 from luffy.model.moe_layer import MoELayer
@@ -27,6 +29,7 @@ from luffy.model.ownership import expert_parameters
 from luffy.model.router import wide
 from luffy.recipes import Recipe
 from luffy.train.checkpoint import everyone
+from luffy.train.launch import join_world
 from luffy.train.memory import Need
 
 
@@ -49,7 +52,7 @@ def read_config(folder: Path | str) -> Any:
 
 def load(
     folder: Path | str,
-    mesh: Mesh,
+    mesh: Mesh | None = None,
     recipe: str | Recipe = "luffy",
     *,
     dtype: torch.dtype | None = None,
@@ -57,11 +60,13 @@ def load(
 ) -> ParallelModel:
     """The causal LM of `folder`, spread over `mesh`; every rank calls it, and all raise UserError if one cannot read.
 
-    dtype: of the weights, None: as the folder says. options: of `parallelize`.
+    folder: or its name on the hub. mesh: None: all ranks that torchrun or accelerate launched, all one expert-parallel
+    group. dtype: of the weights, None: as the folder says. options: of `parallelize`.
     """
     from transformers import AutoModelForCausalLM
 
-    folder = Path(folder)
+    mesh = world_mesh() if mesh is None else mesh
+    folder = Path(local_model(str(folder)))
     config = everyone(mesh, lambda: read_config(folder))
     family = options.get("family") or family_of(config)
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
@@ -74,6 +79,16 @@ def load(
     _materialise(parallel, mesh.device)
     everyone(mesh, lambda: fill(parallel, Checkpoint(folder)))
     return parallel
+
+
+def world_mesh() -> Mesh:
+    """Of the process group that there is, or of the one that torchrun's environment asks for."""
+    if not dist.is_initialized():
+        return join_world()
+    device = torch.device("cpu")
+    if dist.get_backend() != "gloo" or torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    return build_mesh(device)
 
 
 def _materialise(parallel: ParallelModel, device: torch.device) -> None:

@@ -28,6 +28,7 @@ from luffy.exchange.stage import Stage, finish
 from luffy.model.experts import Experts, GroupedExperts
 from luffy.model.layers import FeedForward
 from luffy.model.observe import observe
+from luffy.model.rank_state import mark_state
 from luffy.model.router import Router, RouterBase
 
 Predictor = Callable[[Tensor], Forecast]
@@ -62,6 +63,7 @@ class MoELayer(nn.Module):
         self.dispatcher = runtime.dispatcher(layer, layer_of_moe, experts, causal=causal, may_drop=may_drop)
         self.register_buffer("slot_of_expert", torch.arange(router.config.num_experts))
         self.slot_of_expert: Tensor
+        mark_state(self, runtime.comm.mesh)
 
     @classmethod
     def build(cls, config: ModelConfig, runtime: Runtime, layer: int) -> MoELayer:
@@ -109,7 +111,7 @@ class MoELayer(nn.Module):
         tokens = observe(tokens, predict_next, self.runtime)
         received = yield from self.dispatcher.dispatch(tokens)
         if received.condensed is not None:
-            stats = replace(stats, condensed=received.condensed.counts().to(stats.condensed.dtype))
+            stats = replace(stats, condensed_counts=received.condensed.counts())
         partial = self._run_experts(received)
         after = yield from self.dispatcher.combine(tokens, received, partial)
         return replace(after, router_stats=(*batch.router_stats, stats))

@@ -1,4 +1,7 @@
-"""The whole model in one `safetensors` file, experts in their own order whatever ranks held them: out, and in again."""
+"""The whole model in one `safetensors` file, experts in their own order whatever ranks held them: out, and in again.
+
+For `luffy.model.Transformer` and for any module of one's own that holds `luffy.MoEBlock`s.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +13,42 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
+from luffy.comm import Mesh
 from luffy.errors import UserError
-from luffy.model import Transformer, expert_parameters
+from luffy.model import MoELayer, expert_parameters
+
+
+def mesh_of(model: nn.Module) -> Mesh:
+    """The mesh that a model's experts are spread over; UserError for one without any."""
+    for module in model.modules():
+        if isinstance(module, MoELayer):
+            return module.runtime.comm.mesh
+    raise UserError(f"{type(model).__name__} holds no luffy.MoEBlock: save it as any other model")
+
+
+def stored_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that belong to the model, whatever ranks there are: not where experts live."""
+    return {
+        f"{prefix}.{name}" if prefix else name: b
+        for prefix, module in model.named_modules()
+        if not isinstance(module, MoELayer)
+        for name, b in module._buffers.items()
+        if b is not None and name not in module._non_persistent_buffers_set
+    }
 
 
 @torch.no_grad()
-def export_safetensors(model: Transformer, path: Path) -> None:
-    """Write all weights, float32, to `path` on rank 0; every rank of the first EP group takes part.
+def export_safetensors(model: nn.Module, path: Path | str) -> None:
+    """Write all weights as they are to `path` on rank 0; every rank takes part.
 
-    Expert tensors are [E, ...], row e being expert e. The model's configuration is in the file's metadata under
-    "luffy_config". One tensor at a time is gathered, so rank 0 holds the model once, not each rank.
+    Expert tensors are [E, ...], row e being expert e. The configuration of a `Transformer` is in the file's metadata
+    under "luffy_config". One tensor at a time is gathered, so rank 0 holds the model once, not each rank.
     """
-    mesh = model.runtime.comm.mesh
-    tensors: dict[str, torch.Tensor] = {}
-    buffers, experts = dict(model.named_buffers()), expert_parameters(model)
+    mesh, path = mesh_of(model), Path(path)
+    tensors: dict[str, Tensor] = {}
+    experts = expert_parameters(model)
     for name, p in model.named_parameters():
         full = p.detach()
         if (layer := experts.get(name)) is not None:
@@ -34,53 +58,52 @@ def export_safetensors(model: Transformer, path: Path) -> None:
                 full = torch.cat(parts)
             full = full[layer.slot_of_expert]
         if mesh.rank == 0:
-            tensors[name] = full.cpu().contiguous()
+            tensors[name] = full.to("cpu", copy=True).contiguous()
     if mesh.rank == 0:
-        for name, b in buffers.items():
-            if name.endswith("choice_bias"):
-                tensors[name] = b.detach().cpu().clone()
+        tensors |= {name: b.detach().to("cpu", copy=True) for name, b in stored_buffers(model).items()}
+        config = getattr(model, "config", None)
+        metadata = {"luffy_config": json.dumps(config.to_dict())} if hasattr(config, "to_dict") else None
         temporary = path.with_suffix(".tmp")
         try:
-            save_file(tensors, temporary, metadata={"luffy_config": json.dumps(model.config.to_dict())})
+            save_file(tensors, temporary, metadata=metadata)
             os.replace(temporary, path)
         except OSError as error:
             raise UserError(f"--out: {path} not written: {error.strerror or error}") from error
 
 
 @torch.no_grad()
-def load_safetensors(model: Transformer, path: Path) -> None:
-    """Begin from exported weights, at any number of ranks: each reads only its own experts.
+def load_safetensors(model: nn.Module, path: Path | str, option: str = "--start-weights") -> None:
+    """Begin from exported weights, at any number of ranks: each reads only its own experts. All ranks call it.
 
-    Raises UserError naming what is missing, left over or of another shape.
+    option: for messages. Raises UserError naming what is missing, left over or of another shape.
     """
-    mesh, buffers = model.runtime.comm.mesh, dict(model.named_buffers())
-    experts = expert_parameters(model)
-    targets = dict(model.named_parameters()) | {n: b for n, b in buffers.items() if n.endswith("choice_bias")}
+    mesh, buffers, experts = mesh_of(model), stored_buffers(model), expert_parameters(model)
+    targets = dict(model.named_parameters()) | buffers
     try:
         with safe_open(path, framework="pt") as file:
             known = set(file.keys())
+            # A bias of the choice that was never used need not be there.
             wanted = {n for n in targets if not n.endswith("choice_bias") or n in known}
             if wanted != known:
                 name = min(wanted ^ known)
                 what = "lacks" if name in wanted else "holds, but this model lacks,"
-                raise UserError(f"--start-weights {path}: it {what} {name}; give the model options it was trained with")
+                raise UserError(f"{option} {path}: it {what} {name}; give the model options it was trained with")
             for name in sorted(wanted):
-                stored, target = file.get_slice(name), targets[name]
+                stored, target, layer = file.get_slice(name), targets[name], experts.get(name)
                 shape = [*target.shape]
-                if name in experts:
+                if layer is not None:
                     shape[0] *= mesh.ep_size
                 if stored.get_shape() != shape:
                     raise UserError(
-                        f"--start-weights {path}: {name} is {stored.get_shape()}, and {shape} in this model; give the "
+                        f"{option} {path}: {name} is {stored.get_shape()}, and {shape} in this model; give the "
                         "model options it was trained with"
                     )
-                if name not in experts:
-                    target.copy_(stored[:])
+                if layer is None:
+                    target.copy_(stored[:] if shape else file.get_tensor(name))
                     continue
-                # Experts are stored by id; a fresh model has expert e in slot e.
-                first = mesh.ep_rank * target.shape[0]
-                target.copy_(stored[first : first + target.shape[0]])
+                first = mesh.ep_rank * target.shape[0]  # experts are stored by id, and live by slot
+                ids = torch.argsort(layer.slot_of_expert)[first : first + target.shape[0]].tolist()
+                for row, expert in zip(target, ids, strict=True):
+                    row.copy_(stored[expert : expert + 1][0])
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"--start-weights {path}: cannot be read ({error}); name a model.safetensors of --export"
-        ) from error
+        raise UserError(f"{option} {path}: cannot be read ({error}); name a file that luffy exported") from error

@@ -108,21 +108,23 @@ class StepGuard:
         else:
             where = "every output of the forward pass is finite, so it began in the backward pass"
         limit = f" {self.skipped} steps had been left out (--skip-bad-steps)." if self.limit else ""
-        raise UserError(f"{what}; {where}. No update was made.{limit} To mend it: {MEND}")
+        raise UserError(f"{what}, not finite; {where}. No update was made.{limit} To mend it: {MEND}")
 
-    def check_state(self, step: int, optimizer: torch.optim.Optimizer, valid_loss: float | None) -> None:
+    def check_state(self, step: int, optimizer: torch.optim.Optimizer, measure: Callable[[], float]) -> None:
         """Before a checkpoint, and at the end. Raises UserError, on every rank, where what is saved is not finite.
 
-        valid_loss: the newest held-out loss, if there is one; it must be finite as weights and moments are.
+        measure: the loss of a held-out micro-batch, the same on all ranks: weights may be finite and of no use.
         """
         tensors = [*self.model.parameters(), *self.model.buffers()]
         for state in optimizer.state.values():
             tensors += [t for t in state.values() if isinstance(t, Tensor)]
-        fine = all_finite(tensors) and (valid_loss is None or math.isfinite(valid_loss))
-        flag = torch.tensor(float(fine), device=self.mesh.device)
+        flag = torch.tensor(float(all_finite(tensors)), device=self.mesh.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self.mesh.world_group)
-        if flag:
+        if not flag:
+            weight = bad_weight(self.model, self.mesh)
+            where = f"the weight {weight} is not finite" if weight else "a moment of the optimizer is not finite"
+        elif not math.isfinite(loss := measure()):
+            where = f"the held-out loss is {loss}, not finite,"
+        else:
             return
-        weight = bad_weight(self.model, self.mesh)
-        where = f"the weight {weight} is" if weight else "the optimizer's state, or the held-out loss, is"
-        raise UserError(f"step {step}: {where} not finite after the update. Nothing was saved; to mend it: {MEND}")
+        raise UserError(f"step {step}: {where} after the update. Nothing was saved; to mend it: {MEND}")

@@ -179,8 +179,8 @@ def launch(
     requests, attempt = Requests(), 0
     scratch = get_scratch()
     with requests.listening():
-        store, port = open_store()
         while True:
+            store, port = open_store()  # of this attempt: what ranks of an earlier one left in it would mislead
             try:
                 Attempt(run_rank, work, args, ranks, attempt, scratch, port, requests).run()
                 break

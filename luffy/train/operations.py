@@ -7,7 +7,7 @@ What ranks must agree on travels as a few numbers in the all-reduce that a step 
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -66,10 +66,14 @@ class Operations:
         state: dict[str, Any],
         meta: dict[str, Any],
         optimizer: torch.optim.Optimizer,
+        measure: Callable[[], float],
         tensors: dict[str, Tensor] | None = None,
     ) -> None:
-        """Begin a checkpoint, unless none are kept. Raises UserError where the state is not fit to be saved."""
-        self.guard.check_state(step, optimizer, meta.get("valid_loss"))
+        """Begin a checkpoint, unless none are kept. Raises UserError where the state is not fit to be saved.
+
+        measure: a loss that the weights give now, the same on all ranks.
+        """
+        self.guard.check_state(step, optimizer, measure)
         if self.keep:
             self.writer.save(step, state, meta | {"skipped_steps": self.guard.skipped}, tensors)
 

@@ -137,9 +137,18 @@ class Attempt:
         while any(p.exitcode is None for p in self.processes) and not self.requests.at_once:
             words = {p.name.split("-")[0] for p in self.folder.iterdir()}
             patience = next((s for kind, s in PATIENCE_SECONDS.items() if kind in words), LOOK_AROUND_SECONDS)
-            if time.monotonic() - begin > patience:
+            if time.monotonic() - begin > patience or ("late" in words and self._all_reported()):
                 return
             time.sleep(0.05)
+
+    def _all_reported(self) -> bool:
+        """Whether every rank that is not missed by another has said whom it misses."""
+        reports = self._reports()
+        missed = {int(rank) for r in reports for rank in r.silent or r.behind}
+        return {r.rank for r in reports} | missed == set(range(self.ranks))
+
+    def _reports(self) -> list[Report]:
+        return [Report(**json.loads(text)) for text in self._words("late").values()]
 
     def _kill(self) -> None:
         for process in self.processes:
@@ -150,7 +159,7 @@ class Attempt:
 
     def _words(self, kind: str) -> dict[int, str]:
         """What ranks wrote about their end: rank -> text, the earliest first."""
-        found = sorted(self.folder.glob(f"{kind}-*"), key=lambda p: p.stat().st_mtime_ns)
+        found = sorted(self.folder.glob(f"{kind}-*[0-9]"), key=lambda p: p.stat().st_mtime_ns)
         return {int(p.name.rpartition("-")[2]): p.read_text(encoding="utf-8") for p in found}
 
     def _explain(self) -> None:
@@ -168,7 +177,7 @@ class Attempt:
             if state is not None and state < 0 and rank not in crashes and rank not in late:
                 raise RanksLostError(f"rank {rank} was ended by signal {-state}; the other ranks were stopped")
         if late:
-            raise RanksLostError(verdict([Report(**json.loads(text)) for text in late.values()]))
+            raise RanksLostError(verdict(self._reports()))
         if crashes:
             rank, text = next(iter(crashes.items()))
             raise RanksLostError(f"rank {rank} failed:\n{text}")

@@ -248,12 +248,12 @@ class Trainer:
     # ---------------------------------------------------------------- evaluation
 
     @torch.no_grad()
-    def evaluate(self) -> float:
-        """Mean held-out loss over `eval_batches` batches, each weighted by its labels."""
+    def evaluate(self, micro_batches: int | None = None) -> float:
+        """Mean held-out loss over `eval_batches` batches (or so many micro-batches), each weighted by its labels."""
         total, labels = 0.0, 0
         memory = self._empty_memory(self.loader.global_batch_size // self.mesh.world_size)
         batches = self.valid_loader.eval_batches(
-            self.options.num_eval_micro_batches, self.mesh.rank, self.mesh.world_size
+            micro_batches or self.options.num_eval_micro_batches, self.mesh.rank, self.mesh.world_size
         )
         for batch in batches:
             micro = self._alone([self._mask(s) for s in batch], memory)
@@ -290,7 +290,7 @@ class Trainer:
             "expert_flops": self.expert_flops,
             "parts": values,
         }
-        self.ops.save(self.step, self._state(), meta, self.optimizer, tensors)
+        self.ops.save(self.step, self._state(), meta, self.optimizer, lambda: self.evaluate(1), tensors)
 
     def _attention_fit(self) -> dict[str, Any] | None:
         return None if self.attention_fit is None else self.attention_fit.to_dict()

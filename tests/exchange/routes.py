@@ -65,7 +65,7 @@ def direct(comm: Comm, per: str = "ranks", wire: str = "model") -> Direct:
 def batch_of(hidden: Tensor, lengths: list[list[int]], rank: int) -> TokenBatch:
     """The stream [T, D] of this rank; lengths: of the sequences of each rank."""
     home = [r for r, of in enumerate(lengths) for _ in of]
-    table = SequenceTable(np.array(sum(lengths, []), dtype=np.int64), np.array(home, dtype=np.int64))
+    table = SequenceTable(np.array([n for of in lengths for n in of], dtype=np.int64), np.array(home, dtype=np.int64))
     return TokenBatch(hidden, Layout(table, rank, hidden.device))
 
 

@@ -1,4 +1,4 @@
-"""Dispatch, then combine, is the identity, on values and on gradients; what stands around the rows makes no difference."""
+"""Dispatch, then combine, is the identity, on values and on gradients, whatever stands around the rows."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def identity_job(rank: int) -> list[str]:
     comm = Comm.create(build_mesh(torch.device("cpu")))
     world, moved = comm.mesh.ep_size, []
     for seed, (lengths, (top_k, num_experts, shuffle)) in enumerate(itertools.product(LENGTHS, ROUTINGS)):
-        lengths = lengths[:world] if world > 1 else [sum(lengths, [])]
+        lengths = lengths[:world] if world > 1 else [[n for of in lengths for n in of]]
         experts, scales = expert_map(num_experts, world, shuffle), Scales(num_experts // world)
         for name, dispatcher in dispatchers(comm, scales, seed):
             leaves = leaves_of(rank, sum(lengths[rank]), num_experts, top_k, seed)

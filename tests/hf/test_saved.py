@@ -148,7 +148,7 @@ def test_what_a_fresh_process_finds(tmp_path: Path, verified: bool) -> None:
     assert logits.shape == (20, 61) and loading["missing"] == ["lm_head.weight"]
     with pytest.raises(UserError, match=r"lm_head.weight is missing"):
         judge(tmp_path / "m", logits, logits, loading, rounded=True)
-    fine = dict.fromkeys(("missing", "unexpected", "mismatched"), [])
+    fine: dict[str, Any] = {key: [] for key in ("missing", "unexpected", "mismatched")}
     judge(tmp_path / "m", logits, logits + 1e-6, fine, rounded=False)
     one_token = logits.clone()
     one_token[7] += 1

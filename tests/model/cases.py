@@ -22,6 +22,9 @@ from luffy.data.loader import Sequence
 from luffy.exchange.stage import Stage
 from luffy.model import Runtime, Transformer, build_model, expert_parameters
 from luffy.recipes import Recipe, get_recipe
+from luffy.seats.features import features_of
+from luffy.seats.layout import Seating, SeatLayout
+from luffy.seats.seater import LearntSeats
 from luffy.testing import (
     OracleStep,
     gather_full,
@@ -35,6 +38,7 @@ from luffy.testing import (
 )
 from luffy.train.batching import gather_step, make_micro_batch
 from luffy.train.rehoming import move_experts
+from luffy.train.seating import table_of
 
 TINY_PRESETS = ("moe-gpt2-tiny", "moe-bert-large-tiny", "moe-transformer-xl-tiny", "moe-llm-tiny")
 DECODERS = tuple(name for name in TINY_PRESETS if model_preset(name).causal)
@@ -67,6 +71,7 @@ class Case:
     rehome_after: experts of all layers move to random ranks after each of these steps. expert_flops: the speed that
     decides about shadows. overlap: the micro-batches of a step take turns instead of following each other.
     device: "cuda" gives each rank a GPU of its own, over NCCL. num_topics: > 0 gives sequences topics.
+    seats: where sequences are computed, "random" or "learnt" (from rows made up); as read by default.
     """
 
     config: ModelConfig
@@ -88,6 +93,7 @@ class Case:
     overlap: bool = False
     device: str = "cpu"
     num_topics: int = 0
+    seats: str = ""
 
     @property
     def backend(self) -> str:
@@ -108,6 +114,34 @@ class Case:
             return [replace(s, topic=int(t)) for s, t in zip(sequences, topics, strict=True)]
 
         return [[batch(step, micro) for micro in range(self.micro_batches)] for step in range(self.steps)]
+
+    def computed(self) -> list[list[list[Sequence]]]:
+        """`data`, its sequences in the micro-batches that they are computed in."""
+        if not self.seats:
+            return self.data()
+        return [self._by_micro_batch(step) for step in self.data()]
+
+    def _by_micro_batch(self, step: list[list[Sequence]]) -> list[list[Sequence]]:
+        batch, seating = self.seat(step)
+        return [[batch[i] for i in np.flatnonzero(seating.micro_batch == m)] for m in range(self.micro_batches)]
+
+    def seat(self, step: list[list[Sequence]]) -> tuple[list[Sequence], Seating]:
+        """(all sequences of a step in reading order, where they sit): the same on every rank."""
+        batch, layout = [s for micro in step for s in micro], self.seat_layout
+        rng = np.random.default_rng(len(batch[0].tokens))
+        if self.seats == "random":
+            anywhere = rng.integers(0, [[layout.world_size], [self.micro_batches]], (2, len(batch)))
+            return batch, Seating(anywhere[0], anywhere[1])
+        seats, lengths = LearntSeats(layout.ep_size), np.array([len(s.tokens) for s in batch])
+        features = features_of([s.tokens for s in batch])
+        seats.predictor.observe(features, lengths, rng.integers(0, 2 * lengths[:, None], (len(batch), layout.ep_size)))
+        seats.predictor.solve()
+        return batch, seats.seat(batch, layout)
+
+    @property
+    def seat_layout(self) -> SeatLayout:
+        ep_size = self.ep_size or self.world
+        return SeatLayout(ep_size, self.world // ep_size, self.micro_batches, self.padded)
 
 
 # The bias of the keys has a true gradient of zero, since softmax does not feel it. AdamW divides what rounding
@@ -162,8 +196,13 @@ def run_step(model: Transformer, comm: Comm, case: Case, step: list[list[Sequenc
     """Accumulate the gradients of one step; the step's loss over all ranks, [2]: with and without
     auxiliaries."""
     model.zero_grad()
-    mine = [share_of(micro, comm) for micro in step]
-    announced = gather_step(mine, comm, case.num_topics)
+    if case.seats:
+        batch, seating = case.seat(step)
+        announced = table_of(batch, seating, case.seat_layout)
+        mine = [[batch[i] for i in seating.of(comm.mesh.rank, m)] for m in range(case.micro_batches)]
+    else:
+        mine = [share_of(micro, comm) for micro in step]
+        announced = gather_step(mine, comm, case.num_topics)
     total = torch.zeros(2, dtype=torch.float64, device=comm.mesh.device)
     micros = [make_micro_batch(s, i, announced, comm, padded=case.padded) for i, s in enumerate(mine)]
     for group in [micros] if case.overlap else [[micro] for micro in micros]:
@@ -239,16 +278,16 @@ _told: dict[Any, tuple[dict[str, torch.Tensor], Expected]] = {}
 def _oracle(case: Case, initial: dict[str, torch.Tensor]) -> Expected:
     """The first step, and all losses and the last weights if there are more. Asked once where only the ranks differ."""
     key = (case.config, case.lengths, case.labelled, case.batch, case.micro_batches, case.steps, case.clip_norm)
-    key += (case.num_topics,)
+    key += (case.num_topics, case.seats, case.seats and (case.world, case.ep_size))
     before, expected = _told.get(key, ({}, None))
     same = before.keys() == initial.keys() and all(torch.equal(before[name], value) for name, value in initial.items())
     if expected is not None and same:
         return expected
-    first = oracle_step(case.config, initial, case.data()[0], num_topics=case.num_topics)
+    first = oracle_step(case.config, initial, case.computed()[0], num_topics=case.num_topics)
     losses, final = [first.loss], {}
     if case.steps > 1:
         losses, final = oracle_train(
-            case.config, initial, case.data(), weight_decay=WEIGHT_DECAY, decays=decays, clip_norm=case.clip_norm,
+            case.config, initial, case.computed(), weight_decay=WEIGHT_DECAY, decays=decays, clip_norm=case.clip_norm,
             num_topics=case.num_topics, **OPTIMIZER,
         )  # fmt: skip
     _told[key] = initial, (first, losses, final)

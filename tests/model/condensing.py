@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import luffy.model.moe_layer as moe_layer
+import luffy.exchange.condensing as exchange_condensing
 from luffy.comm.meter import by_direction
 from luffy.condensation import parse_condense
+from luffy.exchange.condense import CondenseState
 from luffy.recipes import Recipe, get_recipe
 from luffy.testing import Condensing, gather_full, largest_error, oracle_step, run_ranks
 
@@ -22,7 +25,7 @@ class Watch:
 
     def __init__(self) -> None:
         self.seen: list[dict[str, np.ndarray]] = []
-        self._condense = moe_layer.condense
+        self._condense = exchange_condensing.condense
 
     def __enter__(self) -> Watch:
         def condense(state, layer, x, ids, keys, layout, experts, ep_rank, **rest):
@@ -30,23 +33,42 @@ class Watch:
             K = ids.shape[1]
             note = {
                 "token": layout.global_token, "ids": ids, "rank": keys.rank, "copy": condensed.copy,
-                "sent": condensed.sent, "shared": condensed.shared, "audited": condensed.audited >= 0,
+                "sent": condensed.sent, "shared": condensed.shared,
                 "leader": layout.global_token[condensed.leader // K],
             }  # fmt: skip
             self.seen.append({name: value.cpu().numpy().copy() for name, value in note.items()})
             self.seen[-1]["home"] = np.full(len(ids), ep_rank)
             return condensed, history
 
-        moe_layer.condense = condense  # type: ignore[assignment]
+        exchange_condensing.condense = condense  # type: ignore[assignment]
         return self
 
     def __exit__(self, *_: Any) -> None:
-        moe_layer.condense = self._condense
+        exchange_condensing.condense = self._condense
 
 
-def condensed_step(rank: int, case: Case) -> dict[str, Any]:
-    """One step: loss, gradients, parameters, what was condensed by layer, bytes by direction of this rank."""
+@dataclass(frozen=True)
+class Threshold:
+    """Puts another threshold in the place of the recipe's, in all layers; above one, nothing is alike."""
+
+    value: float
+
+    def __call__(self, state: CondenseState) -> None:
+        state.thresholds = [self.value] * len(state.thresholds)
+
+
+def switch_off(state: CondenseState) -> None:
+    state.on = False
+
+
+def condensed_step(rank: int, case: Case, prepare: Callable[[CondenseState], None] | None = None) -> dict[str, Any]:
+    """One step: loss, gradients, parameters, what was condensed by layer, bytes by direction of this rank.
+
+    prepare: changes what condenses before the step."""
     model, comm = build(case)
+    if prepare is not None:
+        assert model.runtime.condense is not None
+        prepare(model.runtime.condense)
     initial = {name: value.cpu().clone().numpy() for name, value in gather_full(model).items()}
     last: list[Any] = []
     watch_block(model.blocks[-1], lambda _, after: last.append(after.layout))
@@ -97,9 +119,6 @@ def check_condensed_exact(case: Case, results: list[dict[str, Any]]) -> float:
         Condensing(leader_table(s, case.config.router.num_experts), scheme.representative == "centroid",
                    scheme.compensate) for s in layers
     ]  # fmt: skip
-    if recipe.settles:  # behind the layer that does not condense
-        itself = torch.arange(len(layers[0]["token"]))[:, None].expand(-1, case.config.router.num_experts)
-        told.insert(0, Condensing(itself, False, scheme.compensate))
     expected = oracle_step(case.config, tensors(results[0]["initial"]), case.data()[0], condensing=told)
     loss = results[0]["loss"][0]
     assert abs(loss - expected.loss) <= TOLERANCE * abs(expected.loss)

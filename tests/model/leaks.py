@@ -8,6 +8,8 @@ import torch
 from luffy.data.batch import TokenBatch
 from luffy.model import ModelOutput
 from luffy.testing import random_sequences
+from luffy.train.batching import make_micro_batch
+from luffy.train.seating import table_of
 
 from .cases import Case, build, watch_block
 from .placing import Trial, place
@@ -37,4 +39,26 @@ def states_and_outputs(case: Case, changes: list[tuple[int, int] | None]) -> lis
         states = torch.zeros(case.batch * LENGTH, case.config.hidden_size, dtype=torch.float64)
         states[last[0].layout.global_token] = last[0].hidden.detach()
         results.append((comm.all_reduce(states).unflatten(0, (-1, LENGTH)).numpy(), out))
+    return results
+
+
+@torch.no_grad()
+def seated_states(case: Case, changes: list[tuple[int, int] | None]) -> list[np.ndarray]:
+    """The last states [sequences, LENGTH, D] in reading order, for each change, where sequences take seats anew."""
+    model, comm = build(case)
+    last: list[TokenBatch] = []
+    watch_block(model.blocks[-1], lambda _, after: last.append(after))
+    results = []
+    for change in changes:
+        sequences = random_sequences(case.batch, case.config.vocab_size, seed=11, lengths="equal", longest=LENGTH)
+        if change is not None:
+            tokens = sequences[change[0]].tokens
+            tokens[change[1]] = (tokens[change[1]] + 41) % case.config.vocab_size
+        batch, seating = case.seat([sequences])
+        own = seating.of(comm.mesh.rank, 0)
+        last.clear()
+        model(make_micro_batch([batch[i] for i in own], 0, table_of(batch, seating, case.seat_layout), comm))
+        states = torch.zeros(case.batch, LENGTH, case.config.hidden_size, dtype=torch.float64)
+        states[torch.from_numpy(own)] = last[0].hidden.detach().unflatten(0, (-1, LENGTH))
+        results.append(comm.all_reduce(states).numpy())
     return results

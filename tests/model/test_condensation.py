@@ -11,20 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-import luffy.model.moe_layer as moe_layer
-from luffy.comm import RowExchange
-from luffy.condensation import Condensation, parse_condense
+from luffy.condensation import parse_condense
 from luffy.data.batch import Layout, SequenceTable
-from luffy.errors import UserError
-from luffy.exchange import Condensed, CondenseState, ExpertMap, Received, condense, copy_keys, tally
-from luffy.exchange.copies import Copies
+from luffy.exchange.condense import CondenseState, condense
+from luffy.exchange.copies import ExpertMap, copy_keys
 from luffy.exchange.planning import kept_off_the_wire
 from luffy.plan.condensation import cosines, filtered, representatives, similarity_edges
-from luffy.recipes import Recipe, check_recipe, get_recipe
+from luffy.recipes import Recipe, get_recipe
 from luffy.testing import random_sequences, run_ranks
 
 from .cases import DECODERS, TINY_PRESETS, Case, build, shrunk
-from .condensing import assert_condensed_exact, condensed_step, in_order, whole
+from .condensing import Threshold, assert_condensed_exact, condensed_step, in_order, switch_off, whole
 from .leaks import LENGTH, states_and_outputs
 from .placing import Trial, place
 
@@ -32,9 +29,10 @@ STAY = Recipe("stay", "", condense="static:0.3")
 PAIRS = replace(STAY, copies="pairs")
 MOVE = Recipe("move", "random plans", placement="random", condense="static:0.3")
 CORRECT = replace(STAY, condense="static:0.3,correct,local")
-LUFFY = replace(get_recipe("luffy"), condense="static:0.3")
-BUDGET = replace(LUFFY, condense="budget:0.5")
-SETTLED = replace(get_recipe("luffy_settled"), condense="static:0.3,correct")
+NETMOE = replace(get_recipe("netmoe"), condense="static:0.3")
+PAPER = get_recipe("luffy_paper")
+# Few tokens: large buckets.
+LSH, CAUSAL_LSH = (Recipe(name, "", condense=f"{name}:1") for name in ("lsh", "lsh-causal"))
 
 
 @pytest.mark.parametrize("preset", TINY_PRESETS)
@@ -45,13 +43,10 @@ def test_it_equals_the_oracle_that_is_told_who_stands_for_whom(preset):
         assert 0.2 < kept < 0.95
 
 
-@pytest.mark.parametrize("recipe", [PAIRS, CORRECT, LUFFY, BUDGET, SETTLED,
-                                    *map(get_recipe, ("luffy_paper", "lsh_moe", "lsh_moe_causal"))],
+@pytest.mark.parametrize("recipe", [PAIRS, CORRECT, NETMOE, PAPER, LSH, CAUSAL_LSH],
                          ids=lambda r: f"{r.name}-{r.condense}")  # fmt: skip
 @pytest.mark.parametrize("preset", ["moe-gpt2-tiny", "moe-bert-large-tiny"])
 def test_every_scheme_equals_the_oracle(preset, recipe):
-    if recipe.name.startswith("lsh"):
-        recipe = replace(recipe, condense=recipe.condense.replace("6", "1"))  # few tokens: large buckets
     kept = assert_condensed_exact(Case(shrunk(preset, num_layers=3), world=2, recipe=recipe, batch=8))
     assert kept < 0.97
 
@@ -62,18 +57,29 @@ def test_it_equals_the_oracle_with_more_experts_a_token_capacity_and_recomputati
         assert_condensed_exact(case)
 
 
-def test_a_threshold_that_nothing_reaches_is_the_uncondensed_step_bit_for_bit(monkeypatch):
-    out_of_reach = {"none": None, "static:1": Condensation("static", 1.5)}
-    monkeypatch.setattr("luffy.model.moe_layer.parse_condense", out_of_reach.__getitem__)
-    for recipe in (STAY, PAIRS, LUFFY):
-        case = Case(shrunk("moe-gpt2-tiny"), world=2, recipe=replace(recipe, condense="static:1"), batch=8)
-        neutral = run_ranks(condensed_step, 2, case)
-        plain = run_ranks(condensed_step, 2, replace(case, recipe=replace(recipe, condense="none")))
-        assert neutral[0]["seen"] and not plain[0]["seen"]
-        assert all(s["sent"].sum() == s["copy"].sum() for r in neutral for s in r["seen"])
-        assert neutral[0]["loss"] == plain[0]["loss"]
-        for name, gradient in plain[0]["gradients"].items():
-            np.testing.assert_array_equal(neutral[0]["gradients"][name], gradient, err_msg=name)
+def _neutral(rank: int, case: Case, recipes: list[Recipe]) -> list[list[dict[str, Any]]]:
+    """A step of each recipe: condensing where nothing is alike enough, switched off, and without condensing."""
+    alike_to_nobody = Threshold(2.0)
+    return [
+        [
+            condensed_step(rank, replace(case, recipe=recipe), prepare=alike_to_nobody),
+            condensed_step(rank, replace(case, recipe=recipe), prepare=switch_off),
+            condensed_step(rank, replace(case, recipe=replace(recipe, condense="none"))),
+        ]
+        for recipe in recipes
+    ]
+
+
+def test_where_nothing_is_alike_it_is_the_uncondensed_step_bit_for_bit():
+    case = Case(shrunk("moe-gpt2-tiny"), world=2, batch=8)
+    results = run_ranks(_neutral, 2, case, [STAY, PAIRS, NETMOE])
+    for neutral, off, plain in results[0]:
+        assert neutral["seen"] and not off["seen"] and not plain["seen"]
+        assert all(s["sent"].sum() == s["copy"].sum() for s in neutral["seen"])
+        for other in (neutral, off):
+            assert other["loss"] == plain["loss"]
+            for name, gradient in plain["gradients"].items():
+                np.testing.assert_array_equal(other["gradients"][name], gradient, err_msg=name)
 
 
 def _states(rank: int, case: Case, changes: list[tuple[int, int] | None]) -> list[tuple[np.ndarray, int]]:
@@ -84,14 +90,17 @@ def _states(rank: int, case: Case, changes: list[tuple[int, int] | None]) -> lis
     ]
 
 
+def _all_states(rank: int, case: Case, recipes: list[Recipe], changes: list) -> list[list[tuple[np.ndarray, int]]]:
+    return [_states(rank, replace(case, recipe=recipe), changes) for recipe in recipes]
+
+
 @pytest.mark.parametrize("preset", DECODERS)
 def test_no_future_reaches_a_token(preset):
-    paper = get_recipe("luffy_paper")
-    causal_lsh = Recipe("lsh", "", condense="lsh-causal:1")
-    for recipe in (STAY, LUFFY, MOVE, BUDGET, SETTLED, paper, replace(paper, placement="stay"), causal_lsh):
-        case = Case(shrunk(preset, num_layers=3), world=2, recipe=recipe, batch=8)
-        changes = [None, (0, 0), (1, 3), (2, 6), (3, 9), (6, LENGTH - 1)]
-        (before, spared), *after = run_ranks(_states, 2, case, changes)[0]
+    changes = [None, (0, 0), (1, 3), (2, 6), (3, 9), (6, LENGTH - 1)]
+    recipes = [STAY, MOVE, NETMOE, PAPER, replace(PAPER, placement="stay"), CAUSAL_LSH]
+    case = Case(shrunk(preset, num_layers=3), world=2, batch=8)
+    for recipe, seen in zip(recipes, run_ranks(_all_states, 2, case, recipes, changes)[0], strict=True):
+        (before, spared), *after = seen
         assert spared > 20
         for change, (states, _) in zip(changes[1:], after, strict=True):
             moved = np.abs(states - before).max(-1)  # [sequences, LENGTH]
@@ -100,13 +109,13 @@ def test_no_future_reaches_a_token(preset):
 
 
 def test_the_published_lsh_leaks_and_the_probe_sees_it():
-    case = Case(shrunk("moe-gpt2-tiny"), world=2, recipe=Recipe("lsh", "", condense="lsh:1"), batch=8)
+    case = Case(shrunk("moe-gpt2-tiny"), world=2, recipe=LSH, batch=8)
     (before, _), (after, _) = run_ranks(_states, 2, case, [None, (3, 9)])[0]
     assert np.abs(after - before).max(-1)[:, :9].max() > 1e-6
 
 
 def test_evaluation_is_never_condensed():
-    run_ranks(_evaluate, 2, Case(shrunk("moe-gpt2-tiny"), world=2, recipe=LUFFY, batch=8))
+    run_ranks(_evaluate, 2, Case(shrunk("moe-gpt2-tiny"), world=2, recipe=NETMOE, batch=8))
 
 
 def _evaluate(rank: int, case: Case) -> None:
@@ -121,11 +130,14 @@ def _evaluate(rank: int, case: Case) -> None:
     assert losses[0] == losses[1]
 
 
+def _steps(rank: int, case: Case, recipes: list[Recipe]) -> list[dict[str, Any]]:
+    return [condensed_step(rank, replace(case, recipe=recipe)) for recipe in recipes]
+
+
 def test_bytes_are_those_that_counting_by_hand_finds():
     D, row = 32, 32 * 8  # float64
-    for recipe in (STAY, LUFFY, MOVE):
-        case = Case(shrunk("moe-gpt2-tiny", hidden_size=D, num_layers=3), world=4, recipe=recipe, batch=8)
-        results = run_ranks(condensed_step, 4, case)
+    case = Case(shrunk("moe-gpt2-tiny", hidden_size=D, num_layers=3), world=4, batch=8)
+    for results in zip(*run_ranks(_steps, 4, case, [STAY, NETMOE, MOVE]), strict=True):
         measured = {d: sum(r["bytes"][d] for r in results) for d in results[0]["bytes"]}
         layers = [whole(results, i) for i in range(3)]
         homes = [layer["home"] for layer in [*layers[1:], in_order([r["last"] for r in results])]]
@@ -155,54 +167,6 @@ def test_the_planner_prices_the_residuals_that_no_row_carries():
         wire = [counts[s].sum() - counts[s, j] + (alone[s, j] if j != home[s] else 0) for j in range(N)]
         priced = rows[s].sum() - rows[s]
         np.testing.assert_array_equal(priced - priced[home[s]], np.array(wire) - wire[home[s]])
-
-
-def test_the_audit_measures_the_error_of_what_would_have_been_shared():
-    rows = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    ids = torch.zeros(5, 1, dtype=torch.int64)
-    idle = RowExchange(None, (), (), idle=True)  # type: ignore[arg-type]  # one rank, nothing to exchange
-    received = Received(
-        rows,
-        ids,
-        ids.double(),
-        Copies(torch.arange(5), 5, idle, 5, 1, torch.arange(5)[:, None]),
-        shared=ids > 0,
-        audit=torch.tensor([0, -1, 0, -3, 0]),
-    )
-    flags = torch.tensor([[True], [True], [False]])
-    condensed = Condensed(
-        parse_condense("budget:0.1"),
-        torch.arange(3)[:, None],
-        flags,
-        flags & (torch.arange(3) == 0)[:, None],
-        flags,
-        ids[:3],
-    )
-    counted = tally(condensed, received, rows)
-    squares = ((rows[1] - rows[0]) ** 2).sum() + ((rows[3] - rows[0]) ** 2).sum()
-    expected = [2, 1, 2, squares, (rows[1] ** 2).sum() + (rows[3] ** 2).sum()]
-    torch.testing.assert_close(counted, torch.tensor(expected, dtype=torch.float64))
-
-
-def test_an_audit_of_every_copy_spares_nothing_and_changes_nothing():
-    case = Case(shrunk("moe-gpt2-tiny"), world=2, recipe=BUDGET, batch=8)
-    results = run_ranks(_audit_everything, 2, case)
-    assert results[0]["loss"] == pytest.approx(run_ranks(condensed_step, 2, replace(
-        case, recipe=replace(LUFFY, condense="none")))[0]["loss"], rel=1e-12)  # fmt: skip
-    assert sum(s["audited"].sum() for r in results for s in r["seen"]) > 50
-
-
-def _audit_everything(rank: int, case: Case) -> dict[str, Any]:
-    moe_layer.parse_condense = lambda text: replace(parse_condense(text), audit_share=1.0)
-    return condensed_step(rank, case)
-
-
-def test_nonsense_is_refused_naming_the_option():
-    for text in ("static", "static:x", "static:3", "budget:2", "lsh:0", "lsh:2.5", "paper:1", "none:1", "best"):
-        with pytest.raises(UserError, match="--condense"):
-            parse_condense(text)
-    with pytest.raises(UserError, match="--condense lsh:6 cannot be combined with --recipe luffy"):
-        check_recipe(replace(LUFFY, condense="lsh:6"), shrunk("moe-gpt2-tiny"))
 
 
 def test_the_history_filter_is_the_references():

@@ -1,7 +1,6 @@
 """Checkpoints: nothing in them runs code, a damaged one is passed over, a bad step is in none."""
 
 import json
-import math
 import os
 import pickle
 import shutil
@@ -124,12 +123,10 @@ def test_a_step_that_is_not_finite_is_in_no_checkpoint(small, tmp_path):
     settings = small(dtype="float32", checkpoint_every=1, steps=4, lr=1e30, warmup_steps=1, keep_checkpoints=9)
     answers = run_ranks(_train, 2, TrainOptions(**settings))
     assert all(a is not None and a.startswith("step ") and "not finite" in a for a in answers), answers
+    # Such weights are finite after the first step; no loss that they give is.
     saved = list_checkpoints(Path(settings["out"], "checkpoints"))
-    # What is there, if anything, can be continued from.
-    if saved:
-        back = TrainOptions(**settings | {"resume": True, "lr": 0.0, "min_lr": 1.0})
-        assert run_ranks(_train, 2, back) == [None, None]
-        assert all(math.isfinite(x) for x in _losses(settings["out"]))
+    assert not saved, saved
+    assert all(a.startswith("step 1: ") for a in answers), answers
 
 
 def _with_bad_steps(rank, options, bad):
