@@ -20,6 +20,7 @@ from luffy.train.options import TrainOptions
 from luffy.train.outfolder import check_out, claim_out
 from luffy.train.ranklog import open_log
 from luffy.train.restart import Restarts
+from luffy.train.runfile import write_run_file
 
 
 def start(options: TrainOptions, work: Callable[[Any], None] | None = None) -> None:
@@ -54,7 +55,11 @@ def join(options: TrainOptions) -> tuple[TrainOptions, Mesh]:
     )  # fmt: skip
     from luffy.train.checkpoint import everyone  # a second of loading that the launcher does not need
 
-    everyone(mesh, lambda: claim_out(options), only_first=True)
+    def take_out() -> None:
+        claim_out(options)
+        write_run_file(options)
+
+    everyone(mesh, take_out, only_first=True)
     open_log(options.out, mesh.rank)
     return options, mesh
 

@@ -149,6 +149,7 @@ def test_what_survives_a_kill_is_swept_by_the_next_lab(start_lab):
     assert_nothing_is_left(other, kept)
 
 
+@pytest.mark.slow
 def test_a_training_runs_behind_the_links_and_its_summary_says_so(start_lab, tiny, tmp_path):
     shape = ["--ranks", "4", "--nodes", "2", "--link", "200mbit", "--inter-link", "100mbit"]
     lab = start_lab(*shape, "--", "luffy", "train", *tiny, "--steps", "3")
@@ -168,6 +169,7 @@ def test_a_training_runs_behind_the_links_and_its_summary_says_so(start_lab, tin
     assert processes_of(lab) == []
 
 
+@pytest.mark.slow
 def test_a_training_ends_with_its_lab_whatever_ends_it(start_lab, tiny, tmp_path):
     lab = start_lab(*LINKS, "--", "luffy", "train", *tiny, "--steps", "100000")
     metrics = tmp_path / "run" / "metrics.jsonl"
