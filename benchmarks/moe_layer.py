@@ -201,7 +201,9 @@ def main(shapes: str, only: str, kernels: int, out: Path | None) -> None:
                 click.echo(f"  {layer}: {type(error).__name__}: {str(error)[:600]}")
                 continue
             exact = exact or outputs
-            off = [float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(outputs, exact, strict=True)]
+            off = [
+                float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(outputs, exact, strict=True)
+            ]
             r = SimpleNamespace(**row)
             click.echo(
                 f"  {layer:<14} forward {r.forward_ms:6.2f} ms, both {r.both_ms:6.2f} ms, peak {r.peak_gb:5.2f} GB, "
