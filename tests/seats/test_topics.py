@@ -121,7 +121,7 @@ def test_state_is_taken_up_and_merged(topics: Topics) -> None:
     same, fewer, more = TopicSeats(KINDS), TopicSeats(2), TopicSeats(8)
     for other in (same, fewer, more):
         other.load(seats.state())
-    assert same.topics is not None and fewer.topics is not None and more.topics is None
+    assert same.topics is not None and fewer.topics is not None and more.topics is None and more.fewer is not None
     np.testing.assert_array_equal(same.topics.table, topics.table)
     np.testing.assert_array_equal(fewer.topics.counts, topics.regrouped(2).counts)
 
