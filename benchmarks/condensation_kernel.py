@@ -27,7 +27,7 @@ import torch
 
 from luffy.condensation import parse_condense
 from luffy.config import model_preset
-from luffy.exchange import CondenseState, condense, only_sent
+from luffy.exchange.condense import CondenseState, condense, only_sent
 from luffy.kernels.condense import Question, choose, find_windows
 from luffy.kernels.sort import sort_by_group
 from luffy.model.experts import GroupedExperts
@@ -64,7 +64,7 @@ def check(device: torch.device) -> list[str]:
                 for extras in ("", ",correct"):
                     flags = {"causal": causal, "by_sequence": by_sequence, "device": device}
                     try:
-                        scheme = parse_condense(f"{'budget' if causal else 'static'}:0.5,local,window={window}{extras}")
+                        scheme = parse_condense(f"static:0.5,local,window={window}{extras}")
                         assert scheme is not None
                         if not compare_exactly(layer, scheme, 0.5, **flags):
                             problems.append(f"nothing was condensed, nothing was tested: {scheme}")
@@ -125,7 +125,7 @@ def measure(layer: AlikeLayer, forward: Callable[[], Any], text: str, repeats: i
     def decide(kernel: bool | None = None) -> Any:
         flags = {"causal": True, "by_sequence": False, "pairs": False, "kernel": kernel}
         condensed = condense(state, 0, *layer_arguments, **flags)[0]
-        return condensed, only_sent(layer.keys, condensed, kernel=kernel)
+        return condensed, only_sent(layer.keys, condensed)
 
     asked = question(layer, scheme)
     windows = find_windows(asked)
@@ -223,7 +223,7 @@ def run(sizes: str, rows: str, windows: str, repeats: int, out: Path | None) -> 
             layer = layer_of_rows(size, n // TOP_K)
             forward = forward_of(network, layer)
             for window in widths:
-                for text in ("static:0.9", *(["budget:0.1,correct"] if n == 32768 and window == 128 else [])):
+                for text in ("static:0.9", *(["static:0.9,correct"] if n == 32768 and window == 128 else [])):
                     r = measure(layer, forward, f"{text},local,window={window}", repeats, by_torch=n == 32768)
                     report["results"].append(r)
                     click.echo(line(r))

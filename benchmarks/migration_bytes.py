@@ -16,15 +16,15 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
 import numpy as np
 
 from luffy.plan.cost import AttentionCost
-from luffy.plan.mapping import plan_mapping
-from luffy.plan.replay import Wire, learn_follows, replay_step, spread_evenly
+from luffy.plan.mapping import learn_rows, plan_mapping
+from luffy.plan.replay import Wire, replay_step, spread_evenly
 from luffy.plan.topology import Topology
 from luffy.plan.trace import RoutingTrace, TraceStep, join_traces
 from luffy.train.metrics import read_metrics
@@ -116,21 +116,24 @@ def replay(trace: RoutingTrace, ranks: int) -> dict[str, dict[str, float]]:
     def wire(strategy: str = "stay", look_ahead: str = "none", **more: object) -> Wire:
         return Wire(links, strategy=strategy, look_ahead=look_ahead, **size, **more)  # type: ignore[arg-type]
 
-    out = {
+    seats = wire(seats="predicted")
+
+    def seated(owners: np.ndarray) -> Wire:
+        return replace(seats, predictor=learn_rows([*fit, *judge], owners, seats))
+
+    # Bytes of experts are left out of the decision: what is asked here is what a mapping can do.
+    rehomed, luffy = (
+        plan_mapping(fit, judge, start, w, expert_num_bytes=0, steps_until_next=1).owners for w in (wire(), seats)
+    )
+    return {
         "vanilla": crossing(count, start, wire(copies="pairs")),
         "vanilla_dedup": crossing(count, start, wire()),
         "luffy_paper": crossing(count, start, wire("luffy_paper")),
         "netmoe": crossing(count, start, wire("netmoe", "router")),
-        "luffy, experts as dealt": crossing(count, start, wire("best", "router")),
+        "vanilla_dedup, re-homed": crossing(count, rehomed, wire()),
+        "luffy, experts as dealt": crossing(count, start, seated(start)),
+        "luffy": crossing(count, luffy, seated(luffy)),
     }
-    # Bytes of experts are left out of the decision: what is asked here is what a mapping can do.
-    for name, w in (("vanilla_dedup, re-homed", wire()), ("luffy", wire("best", "router"))):
-        owners = plan_mapping(fit, judge, start, w, expert_num_bytes=0, steps_until_next=1).owners
-        out[name] = crossing(count, owners, w)
-    follows = learn_follows((*fit, *judge), trace.num_experts)
-    for look in ("none", "affinity", "actual"):
-        out[f"luffy, look-ahead {look}"] = crossing(count, owners, wire("best", look, follows=follows))
-    return out
 
 
 def expert_shares(steps: list[TraceStep], num_experts: int) -> list[list[list[float]]]:

@@ -4,7 +4,7 @@
 
 Each computes x + experts(norm(x)), router included, in bfloat16 on the same random weights; their answers are compared.
 Reported: milliseconds forward, and forward and backward (medians, by device events), peak memory beyond weights, input
-and upstream gradient (the gradients of weights count), launches of both passes, and the share of the rate of one grouped
+and upstream gradient (the gradients of weights count), launches of both passes, and the share of the rate of a grouped
 product that both passes come to. `luffy_masters` keeps float32 weights, cast once a step; the others hold bfloat16.
 """
 
@@ -59,9 +59,14 @@ class Luffy(MoEBlock):
             p.normal_(std=p.shape[-2] ** -0.5) if p.dim() == 3 else p.normal_(std=p.shape[-1] ** -0.5)
         self.norm.weight.fill_(1.0)
 
+    def gradients(self) -> list[Tensor | None]:
+        return [self.moe.experts.w_in.grad.transpose(1, 2), self.moe.router.weight.grad]
+
 
 def luffy(shape: Shape, masters: bool) -> Luffy:
-    block = Luffy(shape.hidden, shape.expert, shape.num_experts, shape.top_k, mesh=build_mesh(torch.device("cuda", 0)))
+    mesh = build_mesh(torch.device("cuda", 0))
+    with torch.device("cuda"):
+        block = Luffy(shape.hidden, shape.expert, shape.num_experts, shape.top_k, mesh=mesh)
     if not masters:
         block.moe.experts.bfloat16()
     return block
@@ -96,6 +101,9 @@ class Other(nn.Module):
         experts = self.block.experts
         return LigerFusedMoEFunction.apply(x, experts.gate_up_proj, experts.down_proj, ids.to(torch.int32), weights)
 
+    def gradients(self) -> list[Tensor | None]:
+        return [self.block.experts.gate_up_proj.grad, self.block.gate.weight.grad]
+
     def forward(self, x: Tensor) -> Tensor:
         y = self.block(self.norm(x))
         return x + (y[0] if isinstance(y, tuple) else y)
@@ -126,8 +134,8 @@ def grouped_rate(shape: Shape) -> float:
     return 4.0 * P * shape.hidden * shape.expert / ms * 1e3
 
 
-def measure(module: nn.Module, shape: Shape, rate: float) -> tuple[dict[str, Any], list[Tensor]]:
-    """The numbers, and what was computed: output, gradient of the input."""
+def measure(module: Any, shape: Shape, rate: float) -> tuple[dict[str, Any], list[Tensor]]:
+    """The numbers, and what was computed: output, gradients of input, first matrices and router."""
     g = torch.Generator(device="cuda").manual_seed(1)
     size = (8, shape.tokens // 8, shape.hidden)
     x = torch.randn(size, device="cuda", dtype=torch.bfloat16, generator=g).requires_grad_()
@@ -144,8 +152,8 @@ def measure(module: nn.Module, shape: Shape, rate: float) -> tuple[dict[str, Any
         with torch.no_grad():
             module(x)
 
-    out = [both().detach().clone(), x.grad.clone()]
-    again = [both().detach(), x.grad]
+    out = [both().detach().clone(), x.grad.clone(), *(g.bfloat16() for g in module.gradients())]
+    again = [both().detach(), x.grad, *(g.bfloat16() for g in module.gradients())]
     repeats = all(torch.equal(a, b) for a, b in zip(out, again, strict=True))
     del again
     module.zero_grad(set_to_none=True)
@@ -207,8 +215,8 @@ def main(shapes: str, only: str, kernels: int, out: Path | None) -> None:
             r = SimpleNamespace(**row)
             click.echo(
                 f"  {layer:<14} forward {r.forward_ms:6.2f} ms, both {r.both_ms:6.2f} ms, peak {r.peak_gb:5.2f} GB, "
-                f"{r.launches:3d} launches of {r.device_ms:6.2f} ms, {r.share_of_grouped_rate:.2f} of the grouped rate, "
-                f"off {off[0]:.1e} {off[1]:.1e}, {'repeats' if r.repeats_to_the_bit else 'differs'}"
+                f"{r.launches:3d} launches of {r.device_ms:6.2f} ms, {r.share_of_grouped_rate:.2f} of its rate, "
+                f"off {' '.join(format(o, '.0e') for o in off)}, {'repeats' if r.repeats_to_the_bit else 'differs'}"
             )
             for kernel, count, spent in r.kernels[:kernels]:
                 click.echo(f"    {spent:7.3f} ms {count:3d} {kernel[:110]}")

@@ -2,7 +2,7 @@
 
     python benchmarks/paper_fig10.py --device cuda --ranks 8 --link 4gbit --out runs/bench -- --data FOLDER
 
-Fixed cosines, the paper's threshold (which falls with the loss), and a budget of output error that each layer holds.
+Fixed cosines, and the paper's threshold, which falls with the loss.
 """
 
 from compare_tools import Cell, Study, main, step_seconds
@@ -13,11 +13,11 @@ from luffy.report.compare_figures import COLOURS
 RECIPES = (
     "none=vanilla_dedup;0.95=vanilla_dedup --condense static:0.95;0.9=vanilla_dedup --condense static:0.9;"
     "0.8=vanilla_dedup --condense static:0.8;0.5=vanilla_dedup --condense static:0.5;"
-    "paper=vanilla_dedup --condense paper;budget=vanilla_dedup --condense budget:0.2"
+    "paper=vanilla_dedup --condense paper"
 )
 SMALL_RECIPES = (
     "none=vanilla_dedup;0.9=vanilla_dedup --condense static:0.9;0.5=vanilla_dedup --condense static:0.5;"
-    "paper=vanilla_dedup --condense paper;budget=vanilla_dedup --condense budget:0.2"
+    "paper=vanilla_dedup --condense paper"
 )
 
 

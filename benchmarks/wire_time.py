@@ -82,7 +82,7 @@ def main() -> None:
 @click.option("--rates", default="1gbit,4gbit,10gbit", show_default=True, help="Links; none: no lab, loopback.")
 @click.option("--rows", default=4096, show_default=True, help="Rows that each rank sends.")
 @click.option("--sizes", default="768,2048", show_default=True)
-@click.option("--formats", default="model,bf16,fp8,int8,int4", show_default=True)
+@click.option("--formats", default="model,bf16,int16,int8,int4", show_default=True)
 @click.option("--dtype", default="float32", show_default=True)
 @click.option("--repeats", default=9, show_default=True)
 @click.option("--out", required=True, type=click.Path(path_type=Path))

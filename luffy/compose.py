@@ -116,7 +116,8 @@ class Runtime:
 def _wrapped(
     direct: Direct, runtime: Runtime, layer: int, layer_of_moe: int, experts: Experts, *, causal: bool, may_drop: bool
 ) -> Dispatcher:
-    recipe, dispatcher = runtime.recipe, direct
+    recipe = runtime.recipe
+    dispatcher: Dispatcher = direct
     if runtime.condense is not None:
         dispatcher = Condensing(dispatcher, runtime.condense, layer_of_moe, causal=causal, by_sequence=recipe.moves)
     if runtime.residency is not None:

@@ -27,7 +27,7 @@ from luffy.comm import Comm
 from luffy.config import ModelConfig
 from luffy.data.batch import TokenBatch
 from luffy.errors import UserError
-from luffy.exchange import Stage
+from luffy.exchange.stage import Stage
 from luffy.model.layers import activate
 from luffy.model.moe_layer import MoELayer
 from luffy.model.transformer import MicroBatch, Transformer

@@ -17,7 +17,7 @@ from torch import Tensor
 from luffy.comm.clock import boundary
 from luffy.data.batch import TokenBatch
 from luffy.errors import UserError
-from luffy.exchange.condense import Condensed, CondenseState, History, condense, only_sent
+from luffy.exchange.condense import Condensed, CondenseState, History, condense, find_groups, only_sent
 from luffy.exchange.copies import CopyKeys, ExpertMap, copy_keys
 from luffy.exchange.direct import Direct
 from luffy.exchange.dispatcher import Dispatcher, Forecast, Received, Tokens
@@ -47,6 +47,8 @@ class Condensing:
             return (yield from self.inner.dispatch(tokens))
         keys = copy_keys(tokens.topk_expert_ids, tokens.experts, self.inner.comm.mesh.ep_rank, self.inner.per)
         condensed, history, forecast = self._decide(tokens, keys)
+        if self.inner.transport.codes:
+            condensed = replace(condensed, shared=self._all_that_may_be_shared(tokens, keys) & condensed.sent)
         corrects = condensed.scheme.compensate
         received = yield from self.inner.dispatch(
             replace(
@@ -88,6 +90,20 @@ class Condensing:
         here.wait_stream(beside)
         clock.switch("other")
         return condensed, history, forecast
+
+    def _all_that_may_be_shared(self, tokens: Tokens, keys: CopyKeys) -> Tensor:
+        """Copies that may stand for others, whether they do or not: bool [T, K].
+
+        A weighted answer is rounded otherwise than an unweighted one. Were only those unweighted that do stand for
+        another, then a token's answer would tell whether a later token is like it.
+        """
+        local = self.state.scheme.local or self.by_sequence
+        E, rank = tokens.experts.slot_of_expert.shape[0], self.inner.comm.mesh.ep_rank
+        group, _ = find_groups(
+            tokens.topk_expert_ids, keys, tokens.batch.layout, E, rank, local=local, by_sequence=False,
+            pairs=self.inner.per == "pairs",
+        )  # fmt: skip
+        return group < E
 
     def _side_stream(self, device: torch.device) -> torch.cuda.Stream:
         """It waits for the main stream before each use, so what it allocated is never reused while still being read."""

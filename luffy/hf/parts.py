@@ -26,7 +26,7 @@ from luffy.kernels.grouped import add_bias, grouped_product, one_kernel
 from luffy.kernels.rows import gather_rows, sum_rows
 from luffy.kernels.sort import Pairs
 from luffy.model.experts import Experts, weighted_bias
-from luffy.model.router import RouterBase, RouterStats, Routing, router_stats, wide
+from luffy.model.router import RouterBase, RouterStats, Routing, wide
 
 if TYPE_CHECKING:
     from luffy.hf.adapters import ExpertAdapter
@@ -81,7 +81,7 @@ class LibraryRouter(RouterBase):
     def forward(self, x: Tensor, layout: Layout, slot_of_expert: Tensor) -> tuple[Routing, RouterStats]:
         logits, scores, weights, ids = self._scores(x)
         self.note(ids)
-        return Routing(ids, weights), router_stats(logits, scores, ids, layout, self.config, slot_of_expert)
+        return Routing(ids, weights), RouterStats(logits, scores, ids, layout, self.config, slot_of_expert)
 
     def raise_bias(self, by: Tensor) -> None:
         assert self.bias_buffer is not None, "only families with a bias for the choice are given a rate"

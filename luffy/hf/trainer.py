@@ -25,6 +25,7 @@ from luffy.hf.files import Checkpoint
 from luffy.hf.loading import fill
 from luffy.hf.model import ParallelModel
 from luffy.train.checkpoint import (
+    CheckpointWriter,
     everyone,
     list_checkpoints,
     load_checkpoint,
@@ -32,7 +33,6 @@ from luffy.train.checkpoint import (
     read_meta,
     training_state,
 )
-from luffy.train.checkpoint import save_checkpoint as write_checkpoint
 
 STATE = "luffy"  # in a checkpoint: weights as they are trained, and the optimizer's moments
 T = TypeVar("T")
@@ -142,7 +142,8 @@ class _ParallelTrainer:
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         groups = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
         mesh, folder = self._parallel.runtime.comm.mesh, Path(output_dir) / STATE
-        write_checkpoint(folder, self.state.global_step, self._tensors(), {"groups": groups}, mesh, keep=1)
+        writer = CheckpointWriter(folder, mesh, keep=1, background=False)
+        writer.save(self.state.global_step, self._tensors(), {"groups": groups})
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
         dist.barrier()

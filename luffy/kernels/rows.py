@@ -1,7 +1,7 @@
 """Rows picked by index, and rows added up again: each is the other's backward pass.
 
-    gather_rows   out[i] = x[index[i]]                                     tokens into copies, rows into pairs
-    sum_rows      out[r] = addends[r] + sum_k rows[place[r, k]]            answers into rows, partial sums into the stream
+    gather_rows   out[i] = x[index[i]]                             tokens into copies, rows into pairs
+    sum_rows      out[r] = addends[r] + sum_k rows[place[r, k]]    answers into rows, partial sums into the stream
 
 `index` [P] says which row each place takes, `place` [R, K] at which places each row stands (-1: at none); one follows
 from the other (luffy.kernels.sort). A sum is gathered by place, in float32 at least, and rounded once: with no atomic

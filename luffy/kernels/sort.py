@@ -1,7 +1,7 @@
 """A stable counting sort of choices by the group that serves them, with the way back: two launches, nothing read back.
 
-Choices [R, K] stand in rows of K. `_count` counts each group's choices in each block of them; `_place` puts every choice
-where the counts before it say. No addition depends on the order in which blocks run, so the answer is always the same.
+Choices [R, K] stand in rows of K. `_count` counts each group's choices in each block of them; `_place` puts every
+choice where the counts before it say. Nothing depends on the order in which blocks run: the answer is always the same.
 """
 
 from __future__ import annotations

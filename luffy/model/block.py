@@ -97,7 +97,7 @@ class MoEBlock(nn.Module):
             batch = self.moe(x, self.norm)
             self._stats = batch.router_stats[-1]
             return batch
-        if self.moe.planner is not None:
+        if self.runtime.planner is not None:
             raise UserError(
                 f"--recipe {self.runtime.recipe.name} moves sequences: give the block a TokenBatch (luffy.data.batch), "
                 "or choose a recipe that leaves them, such as vanilla_dedup"

@@ -1,7 +1,8 @@
 """Weights in the dtype of computation, cast once a step: not once a micro-batch, and again where layers are recomputed.
 
-A cast of a parameter, or of a view of one, is kept until the weight changes: every in-place operation counts up a tensor's version. Fused optimizers change
-weights without counting, so a step of any `torch.optim.Optimizer` ends what was kept before it.
+A cast of a parameter, or of a view of one, is kept until the weight changes: every in-place operation counts up a
+tensor's version. Fused optimizers change weights without counting, so a step of any `torch.optim.Optimizer` ends what
+was kept before it.
 """
 
 from __future__ import annotations

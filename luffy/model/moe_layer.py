@@ -111,7 +111,7 @@ class MoELayer(nn.Module):
         tokens = observe(tokens, predict_next, self.runtime)
         received = yield from self.dispatcher.dispatch(tokens)
         if received.condensed is not None:
-            stats = replace(stats, condensed=received.condensed.counts().to(stats.condensed.dtype))
+            stats = replace(stats, condensed_counts=received.condensed.counts())
         partial = self._run_experts(received)
         after = yield from self.dispatcher.combine(tokens, received, partial)
         return replace(after, router_stats=(*batch.router_stats, stats))

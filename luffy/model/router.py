@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from luffy.config import RouterConfig
 from luffy.data.batch import Layout
 from luffy.exchange.condense import NUM_COUNTS
+from luffy.kernels.router import route, serves
 from luffy.model.seat_loss import seat_stats
 
 
@@ -35,7 +37,8 @@ class Routing:
 
 @dataclass(frozen=True)
 class RouterStats:
-    """Local sums of one layer over this rank's tokens; those that carry gradient are marked.
+    """Local sums of one layer over this rank's tokens, each computed when it is first asked for; those that carry
+    gradient are marked. Of choices [T, K], made from logits and scores [T, E]; dropped_choices [], if any may be.
 
     probability_sum [E] (gradient): normalised scores. assigned [E]: choices. z_sum [] (gradient): sum of
     logsumexp^2. sequence_entropy [] (gradient): sum over sequences of length * H(mean probabilities), in nats.
@@ -43,14 +46,61 @@ class RouterStats:
     seat_pull [] (gradient), seat_traffic [C * C]: see luffy.model.seat_loss; 0 and [0] where sequences have no topics.
     """
 
-    probability_sum: Tensor
-    assigned: Tensor
-    z_sum: Tensor
-    sequence_entropy: Tensor
-    dropped: Tensor
-    condensed: Tensor
-    seat_pull: Tensor
-    seat_traffic: Tensor
+    logits: Tensor
+    scores: Tensor
+    topk_expert_ids: Tensor
+    layout: Layout
+    config: RouterConfig
+    slot_of_expert: Tensor
+    dropped_choices: Tensor | None = None
+    condensed_counts: Tensor | None = None
+
+    @cached_property
+    def _probabilities(self) -> Tensor:
+        return self.scores if self.config.score == "softmax" else self.scores / self.scores.sum(-1, keepdim=True)
+
+    @cached_property
+    def _by_sequence(self) -> Tensor:
+        return sequence_sums(self._probabilities, self.layout)  # [S, E]
+
+    @cached_property
+    def probability_sum(self) -> Tensor:
+        return self._by_sequence.sum(0)
+
+    @cached_property
+    def assigned(self) -> Tensor:
+        chosen = self.topk_expert_ids.flatten()
+        ones = self.scores.new_ones(chosen.numel())
+        return self.scores.new_zeros(self.scores.shape[1]).index_add_(0, chosen, ones)
+
+    @cached_property
+    def z_sum(self) -> Tensor:
+        return _SquaredLogNormaliser.apply(self.logits)
+
+    @cached_property
+    def sequence_entropy(self) -> Tensor:
+        return entropy_of_sums(self._by_sequence).sum()
+
+    @cached_property
+    def dropped(self) -> Tensor:
+        return self.scores.new_zeros(()) if self.dropped_choices is None else self.dropped_choices
+
+    @cached_property
+    def condensed(self) -> Tensor:
+        counts = self.condensed_counts
+        return self.scores.new_zeros(NUM_COUNTS) if counts is None else counts.to(self.scores.dtype)
+
+    @cached_property
+    def _seats(self) -> tuple[Tensor, Tensor]:
+        return seat_stats(self._probabilities, self.topk_expert_ids, self.layout, self.slot_of_expert, self.config)
+
+    @property
+    def seat_pull(self) -> Tensor:
+        return self._seats[0]
+
+    @property
+    def seat_traffic(self) -> Tensor:
+        return self._seats[1]
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -134,18 +184,21 @@ class Router(RouterBase):
 
     def forward(self, x: Tensor, layout: Layout, slot_of_expert: Tensor) -> tuple[Routing, RouterStats]:
         cfg = self.config
-        logits, scores, ids = self.choose(x)
-        chosen = ids
+        if serves(x, self.weight) and not cfg.num_groups:
+            bias = self.choice_bias if cfg.bias_update_rate > 0 else None
+            logits, scores, ids, weights = route(x, self.weight, bias, cfg.top_k, cfg.score, cfg.normalize_topk)
+        else:
+            logits, scores, ids = self.choose(x)
+            weights = scores.gather(-1, ids)
+            if cfg.normalize_topk:
+                weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
+        chosen, dropped = ids, None
         self.note(ids)
-        weights = scores.gather(-1, ids)
-        if cfg.normalize_topk:
-            weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
-        dropped = scores.new_zeros(())
         if cfg.capacity_factor is not None:
             keep = within_capacity(ids, layout, cfg.num_experts, cfg.capacity_factor)
             dropped = (~keep).sum().to(scores.dtype)
             ids, weights = ids.masked_fill(~keep, -1), weights * keep
-        return Routing(ids, weights), router_stats(logits, scores, chosen, layout, cfg, slot_of_expert, dropped)
+        return Routing(ids, weights), RouterStats(logits, scores, chosen, layout, cfg, slot_of_expert, dropped)
 
 
 def within_best_groups(choice: Tensor, config: RouterConfig) -> Tensor:
@@ -154,32 +207,6 @@ def within_best_groups(choice: Tensor, config: RouterConfig) -> Tensor:
     best = grouped.topk(min(max(1, config.top_k // config.top_k_groups), grouped.shape[-1]), dim=-1).values.sum(-1)
     kept = torch.zeros_like(best, dtype=torch.bool).scatter_(1, best.topk(config.top_k_groups, dim=-1).indices, True)
     return grouped.masked_fill(~kept[..., None], -torch.inf).flatten(1)
-
-
-def router_stats(
-    logits: Tensor,
-    scores: Tensor,
-    topk_expert_ids: Tensor,
-    layout: Layout,
-    config: RouterConfig,
-    slot_of_expert: Tensor,
-    dropped: Tensor | None = None,
-) -> RouterStats:
-    """What choices [T, K], made from logits and scores [T, E], say to auxiliary losses."""
-    E = scores.shape[1]
-    probabilities = scores if config.score == "softmax" else scores / scores.sum(-1, keepdim=True)
-    by_sequence = sequence_sums(probabilities, layout)  # [S, E]
-    pull, traffic = seat_stats(probabilities, topk_expert_ids, layout, slot_of_expert, config)
-    return RouterStats(
-        probability_sum=by_sequence.sum(0),
-        assigned=scores.new_zeros(E).index_add_(0, topk_expert_ids.flatten(), scores.new_ones(topk_expert_ids.numel())),
-        z_sum=_SquaredLogNormaliser.apply(logits),
-        sequence_entropy=entropy_of_sums(by_sequence).sum(),
-        dropped=scores.new_zeros(()) if dropped is None else dropped,
-        condensed=scores.new_zeros(NUM_COUNTS),
-        seat_pull=pull,
-        seat_traffic=traffic,
-    )
 
 
 def sequence_sums(probabilities: Tensor, layout: Layout) -> Tensor:

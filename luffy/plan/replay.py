@@ -15,14 +15,14 @@ from luffy.plan.problem import Balance, PlacementProblem
 from luffy.plan.residency import ExpertCosts, expert_traffic, fetched, serving_ranks, shadowed
 from luffy.plan.result import PlacementPlan
 from luffy.plan.topology import Topology
-from luffy.plan.trace import TraceStep, membership
+from luffy.plan.trace import TraceStep
 from luffy.plan.traffic import sum_by_rank
 from luffy.seats.layout import SeatLayout
 from luffy.seats.predictor import RowPredictor
 from luffy.seats.seater import choose_ranks
 from luffy.wire_format import RowBytes
 
-LOOK_AHEAD = ("none", "router", "affinity", "actual")
+LOOK_AHEAD = ("none", "router", "actual")
 SEATS = ("as-read", "known", "predicted")
 
 
@@ -31,7 +31,6 @@ class Wire:
     """The cluster and the way a layer is run on it, as far as bytes depend on it.
 
     look_ahead, what the planner of layer l takes for layer l + 1's dispatch: "none"; "router", the recorded forecast;
-    "affinity", `follows[l][e, f]`, the share of the tokens at e that chose f one layer later (learnt from other steps);
     "actual", what really happened (no planner can know it: the bound). copies: "ranks" or "pairs". residency: of
     luffy.plan.residency, of all layers or of each, with the size of an expert's weights as they travel and, for
     shadows, what things cost.
@@ -48,7 +47,6 @@ class Wire:
     copies: str = "ranks"
     attention: AttentionCost = field(default_factory=AttentionCost)
     padded: bool = False
-    follows: np.ndarray | None = None
     residency: str | tuple[str, ...] = "static"
     expert_num_bytes: int = 0
     expert_costs: ExpertCosts | None = None
@@ -215,15 +213,7 @@ def _foresee(
         return None
     if wire.look_ahead == "actual":
         return counts[layer + 1]
-    N, next_owner = wire.topology.world_size, owners[layer + 1]
-    if wire.look_ahead == "router":
-        return rows_at_ranks(step, step.foreseen[layer], next_owner, N, wire.copies)
-    if wire.follows is None:
-        raise ValueError("look_ahead 'affinity' needs `follows`; learn_follows makes it from other steps")
-    E = owners.shape[1]
-    to_rank = np.zeros((E, N))
-    np.add.at(to_rank.T, next_owner, wire.follows[layer].T)
-    return np.rint(step.counts_by_expert(layer, E) @ to_rank).astype(np.int64)
+    return rows_at_ranks(step, step.foreseen[layer], owners[layer + 1], wire.topology.world_size, wire.copies)
 
 
 def _homes(step: TraceStep, counts: list[np.ndarray], wire: Wire) -> np.ndarray:
@@ -245,20 +235,3 @@ def spread_evenly(num_layers: int, num_experts: int, num_ranks: int) -> np.ndarr
     if num_experts % num_ranks:
         raise ValueError(f"{num_experts} experts do not divide over {num_ranks} ranks")
     return np.tile(np.arange(num_experts) // (num_experts // num_ranks), (num_layers, 1)).astype(np.int64)
-
-
-def learn_follows(steps: tuple[TraceStep, ...], num_experts: int) -> np.ndarray:
-    """float64 [layers - 1, E, E]: of the tokens that chose e, how many choices of f they make one layer later.
-
-    Divided by top-k, since a token reaches the row e of each of its k experts.
-    """
-    E, K = num_experts, steps[0].chosen.shape[2]
-    out = np.zeros((max(0, steps[0].num_layers - 1), E, E))
-    for step in steps:
-        for layer in range(len(out)):
-            now, then = (membership(step.chosen[i], E).astype(np.float32) for i in (layer, layer + 1))
-            out[layer] += now.T @ then
-    for layer in range(len(out)):
-        tokens = sum(membership(s.chosen[layer], E).sum(0) for s in steps)
-        out[layer] /= np.maximum(1, tokens)[:, None] * K
-    return out

@@ -55,8 +55,8 @@ class Measure:
         packed = torch.cat([token_loss[None], torch.from_numpy(np.concatenate([mine, notes])).to(mesh.device)])
         # The sum's own bytes belong to the next step: its counts are already on their way.
         every = self.comm.all_reduce(packed).tolist()
-        values, notes, grad_norm = every[: -len(notes)], every[-len(notes) :], float(norm)
-        told = self.ops.read(notes, seconds)
+        values, grad_norm = every[: -len(notes)], float(norm)
+        told = self.ops.read(every[-len(notes) :], seconds)
         if not self.ops.guard.passes(number, values[0], grad_norm, forward_again):
             told["skipped"] = self.ops.guard.skipped
         n = 1 + len(PHASES)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from luffy.condensation import parse_condense
-from luffy.exchange import only_sent
+from luffy.exchange.condense import only_sent
 from luffy.testing import run_together
 from luffy.testing.alike import alike_layer, compare_exactly
 from luffy.testing.launches import launches
@@ -50,7 +50,7 @@ def _large(rank: int) -> int:
     for size, by_sequence, causal in ((768, False, True), (4096, True, True), (2048, False, False)):
         lengths = (5000, 1024, 1, 333, 4096, 2048, 77)  # more blocks of tokens than counts are looked at together
         layer = alike_layer(size, lengths, size, 16, 2, dtype=torch.bfloat16)
-        scheme = parse_condense("budget:0.1,local,window=128")
+        scheme = parse_condense("static:0.5,local,window=128")
         assert scheme is not None
         condensed += compare_exactly(layer, scheme, 0.5, causal=causal, by_sequence=by_sequence, device=_gpu())
     return condensed
@@ -64,7 +64,7 @@ def _cost(rank: int) -> dict[str, tuple[dict[str, tuple[int, float]], int]]:
     """By scheme: what is launched for a decision of 16384 copies, and the bytes that it holds at most."""
     gpu, found = _gpu(), {}
     layer = alike_layer(1, (1024,) * 8, 1024, 16, 2, dtype=torch.bfloat16).to(gpu)
-    for text in ("static:0.9", "static:0.9,correct", "budget:0.1", "budget:0.1,correct,window=64"):
+    for text in ("static:0.9", "static:0.9,correct", "static:0.9,correct,window=64"):
         for by_sequence in (False, True):
             scheme = parse_condense(text)
             assert scheme is not None

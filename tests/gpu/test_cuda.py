@@ -17,8 +17,10 @@ from luffy.data.loader import Sequence
 from luffy.kernels.grouped import add_bias, grouped_product
 from luffy.kernels.sort import sort_by_group
 from luffy.model import Runtime, build_model, expert_parameters
+from luffy.model.block import MoEBlock
 from luffy.recipes import get_recipe
 from luffy.testing import Outcome, run_together
+from luffy.testing.launches import launches
 from luffy.train.batching import gather_step, make_micro_batch
 from luffy.train.rates import measure_experts
 
@@ -64,7 +66,7 @@ def _compare(rank, preset):
     # bfloat16 rounds scores, so a choice between two nearly equal experts can fall the other way: whole rows of the
     # gradient then differ, in a model this small visibly. float32 shows that the function is the same.
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.12)):
-        for recipe, recompute in (("vanilla", False), ("vanilla_dedup", True), ("luffy", True)):
+        for recipe, recompute in (("vanilla", False), ("vanilla_dedup", True), ("netmoe", True)):
             loss, gradients = _loss_and_gradients(gpu, dtype, preset, recipe, recompute)
             whole = np.sqrt(sum((g**2).sum() for g in exact.values()))
             off = np.sqrt(sum(((gradients[n] - exact[n]) ** 2).sum() for n in exact)) / whole
@@ -112,7 +114,10 @@ TINY = [p for p in PRESETS if p.endswith("tiny")]
 
 @functools.cache
 def _outcomes(world: int) -> dict[str, Outcome]:
-    alone = {"ragged groups": (_ragged_groups,), "rate": (_rate,)} if world == 1 else {}
+    alone = {
+        "ragged groups": (_ragged_groups,), "rate": (_rate,), "layer repeats": (_layer_repeats,),
+        "launches": (_launches_of_a_layer,), "kernels": (_layer_kernels,),
+    } if world == 1 else {}  # fmt: skip
     return run_together(alone | {preset: (_compare, preset) for preset in TINY}, world, case_seconds=300)
 
 
@@ -128,3 +133,67 @@ def test_grouped_products_of_ragged_and_empty_groups_with_gradients():
 
 def test_the_rate_of_experts_can_be_measured():
     assert 1e9 < _outcomes(1)["rate"].get()[0] < 1e16
+
+
+def _layer_repeats(rank):
+    """bfloat16 rows through a block twice, forward and backward, with dropped choices and without."""
+    gpu = torch.device("cuda", 0)
+    torch.cuda.set_device(gpu)
+    mesh = build_mesh(gpu)
+    for settings in ({}, {"capacity_factor": 1.0}, {"activation": "gelu", "bias": True}):
+        block = MoEBlock(256, 96, 16, 4, mesh=mesh, **settings)
+        block.moe.experts.bfloat16()
+        x = torch.randn(4, 300, 256, device=gpu, dtype=torch.bfloat16, requires_grad=True)
+        upstream, runs = torch.randn_like(x), []
+        for _ in range(3):
+            block.zero_grad(set_to_none=True)
+            x.grad = None
+            y = block(x)
+            y.backward(upstream)
+            runs.append([y, x.grad, *(p.grad for p in block.parameters())])
+        for other in runs[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True)), settings
+        assert all(bool(t.isfinite().all()) for t in runs[0]), settings
+    return True
+
+
+def _launches_of_a_layer(rank):
+    gpu = torch.device("cuda", 0)
+    torch.cuda.set_device(gpu)
+    block = MoEBlock(256, 96, 16, 4, mesh=build_mesh(gpu))
+    block.moe.experts.bfloat16()
+    x = torch.randn(4, 300, 256, device=gpu, dtype=torch.bfloat16, requires_grad=True)
+    upstream = torch.randn_like(x)
+
+    def both():
+        block.zero_grad(set_to_none=True)
+        x.grad = None
+        block(x).backward(upstream)
+
+    both()
+    return {name: count for name, (count, _) in launches(both).items()}
+
+
+def _layer_kernels(rank):
+    from tests.kernels.layered import CASES, LARGE, check_activation, check_rows, check_sort
+
+    torch.cuda.set_device(0)
+    both = (torch.float32, torch.bfloat16)
+    check_sort("cuda")
+    check_rows("cuda", both, (24, 1100), CASES + LARGE)
+    check_activation("cuda", both, (24, 300), CASES + LARGE)
+    return True
+
+
+def test_the_kernels_of_a_layer_agree_with_their_references():
+    assert _outcomes(1)["kernels"].get() == [True]
+
+
+def test_a_layer_repeats_itself_to_the_bit():
+    assert _outcomes(1)["layer repeats"].get() == [True]
+
+
+def test_a_layer_alone_is_fewer_than_sixty_launches():
+    found = _outcomes(1)["launches"].get()[0]
+    assert found, "the profiler sees no kernels on this machine: launches cannot be counted"
+    assert sum(found.values()) < 60, found

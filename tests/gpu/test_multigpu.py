@@ -35,15 +35,16 @@ pytestmark = [
     pytest.mark.multigpu,
     pytest.mark.skipif(not WORLDS, reason=f"{GPUS} GPUs here; these tests need two"),
 ]
-RANDOM = replace(get_recipe("luffy"), placement="random")
+RANDOM = Recipe("random", "random balanced plans", placement="random")
 RECIPES = {
     "vanilla": get_recipe("vanilla"),
     "vanilla_dedup": get_recipe("vanilla_dedup"),
     "luffy": get_recipe("luffy"),
-    "luffy, random moves": RANDOM,
+    "random moves": RANDOM,
+    "netmoe": get_recipe("netmoe"),
+    "luffy_paper, nothing condensed": replace(get_recipe("luffy_paper"), condense="none"),
     "janus": get_recipe("janus"),
     "fastermoe": get_recipe("fastermoe"),
-    "random moves and shadows": replace(RANDOM, residency="shadow"),
 }
 
 
@@ -120,7 +121,7 @@ def cases() -> dict[str, Callable[[int], Job | None]]:
             found[label] = lambda world, r=recipe, o=overlap, h=rehome: five_steps(world, r, o, h)
     found["expert groups side by side"] = two_groups
     found["coded sums of gradients"] = coded_sums
-    for scheme in ("static:0.5", "static:0.5,correct", "budget:0.5"):
+    for scheme in ("static:0.5", "static:0.5,correct"):
         stay = Recipe("stay", "", condense=f"{scheme},local")
         found[f"condensed {scheme}"] = lambda world, r=stay: condensed_recipe(world, r)
         if "correct" not in scheme:  # which needs sequences to stay

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from luffy.kernels.activation import activate_weighted, activate_weighted_backward
+from luffy.kernels.router import choose, choose_backward, split
 from luffy.kernels.rows import add_up, pick
 from luffy.kernels.sort import Pairs, sort_by_group
 
@@ -46,9 +47,7 @@ def check_sort(device: str) -> int:
     return seen
 
 
-def check_rows(
-    device: str, dtypes: tuple[torch.dtype, ...], sizes: tuple[int, ...], cases: tuple = CASES
-) -> int:
+def check_rows(device: str, dtypes: tuple[torch.dtype, ...], sizes: tuple[int, ...], cases: tuple = CASES) -> int:
     seen = 0
     for (R, K, E, drop), dtype, D in itertools.product(cases, dtypes, sizes):
         ids = choices(R, K, E, drop, device)
@@ -67,9 +66,7 @@ def check_rows(
     return seen
 
 
-def check_activation(
-    device: str, dtypes: tuple[torch.dtype, ...], sizes: tuple[int, ...], cases: tuple = CASES
-) -> int:
+def check_activation(device: str, dtypes: tuple[torch.dtype, ...], sizes: tuple[int, ...], cases: tuple = CASES) -> int:
     seen = 0
     for (R, K, E, drop), dtype, F, name in itertools.product(cases, dtypes, sizes, ("swiglu", "gelu")):
         ids = choices(R, K, E, drop, device)
@@ -91,6 +88,40 @@ def check_activation(
     return seen
 
 
+def check_router(device: str) -> int:
+    """Choice and weights, and the gradient from any of a choice's members, against autograd in float64."""
+    seen = 0
+    for T, E, K in ((5, 6, 2), (9, 40, 8), (3, 1, 1)):
+        g = torch.Generator().manual_seed(E)
+        w = torch.randn(E, 7 * T, generator=g).to(device)
+        parts = split(w).double()
+        assert torch.equal(parts[1], parts[3]) and float((parts[:3].sum(0) - w).abs().max()) <= 2e-7
+        pieces = torch.randn(T, 3 * E, generator=g).to(device)
+        exact = pieces.double().unflatten(1, (3, E)).sum(1).requires_grad_()
+        for score, normalize, biased in itertools.product(("softmax", "sigmoid"), (True, False), (True, False)):
+            bias = torch.randn(E, generator=g).to(device) if biased else None
+            got = choose(pieces, bias, K, score, normalize)
+            scores = exact.softmax(-1) if score == "softmax" else exact.sigmoid()
+            ids = (scores if bias is None else scores + bias).topk(K).indices
+            assert torch.equal(got.ids, ids)
+            weights = scores.gather(1, ids)
+            weights = weights / weights.sum(-1, keepdim=True) if normalize else weights
+            want = (exact, scores, weights)
+            for a, b in zip((got.logits, got.scores, got.weights), want, strict=True):
+                near(a, b.detach().float())
+            for which in itertools.product((True, False), repeat=3):
+                ups = [torch.randn(w.shape, generator=g).to(device) if on else None for w, on in zip(want, which, strict=True)]
+                if any(which):
+                    outputs, given = zip(*((w, u.double()) for w, u in zip(want, ups, strict=True) if u is not None), strict=True)
+                    (expected,) = torch.autograd.grad(outputs, exact, given, retain_graph=True)
+                    found = choose_backward(got.scores, got.ids, *ups, score, normalize).float().unflatten(1, (3, E))
+                    assert torch.equal(found[:, 0], found[:, 1])
+                    off = float((found[:, 0] + found[:, 2] - expected).norm())
+                    assert off <= 2e-4 * float(expected.norm() + 0.1), (off, score, normalize, which)
+                    seen += 1
+    return seen
+
+
 def near(got: Tensor, want: Tensor) -> None:
     """Within roundings of their dtype, of the whole and of each value; the interpreter cuts where the device rounds."""
     assert got.dtype == want.dtype and torch.isfinite(got).all()
@@ -102,4 +133,5 @@ def near(got: Tensor, want: Tensor) -> None:
 
 if __name__ == "__main__":
     both = (torch.float32, torch.bfloat16)
-    print(check_sort("cpu"), check_rows("cpu", both, (24, 1100)), check_activation("cpu", both, (24, 300)), "agree")
+    print(check_sort("cpu"), check_rows("cpu", both, (24, 1100)), check_activation("cpu", both, (24, 300)))
+    print(check_router("cpu"), "agree")

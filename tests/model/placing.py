@@ -15,7 +15,7 @@ from luffy.data.batch import Layout, SequenceTable
 from luffy.data.loader import IGNORE_INDEX
 from luffy.data.loader import Sequence as TokenSequence
 from luffy.model import MicroBatch, Runtime, build_model
-from luffy.recipes import get_recipe
+from luffy.recipes import Recipe, get_recipe
 from luffy.testing import (
     OracleStep,
     gather_full,
@@ -38,7 +38,7 @@ class Trial:
 
     sequences: list[TokenSequence]
     home_rank: tuple[int, ...]
-    recipe: str = "vanilla_dedup"
+    recipe: str | Recipe = "vanilla_dedup"
     padded: bool = False
     recompute: bool = False
     slots: tuple[int, ...] | None = None
@@ -71,7 +71,8 @@ def try_all(rank: int, config: ModelConfig, trials: Sequence[Trial]) -> list[dic
     results = []
     comm = Comm.create(build_mesh(torch.device("cpu")))
     for trial in trials:
-        runtime = Runtime.create(comm, get_recipe(trial.recipe), config, trial.recompute)
+        recipe = trial.recipe if isinstance(trial.recipe, Recipe) else get_recipe(trial.recipe)
+        runtime = Runtime.create(comm, recipe, config, trial.recompute)
         model = build_model(config, runtime, dtype=torch.float64)
         params = vivid_parameters(model)
         if trial.choice_bias is not None:

@@ -41,7 +41,7 @@ def one_block(rank: int, rows: list[int]) -> dict[str, Any]:
     total = float(comm.all_reduce(loss.detach().clone()))
 
     # The same rows as a TokenBatch, under a recipe that may move them: they end somewhere with the same values.
-    moving = luffy.MoEBlock(WIDTH, 24, 4, mesh=mesh, recipe="luffy", num_shared_experts=1, seed=7).double()
+    moving = luffy.MoEBlock(WIDTH, 24, 4, mesh=mesh, recipe="netmoe", num_shared_experts=1, seed=7).double()
     with pytest.raises(UserError, match="moves sequences"):
         moving(x)
     home = np.repeat(np.arange(len(rows)), rows)

@@ -10,21 +10,20 @@ import pytest
 import torch
 
 from luffy.comm import rows
-from luffy.recipes import get_recipe
+from luffy.recipes import Recipe
 from luffy.testing import run_ranks
 
 from .cases import Case, assert_exact, build, run_step, shrunk
 
-RANDOM = replace(get_recipe("luffy"), placement="random")
+RANDOM = Recipe("random", "random balanced plans", placement="random")
 CASES = (
     ("vanilla", "moe-gpt2-tiny", 2, {}),
     ("vanilla_dedup", "moe-llm-tiny", 4, {"top_k": 4, "num_shared_experts": 1}),
-    ("luffy", "moe-gpt2-tiny", 4, {"moe_every": 2, "num_layers": 3}),
+    ("netmoe", "moe-gpt2-tiny", 4, {"moe_every": 2, "num_layers": 3}),
     (RANDOM, "moe-llm-tiny", 4, {"capacity_factor": 1.0}),
-    ("luffy_settled", "moe-gpt2-tiny", 4, {"num_layers": 3}),
     ("fastermoe", "moe-gpt2-tiny", 2, {}),
     ("janus", "moe-gpt2-tiny", 2, {}),
-    (replace(RANDOM, residency="shadow"), "moe-bert-large-tiny", 2, {}),
+    (RANDOM, "moe-bert-large-tiny", 2, {}),
 )
 
 

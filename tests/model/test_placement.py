@@ -30,7 +30,7 @@ def test_any_placement_of_sequences(preset: str) -> None:
     sequences = random_sequences(6, config.vocab_size, seed=5)
     trials = [
         Trial(sequences, home, recipe, padded=i % 2 == 0, recompute=i % 3 == 0)
-        for i, (home, recipe) in enumerate((h, r) for r in (*RECIPES, "luffy") for h in HOMES)
+        for i, (home, recipe) in enumerate((h, r) for r in (*RECIPES, "netmoe") for h in HOMES)
     ]
     losses = {step.loss for step in assert_all_exact(config, 4, trials)}
     assert len(losses) == 1  # the oracle knows no ranks, so one loss stands for all trials
@@ -40,7 +40,7 @@ def test_any_placement_of_experts() -> None:
     """`slot_of_expert` says where experts live; the function does not change with it."""
     config = shrunk("moe-gpt2-tiny", top_k=3)
     sequences = random_sequences(4, config.vocab_size, seed=6)
-    recipes, slots = (*RECIPES, "luffy"), [(7, 6, 5, 4, 3, 2, 1, 0), (3, 0, 6, 1, 7, 4, 2, 5)]
+    recipes, slots = (*RECIPES, "netmoe"), [(7, 6, 5, 4, 3, 2, 1, 0), (3, 0, 6, 1, 7, 4, 2, 5)]
     assert_all_exact(config, 4, [Trial(sequences, (0, 1, 2, 3), r, slots=s) for r in recipes for s in slots])
 
 

@@ -17,6 +17,8 @@ from luffy.train.rehoming import current_owners, wire_of
 from .cases import Case, build, run_step, shrunk, tensors
 
 WORLD = 4
+PAPER = replace(get_recipe("luffy_paper"), condense="none")
+RANDOM = Recipe("random", "random balanced plans", placement="random")
 
 
 def record(rank: int, case: Case) -> dict:
@@ -42,10 +44,11 @@ def record(rank: int, case: Case) -> dict:
         ("vanilla", "moe-gpt2-tiny", {"top_k": 4}),
         ("vanilla_dedup", "moe-llm-tiny", {"top_k": 4, "capacity_factor": 0.7}),
         ("luffy", "moe-gpt2-tiny", {"num_layers": 3}),
+        (PAPER, "moe-gpt2-tiny", {"num_layers": 3}),
         ("netmoe", "moe-bert-large-tiny", {"moe_every": 2, "num_layers": 4}),
         ("luffy", "moe-llm-tiny", {}),
         (replace(get_recipe("luffy"), wire="aggressive"), "moe-llm-tiny", {"num_layers": 3, "top_k": 4}),
-        (replace(get_recipe("luffy_paper"), condense="none"), "moe-gpt2-tiny", {"num_layers": 4}),
+        (RANDOM, "moe-llm-tiny", {}),
         ("janus", "moe-gpt2-tiny", {"num_experts": 16}),
         ("fastermoe", "moe-gpt2-tiny", {"num_experts": 16}),
         (replace(get_recipe("vanilla_dedup"), wire="combine_backward=int8"), "moe-gpt2-tiny", {"num_layers": 3}),
@@ -69,7 +72,7 @@ def test_replayed_bytes_are_the_meters(recipe: str | Recipe, preset: str, change
 
 
 def test_the_trace_holds_what_the_oracle_chose_on_every_rank() -> None:
-    case = Case(shrunk("moe-gpt2-tiny", num_layers=3), WORLD, recipe="luffy", batch=8)
+    case = Case(shrunk("moe-gpt2-tiny", num_layers=3), WORLD, recipe="netmoe", batch=8)
     answers = run_ranks(record, WORLD, case)
     trace = answers[0]["trace"]
     for a in answers[1:]:

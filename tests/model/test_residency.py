@@ -17,7 +17,6 @@ from luffy.testing import gather_full, oracle_step, run_ranks
 from .cases import Case, assert_exact, build, run_step, shrunk, tensors
 from .test_traffic import ids_of
 
-MOVING = replace(get_recipe("luffy"), placement="random")
 SLOW = 1e6  # operations a second: shadows pay
 
 
@@ -32,9 +31,7 @@ SLOW = 1e6  # operations a second: shadows pay
         ("moe-transformer-xl-tiny", "fastermoe", 2, {}, {"expert_flops": SLOW, "recompute": True}),
         ("moe-gpt2-tiny", replace(get_recipe("vanilla"), residency="shadow"), 4, {}, {"expert_flops": SLOW}),
         ("moe-gpt2-tiny", replace(get_recipe("vanilla"), residency="fetch"), 4, {}, {"ep_size": 2}),
-        ("moe-llm-tiny", replace(MOVING, residency="shadow"), 4, {"top_k": 3}, {"expert_flops": SLOW}),
-        ("moe-gpt2-tiny", replace(MOVING, residency="shadow"), 4, {"capacity_factor": 1.5}, {"expert_flops": SLOW}),
-        ("moe-gpt2-tiny", replace(MOVING, residency="fetch"), 4, {}, {"ranks_per_node": 2}),
+        ("moe-gpt2-tiny", replace(get_recipe("luffy"), residency="shadow"), 4, {"top_k": 3}, {"expert_flops": SLOW}),
     ],
     ids=lambda v: v if isinstance(v, str) else getattr(v, "name", None),
 )  # fmt: skip
