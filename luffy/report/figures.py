@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from luffy.report import style
 from luffy.report.breakdown import expert_load_figure, links_figure, time_split_figure
 from luffy.report.compare_structure import matrices_figure, matrix_of
+from luffy.report.locality import topics_figure
 from luffy.report.runs import LINK_KINDS, SECONDS_KINDS, Run, column, warmup_steps
 from luffy.report.series import bin_means, elapsed_time, expert_load, mean_of_last, smooth, step_means
 from luffy.report.units import format_bytes, format_count, format_loss, format_share
@@ -191,6 +192,9 @@ def draw_pictures(run: Run) -> list[Picture]:
         add("time_split", "Time of a mean step by stage.", partial(time_split_figure, run, means))
     if timed:
         add("speed", "Tokens trained per second, in each step.", partial(speed_figure, run))
+    if any("topics" in r for r in run.records):
+        caption = "Rows of a token that leave the experts of its sequence's topic, by MoE layer: each topic a rank."
+        add("topics", caption, partial(topics_figure, run))
     if (load := expert_load(run)) is not None:
         caption = "Tokens that each expert received, relative to an even share, late in the run."
         add("expert_load", caption, partial(expert_load_figure, load))

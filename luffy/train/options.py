@@ -165,9 +165,6 @@ class TrainOptions:
         None, "Topics, in equal shares of the tokens, each with its block of experts (default: --ep-size).", "Training"
     )
     seat_loss_warmup: int = option(0, "Steps over which the seat loss grows to its weight.", "Training")
-    seat_loss_final: float = option(
-        1.0, "Share of its weight that the seat loss keeps at the last step; it changes evenly.", "Training"
-    )
     condense_warmup: int = option(0, "Steps before condensation begins.", "Training")
     condense_until: float = option(1.0, "Share of the steps after which it ends.", "Training")
     trace_every: int = option(0, "Record routing in every n-th step, in OUT/trace; 0: never.", "Training")
@@ -196,7 +193,9 @@ class TrainOptions:
         None, "Weight of the loss that gives a sequence few experts, all staying in use; 0 is off, try 0.02.", "Model"
     )
     seat_loss: float | None = option(
-        None, "Weight of the loss that pulls tokens to the experts of their sequence's topic (--seats topic).", "Model"
+        None,
+        "Weight of the loss that pulls tokens to the experts of their sequence's seat; 0 is off, try 0.1.",
+        "Model",
     )
     seat_loss_form: str | None = option(None, f"What it counts: {', '.join(SEAT_LOSS_FORMS)}.", "Model")
     num_groups: int | None = option(None, "Groups of experts, of which a token uses --top-k-groups.", "Model")
@@ -246,9 +245,13 @@ class TrainOptions:
     def _check_seats(self, config: ModelConfig) -> None:
         if self.seats is not None:
             _one_of("--seats", self.seats, SEATS)
-        for name in ("topics", "seat_loss"):
-            asked = getattr(self, name)
-            _require(not asked or self.seats == "topic", f"--{name.replace('_', '-')} {asked} needs --seats topic")
+        kind = self.get_recipe().seats
+        _require(not self.topics or kind == "topic", f"--topics {self.topics} needs --seats topic")
+        _require(
+            not self.seat_loss or kind in ("topic", "learnt"),
+            f"--seat-loss {self.seat_loss} needs seats that it can pull to: --seats topic for a new model, "
+            "--seats learnt for a trained one",
+        )
         if self.seats != "topic":
             return
         _require(
@@ -267,10 +270,8 @@ class TrainOptions:
         return 0 if self.seats != "topic" else self.topics or ep_size
 
     def seat_strength(self, step: int) -> float:
-        """Factor of the seat loss at `step`, from 0: warmed up, and changing evenly to its final share."""
-        final = self.seat_loss_final
-        change = 1.0 if final == 1 else 1 + (final - 1) * step / max(1, self.steps - 1)
-        return change * min(1.0, (step + 1) / (self.seat_loss_warmup + 1))
+        """Factor of the seat loss at `step`, from 0."""
+        return min(1.0, (step + 1) / (self.seat_loss_warmup + 1))
 
     @property
     def num_micro_batches(self) -> int:
