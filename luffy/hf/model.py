@@ -28,7 +28,7 @@ from luffy.errors import RankMismatchError, UserError
 from luffy.exchange.migrate import transfer
 from luffy.exchange.stage import Stage, alternate, finish
 from luffy.hf.adapters import adapt, take_adapters
-from luffy.hf.attention import Frames, check_attention
+from luffy.hf.attention import Frames, check_attention, mixer_of
 from luffy.hf.batches import make_batch
 from luffy.hf.dense import DenseUnits
 from luffy.hf.describe import describe
@@ -185,7 +185,7 @@ class ParallelModel(nn.Module):
 
         def attend(x: Tensor) -> Tensor:
             normed = call_in(x.dtype, layer.input_layernorm, x)
-            return x + frames.attend(layer.self_attn, index, normed, layout)
+            return x + frames.attend(mixer_of(layer), index, normed, layout)
 
         if rt.recompute and torch.is_grad_enabled():
             hidden = checkpoint(attend, hidden, use_reentrant=False)

@@ -63,7 +63,8 @@ class LibraryRouter(RouterBase):
         self.gate, self.config, self.bias_buffer = gate, config, bias_buffer
 
     def _scores(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        logits, weights, ids = self.gate(x.to(self.gate.weight.dtype))
+        weight = self.gate.weight if hasattr(self.gate, "weight") else next(self.gate.parameters())
+        logits, weights, ids = self.gate(x.to(weight.dtype))
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         scores = wide.softmax(-1) if self.config.score == "softmax" else wide.sigmoid()
         return wide, scores, weights.to(scores.dtype), ids

@@ -14,6 +14,7 @@ from luffy.comm.sums import SUM_FORMATS
 from luffy.config import DTYPES, ModelConfig, _one_of, _require, model_preset
 from luffy.plan.topology import Topology, parse_topology
 from luffy.recipes import Recipe, check_recipe, get_recipe
+from luffy.train.loggers import check_log
 from luffy.train.rates import parse_num_bytes
 
 
@@ -82,6 +83,7 @@ class TrainOptions:
     )
     export: bool = option(False, "Write model.safetensors at the end.", "Training")
     tensorboard: bool = option(True, "Write TensorBoard curves.", "Training")
+    log: str | None = option(None, "Curves elsewhere too, with commas: wandb, mlflow.", "Training")
     rehome_every: int | None = option(
         None, "Steps between re-homings of experts; 0: never (default: the recipe's).", "Training"
     )
@@ -146,6 +148,7 @@ class TrainOptions:
         _one_of("--backend", self.backend, ("auto", "nccl", "gloo"))
         _one_of("--dtype", self.dtype, ("auto", *DTYPES))
         _one_of("--gradient-dtype", self.gradient_dtype, SUM_FORMATS)
+        check_log(self.log)
         _one_of("--layout", self.layout, ("packed", "padded"))
         _one_of("--sequence-mode", self.sequence_mode, ("documents", "fixed", "streams"))
         for name in ("ranks", "steps", "batch_size", "accumulate", "eval_batches", "auto_every"):

@@ -44,6 +44,7 @@ from luffy.train.checkpoint import (
 from luffy.train.condensing import CondenseControl
 from luffy.train.export import export_safetensors, load_safetensors
 from luffy.train.gradients import GradientSync, make_optimizer
+from luffy.train.loggers import open_loggers
 from luffy.train.metrics import MetricsWriter, RunSummary, describe_machine, read_metrics, write_json_atomic
 from luffy.train.options import TrainOptions
 from luffy.train.progress import TrainProgress, phase
@@ -429,7 +430,8 @@ class Trainer:
         self.prepare()
         writer = None
         if first:
-            writer = MetricsWriter(self.out, self.step if found else None, tensorboard=o.tensorboard)
+            loggers = open_loggers(o.log, self.out, o.to_dict())
+            writer = MetricsWriter(self.out, self.step if found else None, tensorboard=o.tensorboard, loggers=loggers)
             about = {"options": o.to_dict(), "model": self.config.to_dict(), "attention_fit": self._attention_fit()}
             write_json_atomic(self.out / "config.json", about)
         try:
