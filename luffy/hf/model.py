@@ -30,7 +30,7 @@ from luffy.errors import UserError
 from luffy.exchange.dispatcher import Forecast
 from luffy.exchange.stage import Stage
 from luffy.hf.adapters import adapt, take_adapters
-from luffy.hf.attention import Frames, check_attention
+from luffy.hf.attention import Frames, check_attention, mixer_of
 from luffy.hf.batches import make_batch
 from luffy.hf.dense import DenseUnits
 from luffy.hf.describe import describe
@@ -188,7 +188,7 @@ class LibraryBlock:
 
         def attend(x: Tensor) -> Tensor:
             normed = call_in(x.dtype, layer.input_layernorm, x)
-            return x + self.frames.attend(layer.self_attn, self.index, normed, layout)
+            return x + self.frames.attend(mixer_of(layer), self.index, normed, layout)
 
         if rt.recompute and torch.is_grad_enabled():
             hidden = checkpoint(attend, hidden, use_reentrant=False)

@@ -40,6 +40,7 @@ from luffy.train.beginning import changes_on_resume, check_data, check_model, ch
 from luffy.train.checkpoint import load_checkpoint, newest_sound, prepare_optimizer, read_meta, training_state
 from luffy.train.export import export_safetensors, load_safetensors
 from luffy.train.gradients import GradientSync, make_optimizer
+from luffy.train.loggers import open_loggers
 from luffy.train.measure import LOAD_EVERY, Measure
 from luffy.train.memory import training_need, without_vocabulary
 from luffy.train.metrics import MetricsWriter, RunSummary, describe_machine, read_metrics, write_json_atomic
@@ -331,7 +332,8 @@ class Trainer:
         self.prepare()
         writer = None
         if first:
-            writer = MetricsWriter(self.out, self.step if found else None, tensorboard=o.tensorboard)
+            loggers = open_loggers(o.log, self.out, o.to_dict())
+            writer = MetricsWriter(self.out, self.step if found else None, tensorboard=o.tensorboard, loggers=loggers)
             about = {"options": o.to_dict(), "model": self.config.to_dict(), "attention_fit": self._attention_fit()}
             write_json_atomic(self.out / "config.json", about)
         before = read_metrics(self.out / METRICS_FILE) if first and found else []
