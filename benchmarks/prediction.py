@@ -20,10 +20,10 @@ from statistics import median
 from typing import Any
 
 import click
+from luffy.train.auto import MARGIN
 
 from luffy.report.style import draw as draw_figure
 from luffy.report.style import new_figure, save_png, titles
-from luffy.train.auto import MARGIN
 from luffy.train.metrics import describe_machine, write_json_atomic
 
 ROUNDS, STEPS = 4, 2  # measured steps a mode: ROUNDS x STEPS, after one that settles
@@ -81,6 +81,7 @@ class _Keep:
 def worker(ranks: int, link: str, batch: int, device: str, out: Path) -> None:
     """One rank of one cell."""
     from luffy.plan.choose import LayerRates, Mode, weigh
+
     from luffy.train.launch import join_world
     from luffy.train.options import TrainOptions
     from luffy.train.rehoming import current_owners, wire_of
