@@ -26,6 +26,7 @@ from luffy.data.loader import Sequence
 from luffy.lab.place import Lab, current_lab
 from luffy.model import ModelOutput, build_model
 from luffy.model.aux_loss import RouterTotals
+from luffy.model.casting import keep_over_micro_batches
 from luffy.model.ownership import check_model as check_weights_alike
 from luffy.model.stack import MicroBatch
 from luffy.plan.cost import AttentionCost
@@ -91,6 +92,7 @@ class Trainer:
         self.step = 0
         self.valid_loss: float | None = None
         self.attention_fit: AttentionFit | None = None
+        keep_over_micro_batches()  # the optimizer is one of torch's
         self.ops = Operations(options, self.model, mesh)
         self.measure = Measure(self.runtime, self.ops)
         # Micro-batches that take turns; a step that is recorded takes them one by one.

@@ -11,7 +11,15 @@ from luffy.seats.predictor import RowPredictor
 from luffy.seats.seater import LearntSeats
 from luffy.testing import run_ranks
 from luffy.train.batching import gather_step, make_micro_batch
-from luffy.train.rehoming import current_owners, is_due, learn_seats, num_recorded, rehome, steps_until_next
+from luffy.train.rehoming import (
+    current_owners,
+    is_due,
+    learn_seats,
+    move_experts,
+    num_recorded,
+    rehome,
+    steps_until_next,
+)
 from tests.model.cases import Case, build, run_step, share_of, shrunk
 
 CASE = Case(shrunk("moe-llm-tiny"), 4, recipe="luffy", dtype=torch.float32)
@@ -94,3 +102,22 @@ def test_experts_move_with_seats_and_seats_are_learnt_of_where_they_are(ep_size:
     learnt, alone = first["alone"]
     assert learnt
     np.testing.assert_array_equal(alone, first["coefficients"])
+
+
+def bfloat16_around_a_move(rank: int) -> tuple[float, float]:
+    """Loss of one batch before experts move, and after, rows and products in bfloat16."""
+    case = Case(shrunk("moe-llm-tiny"), 2, recipe="luffy", dtype=torch.float32)
+    model, comm = build(case)
+    model.stream_dtype = torch.bfloat16
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    before = float(run_step(model, comm, case, [batch_of(9)])[0])
+    for layer, moe in enumerate(model.moe_layers):
+        owner = np.arange(8) // 4
+        move_experts(moe, optimizer, np.random.default_rng(layer).permutation(owner), comm)
+    return before, float(run_step(model, comm, case, [batch_of(9)])[0])
+
+
+def test_experts_that_moved_compute_with_their_own_weights_in_bfloat16():
+    """Weights are kept in the dtype of computation between passes; a move must end what was kept."""
+    for before, after in run_ranks(bfloat16_around_a_move, 2):
+        assert after == pytest.approx(before, rel=2e-3)
