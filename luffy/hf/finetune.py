@@ -13,6 +13,7 @@ from luffy.errors import UserError
 from luffy.hf.adapters import save_adapter
 from luffy.hf.freezing import freeze
 from luffy.hf.loading import load
+from luffy.hf.memory import memory_line
 from luffy.hf.model import ParallelModel
 from luffy.hf.options import FinetuneOptions
 from luffy.hf.saving import save_pretrained
@@ -88,6 +89,9 @@ class FineTuner(Trainer):
         if o.freeze is not None:
             freeze(parallel, o.freeze)
         self.comm = parallel.runtime.comm
+        if self.mesh.rank == 0:
+            tokens = self.micro_size // self.mesh.world_size * o.longest()
+            click.echo(memory_line(parallel, tokens), err=True)
         return parallel.train()
 
     @torch.no_grad()
