@@ -7,8 +7,7 @@
 On a GPU the model is the paper's MoE-GPT2 (12 blocks of 768/3072, 16 experts, top-2, bfloat16, gradients too), and
 `--start-weights` should name weights that were trained for some hundred steps (`luffy train --export`): routers of
 an untrained model flatter whoever follows locality. Recipes run as they are and with `--overlap` (`+o`), so that none
-loses by a neglected schedule, and `vanilla` and `luffy_max` with gradients in int8 (`+g`); tables show all. Runs of
-other systems (docs/peers.md) join with `--also`.
+loses by a neglected schedule; tables show all. Runs of other systems (docs/peers.md) join with `--also`.
 """
 
 import json
@@ -24,16 +23,14 @@ from luffy.train.entries import parse_entries
 
 # In the order in which they are wanted, should time run out.
 ENTRIES = (
-    "vanilla;vanilla_dedup;luffy_max;max+g=luffy_max --gradient-dtype int8;luffy;luffy_settled;paper=luffy_paper;"
-    "settled+o=luffy_settled --overlap;max+o=luffy_max --overlap;vanilla+o=vanilla --overlap;"
-    "max+og=luffy_max --overlap --gradient-dtype int8;"
-    "low+g=luffy_settled --wire aggressive --condense static:0.9,correct --gradient-dtype int8;"
-    "dedup+o=vanilla_dedup --overlap;luffy+o=luffy --overlap;fastermoe;netmoe;lsh_moe_causal;"
-    "vanilla+g=vanilla --gradient-dtype int8;janus"
+    "vanilla;vanilla_dedup;luffy;luffy_max=luffy_max --gradient-dtype int8;dedup+o=vanilla_dedup --overlap;"
+    "luffy+o=luffy --overlap;max+o=luffy_max --overlap --gradient-dtype int8;"
+    "low=vanilla_dedup --wire int4 --gradient-dtype int8;paper=luffy_paper;vanilla+o=vanilla --overlap;auto;"
+    "fastermoe;netmoe;lsh_moe_causal;janus"
 )
 SMALL = (
-    "vanilla;vanilla_dedup;luffy_max;max+g=luffy_max --gradient-dtype int8;luffy;paper=luffy_paper;janus;fastermoe;"
-    "netmoe;vanilla+o=vanilla --overlap;dedup+o=vanilla_dedup --overlap;max+o=luffy_max --overlap"
+    "vanilla;vanilla_dedup;luffy;luffy_max=luffy_max --gradient-dtype int8;dedup+o=vanilla_dedup --overlap;"
+    "luffy+o=luffy --overlap;max+o=luffy_max --overlap --gradient-dtype int8;paper=luffy_paper;auto;janus;fastermoe;netmoe"
 )
 
 

@@ -19,7 +19,7 @@ from luffy.errors import UserError
 from luffy.ranges import AT_LEAST_ONE, COUNT, NOT_NEGATIVE, POSITIVE
 
 DTYPES = ("bfloat16", "float32", "float64")
-SEAT_LOSS_FORMS = ("mass", "log", "chosen", "rows")
+SEAT_LOSS_FORMS = ("mass", "rows")
 
 
 def _require(condition: bool, message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ class FineTuner(Trainer):
             summary = everyone(mesh, prepare, only_first=True)
         if mesh.rank == 0:
             click.echo(summary, err=True)
+        self.vocabulary = str(json.loads((folder / "about.json").read_text(encoding="utf-8"))["tokenizer"])
         examples = Examples(folder)
         train, valid = divide(examples, o.valid_fraction, o.seed)
         self.loader: Any = ExampleLoader(examples, train, self.micro_size, o.seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from luffy.config import ModelConfig, _one_of, _require
 from luffy.data.corpus import list_source_files
@@ -115,7 +115,7 @@ class FinetuneOptions(TrainOptions):
         config = read_config(self.model)
         return describe(config, family_of(config), (), **self.router_losses())
 
-    def router_losses(self) -> dict[str, float]:
+    def router_losses(self) -> dict[str, Any]:
         return {n: getattr(self, n) for n in _LOSSES if getattr(self, n) is not None}
 
     @property
@@ -127,7 +127,7 @@ class FinetuneOptions(TrainOptions):
 
 
 # What the command line shows: a given model has its sizes, and its tokenizer is in its folder.
-_LOSSES = ("balance_loss", "z_loss", "locality_loss", "bias_update_rate")
+_LOSSES = ("balance_loss", "z_loss", "locality_loss", "seat_loss", "seat_loss_form", "bias_update_rate")
 _HIDDEN = ("tokenizer", "vocab_size", "cache_dir", "sequence_mode",
            "condense", "condense_warmup", "condense_until")  # fmt: skip
 SHOWN = {f.name for f in fields(FinetuneOptions) if f.metadata["group"] != "Model"}.difference(_HIDDEN).union(_LOSSES)

@@ -5,10 +5,8 @@ equal blocks, and block c is where topic c is at home: a rank, a part of one, or
 router probabilities to its block. With m_c the sum of its probabilities p over block c, h its topic and K the number
 of experts chosen, a token pays, by `seat_loss_form`,
 
-    mass    1 - m_h
-    log     -log m_h
-    chosen  1 - (sum of p over the chosen experts of block h) / (sum of p over all chosen ones)
-    rows    sum over c != h of 1 - exp(-K m_c): about the rows that it sends, nothing more for a block it uses anyway
+    mass   1 - m_h
+    rows   sum over c != h of 1 - exp(-K m_c): about the rows that it sends, nothing more for a block it uses anyway
 
 and the loss is the mean over all tokens of the micro-batch on all ranks, less the entropy of the mean probabilities
 (all experts stay in use), the mean over MoE layers. Nothing of the seat enters the forward pass, so no token learns
@@ -42,35 +40,16 @@ def seat_stats(
     if config.seat_loss == 0:
         return probabilities.new_zeros(()), traffic
     home = torch.nn.functional.one_hot(topic, C).to(probabilities.dtype)  # [T, C]
-    return _FORMS[config.seat_loss_form](probabilities, chosen, block, home, config.top_k).sum(), traffic
+    mass = probabilities @ torch.nn.functional.one_hot(block, C).to(probabilities.dtype)  # [T, C]
+    return _FORMS[config.seat_loss_form](mass, home, config.top_k).sum(), traffic
 
 
-def by_block(probabilities: Tensor, block: Tensor, num_blocks: int) -> Tensor:
-    """[T, E] -> [T, C]."""
-    return probabilities @ torch.nn.functional.one_hot(block, num_blocks).to(probabilities.dtype)
+def _mass(mass: Tensor, home: Tensor, top_k: int) -> Tensor:
+    return 1 - (mass * home).sum(1)
 
 
-def _mass(p: Tensor, chosen: Tensor, block: Tensor, home: Tensor, top_k: int) -> Tensor:
-    return 1 - (by_block(p, block, home.shape[1]) * home).sum(1)
+def _rows(mass: Tensor, home: Tensor, top_k: int) -> Tensor:
+    return ((1 - home) * (1 - (-top_k * mass).exp())).sum(1)
 
 
-def _log(p: Tensor, chosen: Tensor, block: Tensor, home: Tensor, top_k: int) -> Tensor:
-    return -(by_block(p, block, home.shape[1]) * home).sum(1).clamp_min(1e-9).log()
-
-
-def _chosen(p: Tensor, chosen: Tensor, block: Tensor, home: Tensor, top_k: int) -> Tensor:
-    best = p.gather(1, chosen)  # [T, K]
-    return 1 - (best * home.gather(1, block[chosen])).sum(1) / best.sum(1)
-
-
-def _rows(p: Tensor, chosen: Tensor, block: Tensor, home: Tensor, top_k: int) -> Tensor:
-    away = 1 - home
-    return (away * (1 - (-top_k * by_block(p, block, home.shape[1])).exp())).sum(1)
-
-
-_FORMS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]] = {
-    "mass": _mass,
-    "log": _log,
-    "chosen": _chosen,
-    "rows": _rows,
-}
+_FORMS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {"mass": _mass, "rows": _rows}

@@ -18,9 +18,10 @@ from matplotlib.ticker import MaxNLocator
 from luffy.report import style
 from luffy.report.breakdown import expert_load_figure, links_figure, time_split_figure
 from luffy.report.compare_structure import matrices_figure, matrix_of
+from luffy.report.locality import topics_figure
 from luffy.report.runs import LINK_KINDS, SECONDS_KINDS, Run, column, warmup_steps
 from luffy.report.series import bin_means, elapsed_time, expert_load, mean_of_last, smooth, step_means
-from luffy.report.units import format_bytes, format_count, format_share
+from luffy.report.units import format_bytes, format_count, format_loss, format_share
 
 _BARS_UP_TO = 24  # steps shown as separate bars before they merge into areas
 _FEW = 50  # steps shown point by point, unsmoothed
@@ -68,7 +69,7 @@ def loss_figure(run: Run, against: str) -> Figure:
         x, unit = elapsed_time(column(run.records, "seconds"))
         axes.set_xlabel(f"training time ({unit})")
     _noisy_line(axes, x, loss, style.BLUE, "train")
-    facts = [f"train {mean_of_last(loss):.3f}"]
+    facts = [f"training, last steps {format_loss(mean_of_last(loss))}"]
     if not np.isfinite(loss).any():
         facts = ["no finite loss was recorded"]
     measured = np.flatnonzero(np.isfinite(valid))
@@ -82,9 +83,9 @@ def loss_figure(run: Run, against: str) -> Figure:
             marker="D",
             markersize=4.5,
             markevery=marks,
-            label="validation",
+            label="held-out",
         )
-        facts.append(f"validation {valid[measured[-1]]:.3f}")
+        facts.append(f"held-out {format_loss(valid[measured[-1]])}")
     first = len(loss) // 50
     seen = np.concatenate([bin_means(loss[first:]), valid[first:]])
     if len(loss) >= _ZOOM_FROM and np.isfinite(seen).any():
@@ -191,6 +192,9 @@ def draw_pictures(run: Run) -> list[Picture]:
         add("time_split", "Time of a mean step by stage.", partial(time_split_figure, run, means))
     if timed:
         add("speed", "Tokens trained per second, in each step.", partial(speed_figure, run))
+    if any("topics" in r for r in run.records):
+        caption = "Rows of a token that leave the experts of its sequence's topic, by MoE layer: each topic a rank."
+        add("topics", caption, partial(topics_figure, run))
     if (load := expert_load(run)) is not None:
         caption = "Tokens that each expert received, relative to an even share, late in the run."
         add("expert_load", caption, partial(expert_load_figure, load))

@@ -88,12 +88,22 @@ class AsRead:
 
 
 class LearntSeats:
-    """By rows that `predictor` foretells; as read until it has been fitted."""
+    """By rows that `predictor` foretells; as read until it has been fitted.
+
+    seen: what this rank has observed since the predictor was refreshed (luffy.seats.sharing).
+    teaches: a sequence's topic is the rank that it sits on, for the seat loss to pull its tokens there.
+    """
 
     name = "learnt"
 
-    def __init__(self, ep_size: int) -> None:
-        self.predictor = RowPredictor(ep_size)
+    def __init__(self, ep_size: int, teaches: bool = False) -> None:
+        self.teaches = teaches
+        self.predictor, self.seen = RowPredictor(ep_size), RowPredictor(ep_size)
+
+    def forget(self) -> None:
+        """Drop all that is known, as when experts have moved."""
+        self.predictor.forget()
+        self.seen.forget()
 
     @property
     def is_fitted(self) -> bool:
@@ -112,7 +122,10 @@ class LearntSeats:
     def place(self, described: np.ndarray, lengths: np.ndarray, layout: SeatLayout, read: Seating) -> Seating:
         if not self.is_fitted:
             return read
-        return seat_by_rows(self.predictor.predict(described, lengths), lengths, layout, read)
+        seating = seat_by_rows(self.predictor.predict(described, lengths), lengths, layout, read)
+        if not self.teaches:
+            return seating
+        return replace(seating, topic=seating.ep_rank(layout), num_topics=layout.ep_size)
 
     def state(self) -> dict[str, Tensor]:
         return self.predictor.state()

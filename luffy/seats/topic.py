@@ -20,13 +20,17 @@ from luffy.seats.topics import Topics
 
 
 class TopicSeats:
-    """num_topics: C. As read, and without topics, until `topics` are set."""
+    """num_topics: C. As read, and without topics, until `topics` are set.
+
+    fewer: topics that `load` found, which have to be cut in parts first.
+    """
 
     name = "topic"
 
     def __init__(self, num_topics: int) -> None:
         self.num_topics = num_topics
         self.topics: Topics | None = None
+        self.fewer: Topics | None = None
 
     def seat(self, sequences: SequenceOf[Sequence], layout: SeatLayout) -> Seating:
         read = as_read(len(sequences), layout)
@@ -65,8 +69,10 @@ class TopicSeats:
         return {} if self.topics is None else {"counts": torch.from_numpy(self.topics.counts.copy())}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take topics up, merged where there were more; those that would have to be cut are left."""
+        """Take topics up, merged where there were more. UserError where the numbers do not divide."""
         if "counts" in state:
             kept = Topics(state["counts"].numpy())
-            if kept.num_topics % self.num_topics == 0:
+            if kept.num_topics < self.num_topics:
+                self.fewer = kept
+            else:
                 self.topics = kept.regrouped(self.num_topics)

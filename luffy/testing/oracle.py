@@ -276,16 +276,12 @@ def entropy(p: Tensor) -> Tensor:
     return -(p * p.log()).sum()
 
 
-def seat_price(form: str, p: Tensor, chosen: Tensor, topic: int, num_topics: int, top_k: int) -> Tensor:
+def seat_price(form: str, p: Tensor, topic: int, num_topics: int, top_k: int) -> Tensor:
     """What one token with probabilities p [E] pays for the experts away from its topic's."""
     size = len(p) // num_topics
     mass = [p[c * size : (c + 1) * size].sum() for c in range(num_topics)]
     if form == "mass":
         return 1 - mass[topic]
-    if form == "log":
-        return -mass[topic].log()
-    if form == "chosen":
-        return 1 - (p * chosen)[topic * size : (topic + 1) * size].sum() / (p * chosen).sum()
     away = [m for c, m in enumerate(mass) if c != topic]
     return torch.stack([1 - torch.exp(-top_k * m) for m in away]).sum()
 
@@ -351,9 +347,9 @@ def forward(
         locality.append(of_sequences - in_use)
         if num_topics:
             paid = [
-                seat_price(config.router.seat_loss_form, p, c, s.topic, num_topics, config.router.top_k)
-                for s, ps, cs in zip(sequences, seen.probabilities, seen.chosen, strict=True)
-                for p, c in zip(ps, cs, strict=True)
+                seat_price(config.router.seat_loss_form, p, s.topic, num_topics, config.router.top_k)
+                for s, ps in zip(sequences, seen.probabilities, strict=True)
+                for p in ps
             ]
             seat.append(torch.stack(paid).sum() / num_tokens - in_use)
     auxiliary = config.router.balance_loss * sum(balance) + config.router.z_loss * sum(z_loss)

@@ -16,6 +16,7 @@ from luffy.plan.topology import Topology, parse_topology
 from luffy.ranges import AT_LEAST_ONE, COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE, Range
 from luffy.recipes import SEATS, Recipe, get_recipe
 from luffy.report.units import parse_num_bytes
+from luffy.train.loggers import check_log
 from luffy.wire_format import SUM_FORMATS
 
 
@@ -123,6 +124,7 @@ class TrainOptions:
     )
     export: bool = option(False, "Write model.safetensors at the end.", "Training")
     tensorboard: bool = option(True, "Write TensorBoard curves.", "Training")
+    log: str | None = option(None, "Curves elsewhere too, with commas: wandb, mlflow.", "Training")
     rehome_every: int | None = option(
         None, "Steps between re-homings of experts; 0: never (default: the recipe's).", "Training"
     )
@@ -165,9 +167,6 @@ class TrainOptions:
         None, "Topics, in equal shares of the tokens, each with its block of experts (default: --ep-size).", "Training"
     )
     seat_loss_warmup: int = option(0, "Steps over which the seat loss grows to its weight.", "Training")
-    seat_loss_final: float = option(
-        1.0, "Share of its weight that the seat loss keeps at the last step; it changes evenly.", "Training"
-    )
     condense_warmup: int = option(0, "Steps before condensation begins.", "Training")
     condense_until: float = option(1.0, "Share of the steps after which it ends.", "Training")
     trace_every: int = option(0, "Record routing in every n-th step, in OUT/trace; 0: never.", "Training")
@@ -196,7 +195,9 @@ class TrainOptions:
         None, "Weight of the loss that gives a sequence few experts, all staying in use; 0 is off, try 0.02.", "Model"
     )
     seat_loss: float | None = option(
-        None, "Weight of the loss that pulls tokens to the experts of their sequence's topic (--seats topic).", "Model"
+        None,
+        "Weight of the loss that pulls tokens to the experts of their sequence's seat; 0 is off, try 0.1.",
+        "Model",
     )
     seat_loss_form: str | None = option(None, f"What it counts: {', '.join(SEAT_LOSS_FORMS)}.", "Model")
     num_groups: int | None = option(None, "Groups of experts, of which a token uses --top-k-groups.", "Model")
@@ -209,6 +210,7 @@ class TrainOptions:
         _one_of("--backend", self.backend, ("auto", "nccl", "gloo"))
         _one_of("--dtype", self.dtype, ("auto", *DTYPES))
         _one_of("--gradient-dtype", self.get_gradient_dtype(), SUM_FORMATS)
+        check_log(self.log)
         _one_of("--layout", self.layout, ("packed", "padded"))
         _one_of("--sequence-mode", self.sequence_mode, ("documents", "fixed", "streams"))
         for name, allowed in self.RANGES.items():
@@ -246,9 +248,13 @@ class TrainOptions:
     def _check_seats(self, config: ModelConfig) -> None:
         if self.seats is not None:
             _one_of("--seats", self.seats, SEATS)
-        for name in ("topics", "seat_loss"):
-            asked = getattr(self, name)
-            _require(not asked or self.seats == "topic", f"--{name.replace('_', '-')} {asked} needs --seats topic")
+        kind = self.get_recipe().seats
+        _require(not self.topics or kind == "topic", f"--topics {self.topics} needs --seats topic")
+        _require(
+            not self.seat_loss or kind in ("topic", "learnt"),
+            f"--seat-loss {self.seat_loss} needs seats that it can pull to: --seats topic for a new model, "
+            "--seats learnt for a trained one",
+        )
         if self.seats != "topic":
             return
         _require(
@@ -267,10 +273,8 @@ class TrainOptions:
         return 0 if self.seats != "topic" else self.topics or ep_size
 
     def seat_strength(self, step: int) -> float:
-        """Factor of the seat loss at `step`, from 0: warmed up, and changing evenly to its final share."""
-        final = self.seat_loss_final
-        change = 1.0 if final == 1 else 1 + (final - 1) * step / max(1, self.steps - 1)
-        return change * min(1.0, (step + 1) / (self.seat_loss_warmup + 1))
+        """Factor of the seat loss at `step`, from 0."""
+        return min(1.0, (step + 1) / (self.seat_loss_warmup + 1))
 
     @property
     def num_micro_batches(self) -> int:

@@ -23,21 +23,24 @@ from luffy.comm import Comm, Mesh
 from luffy.compose import Runtime
 from luffy.data import mask_for_mlm
 from luffy.data.loader import Sequence
-from luffy.errors import UserError
 from luffy.lab.place import Lab, current_lab
 from luffy.model import ModelOutput, build_model
 from luffy.model.aux_loss import RouterTotals
+from luffy.model.ownership import check_model as check_weights_alike
 from luffy.model.stack import MicroBatch
 from luffy.plan.cost import AttentionCost
 from luffy.plan.topology import Topology, parse_topology
-from luffy.report.units import parse_num_bytes
+from luffy.report.runs import METRICS_FILE
+from luffy.report.units import format_loss, parse_num_bytes
 from luffy.seats.layout import SeatLayout
 from luffy.train import ranklog, stopping
 from luffy.train.attention import AttentionFit, attention_for_planning
 from luffy.train.batching import gather_step, make_micro_batch
+from luffy.train.beginning import changes_on_resume, check_data, check_model, check_options, data_facts
 from luffy.train.checkpoint import load_checkpoint, newest_sound, prepare_optimizer, read_meta, training_state
 from luffy.train.export import export_safetensors, load_safetensors
 from luffy.train.gradients import GradientSync, make_optimizer
+from luffy.train.loggers import open_loggers
 from luffy.train.measure import LOAD_EVERY, Measure
 from luffy.train.memory import training_need, without_vocabulary
 from luffy.train.metrics import MetricsWriter, RunSummary, describe_machine, read_metrics, write_json_atomic
@@ -59,6 +62,7 @@ class Trainer:
         self.options, self.mesh = options, mesh
         self.out = Path(options.out)
         self.comm = Comm.create(mesh)
+        check_options(options.to_dict(), mesh)
         options.check_world(mesh.world_size)
         self.micro_size = options.batch_size // options.num_micro_batches
         self.dtype_name = options.dtype
@@ -66,6 +70,9 @@ class Trainer:
             self.dtype_name = "bfloat16" if mesh.device.type == "cuda" else "float32"
         self._check_memory()
         self._load_data()
+        self.data_facts = data_facts(self.loader, self.valid_loader, self.vocabulary)
+        check_data(self.data_facts, str(options.data), mesh)
+        self.changes: list[str] = []  # on a resume, of options
         self.model = self._build_model()
         self.config, self.runtime = self.model.config, self.model.runtime
         self.expert_flops: float | None = None
@@ -107,6 +114,7 @@ class Trainer:
             reading = read_data(self.options, progress)
         self.config, self.mask_id = reading.config, reading.mask_id
         self.loader, self.valid_loader = reading.loader, reading.valid_loader
+        self.vocabulary = reading.vocabulary
 
     def _build_model(self) -> Any:
         """The model with its runtime, initialised, on the mesh's device."""
@@ -289,6 +297,7 @@ class Trainer:
             "attention_fit": self._attention_fit(),
             "expert_flops": self.expert_flops,
             "parts": values,
+            "data": self.data_facts,
         }
         self.ops.save(self.step, self._state(), meta, self.optimizer, lambda: self.evaluate(1), tensors)
 
@@ -298,15 +307,8 @@ class Trainer:
     def restore(self, path: Path) -> None:
         """Continue from `path`. Raises UserError when it is damaged or belongs to another model or data order."""
         meta = read_meta(path)
-        if meta["model"] != self.config.to_dict():
-            new, old = self.config.to_dict(), meta["model"]
-            differing = sorted(k for k in new if new[k] != old.get(k))
-            raise UserError(f"--resume: {path} holds a model with other settings ({', '.join(differing)})")
-        for name in ("seed", "batch_size", "accumulate", "overlap", "sequence_length", "sequence_mode"):
-            before, now = meta["options"].get(name, False), getattr(self.options, name)
-            if before != now:
-                option = "--" + name.replace("_", "-")
-                raise UserError(f"--resume: the run began with {option} {before}, not {now}; give it again as it was")
+        check_model(path, meta["model"], self.config)
+        self.changes = changes_on_resume(path, meta, self.options.to_dict(), self.data_facts)
         prepare_optimizer(self.optimizer)
         load_checkpoint(path, self._state(), self.mesh)
         self.step, self.valid_loss = meta["step"], meta["valid_loss"]
@@ -326,17 +328,21 @@ class Trainer:
             self.restore(found)
         elif o.start_weights is not None:
             load_safetensors(self.model, Path(o.start_weights))
+        check_weights_alike(self.model, self.mesh)
         self.prepare()
         writer = None
         if first:
-            writer = MetricsWriter(self.out, self.step if found else None, tensorboard=o.tensorboard)
+            loggers = open_loggers(o.log, self.out, o.to_dict())
+            writer = MetricsWriter(self.out, self.step if found else None, tensorboard=o.tensorboard, loggers=loggers)
             about = {"options": o.to_dict(), "model": self.config.to_dict(), "attention_fit": self._attention_fit()}
             write_json_atomic(self.out / "config.json", about)
+        before = read_metrics(self.out / METRICS_FILE) if first and found else []
         try:
-            with TrainProgress(o.steps, start_step=self.step, enabled=first) as progress:
+            with TrainProgress(o.steps, start_step=self.step, records=before, enabled=first) as progress:
                 if o.resume and first:
                     note = f"resuming after step {self.step}" if found else "no checkpoint in --out: starting anew"
-                    progress.message(note)
+                    for line in (note, *self.changes):
+                        progress.message(line)
                 with stopping.at_step_ends():
                     self._loop(writer, progress)
         finally:
@@ -381,7 +387,7 @@ class Trainer:
             note = ""
             if self.valid_loader is not None and (last or (o.eval_every and self.step % o.eval_every == 0)):
                 self.valid_loss = record["valid_loss"] = self.evaluate()
-                note = f"held-out loss {self.valid_loss:.4f}"
+                note = f"held-out loss {format_loss(self.valid_loss)}"
             if "auto" in record:
                 progress.message(record["auto"]["note"])
             if writer is not None:

@@ -80,7 +80,7 @@ def check_activation(device: str, dtypes: tuple[torch.dtype, ...], sizes: tuple[
             bias = torch.randn(E, width, generator=g).to(device) if biased else None
             arguments = (x, bias, weights, pairs, name)
             near(*(activate_weighted(*arguments, kernel=k) for k in (True, False)))
-            pair = [activate_weighted_backward(up.clone(), *arguments, kernel=k) for k in (True, False)]
+            pair = [activate_weighted_backward(up.clone(), x.clone(), *arguments[1:], kernel=k) for k in (True, False)]
             for got, want in zip(*pair, strict=True):
                 near(got, want)
             assert not pair[0][2][ids < 0].any()
@@ -110,9 +110,14 @@ def check_router(device: str) -> int:
             for a, b in zip((got.logits, got.scores, got.weights), want, strict=True):
                 near(a, b.detach().float())
             for which in itertools.product((True, False), repeat=3):
-                ups = [torch.randn(w.shape, generator=g).to(device) if on else None for w, on in zip(want, which, strict=True)]
+                ups = [
+                    torch.randn(w.shape, generator=g).to(device) if on else None
+                    for w, on in zip(want, which, strict=True)
+                ]
                 if any(which):
-                    outputs, given = zip(*((w, u.double()) for w, u in zip(want, ups, strict=True) if u is not None), strict=True)
+                    outputs, given = zip(
+                        *((w, u.double()) for w, u in zip(want, ups, strict=True) if u is not None), strict=True
+                    )
                     (expected,) = torch.autograd.grad(outputs, exact, given, retain_graph=True)
                     found = choose_backward(got.scores, got.ids, *ups, score, normalize).float().unflatten(1, (3, E))
                     assert torch.equal(found[:, 0], found[:, 1])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from luffy.config import SEAT_LOSS_FORMS, RouterConfig
+from luffy.config import RouterConfig
 from luffy.data.batch import Layout, SequenceTable
 from luffy.errors import UserError
 from luffy.model.seat_loss import seat_stats
@@ -20,7 +20,7 @@ def near(preset: str = "moe-llm-tiny", **changes: Any) -> Any:
     return shrunk(preset, **({"num_experts": 8, "top_k": 2, "seat_loss": 0.5} | changes))
 
 
-@pytest.mark.parametrize(("form", "world"), list(zip(SEAT_LOSS_FORMS, (1, 2, 4, 2), strict=True)))
+@pytest.mark.parametrize(("form", "world"), [("mass", 1), ("mass", 4), ("rows", 2)])
 def test_every_form_equals_the_oracle(form: str, world: int) -> None:
     told = assert_exact(Case(near(seat_loss_form=form), world=world, steps=3, micro_batches=2, num_topics=4))
     assert len(told.outputs[0].seat) == 2

@@ -52,6 +52,8 @@ def rehome_on(rank: int, case: Case) -> dict:
     loss = run_step(model, comm, case, [batch_of(9)]).tolist()
     recorded, rest = record(model, comm), {"padded": False, "micro_batches": 1, "seats": seats}
     stays = rehome(model, optimizer, recorded, steps_until_next=0, **rest)
+    seats.seen.observe(recorded[0].features, recorded[0].lengths, np.ones((len(recorded[0].lengths), N)))
+    kept = seats.seen.moments.any()
     first, before = seats.predictor.coefficients.copy(), current_owners(model)
     moved = rehome(model, optimizer, recorded, steps_until_next=10**9, **rest)
     owners = current_owners(model)
@@ -62,6 +64,7 @@ def rehome_on(rank: int, case: Case) -> dict:
     return {
         "stays": stays.to_dict(), "moved": moved.to_dict(), "before": before, "owners": owners, "first": first,
         "losses": (loss, run_step(model, comm, case, [batch_of(9)]).tolist()), "moments": moments,
+        "noted": (kept, seats.seen.moments.any()),
         "coefficients": seats.predictor.coefficients, "alone": (learnt, fresh.predictor.coefficients),
         "seen": [(s.features, s.lengths, r) for s, r in zip(recorded, rows, strict=True)],
     }  # fmt: skip
@@ -79,6 +82,7 @@ def test_experts_move_with_seats_and_seats_are_learnt_of_where_they_are(ep_size:
     for a in answers[1:]:
         np.testing.assert_array_equal(a["owners"], first["owners"])
         np.testing.assert_array_equal(a["coefficients"], first["coefficients"])
+    assert first["noted"] == (True, False)
     # What was learnt before experts moved is forgotten: of all groups' recordings, each sequence once.
     expected = RowPredictor(ep_size)
     for group in range(0, 4, ep_size):

@@ -25,7 +25,8 @@ def choose_parts(trainer: Trainer) -> list[Any]:
     """In the order in which they run. Gives the trainer's reader the seats that its recipe asks for."""
     o, model, mesh, runtime = trainer.options, trainer.model, trainer.mesh, trainer.runtime
     padded, parts = o.layout == "padded", list[Part]()
-    learnt = LearntSeats(mesh.ep_size) if runtime.recipe.seats == "learnt" and mesh.world_size > 1 else None
+    teaches = trainer.config.router.seat_loss > 0
+    learnt = LearntSeats(mesh.ep_size, teaches) if runtime.recipe.seats == "learnt" and mesh.world_size > 1 else None
     if (num_topics := o.num_topics(mesh.ep_size)) > 0:
         topical = TopicSeats(num_topics)
         trainer.reader.use(topical)

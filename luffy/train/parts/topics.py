@@ -20,7 +20,7 @@ TOPICS_FILE = "topics.npz"  # in a run's folder, beside model.safetensors
 
 class TopicKeeping:
     """Finds the topics of `seats` before the first step: those of the checkpoint; of the model that the run starts
-    from, regrouped to this run's number; else fitted to the first sequences of the order."""
+    from; regrouped to this run's number; else fitted to the first sequences of the order."""
 
     name = "topics"
 
@@ -40,16 +40,18 @@ class TopicKeeping:
 
     def _find(self) -> Topics:
         """Every rank reads the same and counts in integers; the first one's counts are taken by all."""
-        kept = None if self.start_weights is None else Path(self.start_weights).parent / TOPICS_FILE
+        kept = self.seats.fewer
+        if kept is None and self.start_weights is not None:
+            beside = Path(self.start_weights).parent / TOPICS_FILE
+            kept = Topics.load(beside) if beside.is_file() else None
         per_batch = self.loader.global_batch_size
         batches = range(min(-(-NUM_FITTED // per_batch), max(1, getattr(self.loader, "num_full_batches", 1))))
         wanted = self.seats.num_topics
-        if kept is not None and kept.is_file():
-            topics = Topics.load(kept)
-            more = wanted > topics.num_topics
-            topics = topics.regrouped(wanted, [s.tokens for b in batches for s in self.loader.batch(b)] if more else ())
+        if kept is not None and wanted <= kept.num_topics:
+            topics = kept.regrouped(wanted)
         else:
-            topics = Topics.fit([s.tokens for b in batches for s in self.loader.batch(b)], wanted, self.vocab_size)
+            first = [s.tokens for b in batches for s in self.loader.batch(b)]
+            topics = Topics.fit(first, wanted, self.vocab_size) if kept is None else kept.regrouped(wanted, first)
         counts = torch.from_numpy(topics.counts).to(self.comm.mesh.device)
         shared = self.comm.all_reduce(counts if self.comm.mesh.rank == 0 else torch.zeros_like(counts))
         self.comm.meter.take()  # agreeing is not part of a step's traffic
