@@ -110,9 +110,14 @@ def check_router(device: str) -> int:
             for a, b in zip((got.logits, got.scores, got.weights), want, strict=True):
                 near(a, b.detach().float())
             for which in itertools.product((True, False), repeat=3):
-                ups = [torch.randn(w.shape, generator=g).to(device) if on else None for w, on in zip(want, which, strict=True)]
+                ups = [
+                    torch.randn(w.shape, generator=g).to(device) if on else None
+                    for w, on in zip(want, which, strict=True)
+                ]
                 if any(which):
-                    outputs, given = zip(*((w, u.double()) for w, u in zip(want, ups, strict=True) if u is not None), strict=True)
+                    outputs, given = zip(
+                        *((w, u.double()) for w, u in zip(want, ups, strict=True) if u is not None), strict=True
+                    )
                     (expected,) = torch.autograd.grad(outputs, exact, given, retain_graph=True)
                     found = choose_backward(got.scores, got.ids, *ups, score, normalize).float().unflatten(1, (3, E))
                     assert torch.equal(found[:, 0], found[:, 1])
