@@ -143,6 +143,11 @@ def _check(recipe: Recipe, config: ModelConfig) -> None:
             f"--seats {recipe.seats} cannot be combined with --recipe {recipe.name}, which moves sequences behind "
             "layers; use --recipe luffy"
         )
+    if config.latent_size and (recipe.moves or recipe.condense != "none"):
+        raise UserError(
+            f"--latent-size {config.latent_size} cannot be combined with --recipe {recipe.name}, whose rows carry the "
+            "stream: choose a recipe that neither moves sequences behind layers nor condenses tokens"
+        )
     if config.memory_length and (recipe.moves or recipe.seats != "as-read"):
         raise UserError(
             f"--memory-length cannot be combined with --recipe {recipe.name}: the states of a segment stay on the rank "

@@ -102,7 +102,8 @@ class ModelConfig:
 
     `expert_hidden_size` is an expert's inner width F; `dense_hidden_size` that of the blocks without experts.
     Block i (from 0) has experts when (i + 1) % `moe_every` == 0. `num_shared_experts` experts of width F see every
-    token and never leave its rank. `memory_length` > 0 (relative positions only) is Transformer-XL's segment
+    token and never leave its rank. `latent_size` > 0: rows go to routed experts, and come back, projected to so many
+    elements (luffy.model.latent). `memory_length` > 0 (relative positions only) is Transformer-XL's segment
     recurrence: keys and values also cover that many hidden states of the lane's previous segment.
     """
 
@@ -123,6 +124,7 @@ class ModelConfig:
     bias: bool = True
     tie_embeddings: bool = True
     num_shared_experts: int = 0
+    latent_size: int = 0
     moe_every: int = 1
     memory_length: int = 0
     rope_base: float = 10000.0
@@ -148,6 +150,11 @@ class ModelConfig:
             AT_LEAST_ONE.check(option, value)
         COUNT.check("--shared-experts", self.num_shared_experts)
         COUNT.check("--memory-length", self.memory_length)
+        COUNT.check("--latent-size", self.latent_size)
+        _require(
+            self.latent_size < self.hidden_size,
+            f"--latent-size {self.latent_size} must be below --hidden-size {self.hidden_size}; leave it out",
+        )
         for option, number in (("rope_base", self.rope_base), ("norm_eps", self.norm_eps)):
             POSITIVE.check(option, number)
         NOT_NEGATIVE.check("init_std", self.init_std)
@@ -164,6 +171,11 @@ class ModelConfig:
     @property
     def head_size(self) -> int:
         return self.hidden_size // self.num_heads
+
+    @property
+    def row_size(self) -> int:
+        """Elements of a row that travels to experts."""
+        return self.latent_size or self.hidden_size
 
     def is_moe_layer(self, layer: int) -> bool:
         return (layer + 1) % self.moe_every == 0

@@ -86,7 +86,7 @@ class GroupedExperts(Experts):
 
     def __init__(self, config: ModelConfig, num_local: int) -> None:
         super().__init__()
-        D, F_ = config.hidden_size, config.expert_hidden_size
+        D, F_ = config.row_size, config.expert_hidden_size
         width = 2 * F_ if config.activation == "swiglu" else F_
         self.num_local, self.activation = num_local, config.activation
         self.w_in = nn.Parameter(torch.empty(num_local, D, width))

@@ -26,6 +26,7 @@ from luffy.exchange.guests import Departed
 from luffy.exchange.permute import pairs_by_expert
 from luffy.exchange.stage import Stage, finish
 from luffy.model.experts import Experts, GroupedExperts
+from luffy.model.latent import LatentRows
 from luffy.model.layers import FeedForward
 from luffy.model.observe import observe
 from luffy.model.rank_state import mark_state
@@ -41,8 +42,8 @@ class MoELayer(nn.Module):
     and at the experts' rank for the rows, because what travels is the stream itself.
 
     The parts are given: `build` makes those of a ModelConfig, luffy.hf those of another library's block. router: rows
-    to Routing and RouterStats. experts: this rank's share of them, `num_local` in the order of their ids.
-    layer_of_moe: index of this layer among the model's MoE layers.
+    to Routing and RouterStats. experts: this rank's share of them, `num_local` in the order of their ids. latent: where
+    rows are narrower than the stream. layer_of_moe: index of this layer among the model's MoE layers.
     """
 
     def __init__(
@@ -53,12 +54,13 @@ class MoELayer(nn.Module):
         router: RouterBase,
         experts: Experts,
         shared_experts: nn.Module | None = None,
+        latent: LatentRows | None = None,
         layer_of_moe: int = 0,
         causal: bool = True,
     ) -> None:
         super().__init__()
         self.runtime, self.layer, self.layer_of_moe = runtime, layer, layer_of_moe
-        self.router, self.experts, self.shared_experts = router, experts, shared_experts
+        self.router, self.experts, self.shared_experts, self.latent = router, experts, shared_experts, latent
         may_drop = router.config.capacity_factor is not None
         self.dispatcher = runtime.dispatcher(layer, layer_of_moe, experts, causal=causal, may_drop=may_drop)
         self.register_buffer("slot_of_expert", torch.arange(router.config.num_experts))
@@ -77,6 +79,7 @@ class MoELayer(nn.Module):
             router=Router(config.router, config.hidden_size),
             experts=GroupedExperts(config, config.router.num_experts // ep_size),
             shared_experts=FeedForward(config, shared) if shared else None,
+            latent=LatentRows(config.hidden_size, config.latent_size) if config.latent_size else None,
             layer_of_moe=sum(config.is_moe_layer(i) for i in range(layer)),
             causal=config.causal,
         )
@@ -109,11 +112,13 @@ class MoELayer(nn.Module):
             condenses=self.training and torch.is_grad_enabled(), departed=departed,
         )  # fmt: skip
         tokens = observe(tokens, predict_next, self.runtime)
-        received = yield from self.dispatcher.dispatch(tokens)
+        sent = tokens if self.latent is None else self.latent.narrowed(tokens)
+        received = yield from self.dispatcher.dispatch(sent)
         if received.condensed is not None:
             stats = replace(stats, condensed_counts=received.condensed.counts())
         partial = self._run_experts(received)
-        after = yield from self.dispatcher.combine(tokens, received, partial)
+        after = yield from self.dispatcher.combine(sent, received, partial)
+        after = after if self.latent is None else self.latent.widened(tokens, after)
         return replace(after, router_stats=(*batch.router_stats, stats))
 
     def foresee(self, hidden: Tensor, norm: Norm) -> Forecast:

@@ -17,8 +17,7 @@ def topics_figure(run: Run) -> Figure | None:
     mean = column(run.records, "topics", "rows_away")
     if not np.isfinite(mean).any():
         return None
-    figure, axes = style.new_figure(height=3.7)
-    axes.remove()
+    figure = Figure(figsize=(style.WIDTH, 3.7), layout="constrained")
     rows, loads = figure.subplots(1, 2, width_ratios=(3, 2))
     by_layer = [(r["step"], [layer["rows_away"] for layer in r["topics_by_layer"]])
                 for r in run.records if r.get("topics_by_layer")]  # fmt: skip
@@ -33,7 +32,7 @@ def topics_figure(run: Run) -> Figure | None:
     rows.plot(steps, smooth(touched, window), color=style.INK, linewidth=1.2, linestyle=":", label="ranks it uses")
     rows.set_ylabel("rows a token")
     for name, values, line in (
-        ("busiest rank's rows, over as dealt", column(run.records, "topics", "busiest"), "-"),
+        ("busiest rank, over the mean as dealt", column(run.records, "topics", "busiest"), "-"),
         ("balance of experts", column(run.records, "balance"), "--"),
     ):
         loads.plot(steps, smooth(bin_means(values), window), color=style.INK, linestyle=line, linewidth=1.4, label=name)

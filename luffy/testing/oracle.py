@@ -215,16 +215,21 @@ def mixture(
     if router.capacity_factor is not None:  # each expert takes the first so many of this sequence's tokens
         capacity = math.ceil(router.capacity_factor * x.shape[0] * K / E)
         served = chosen & (chosen.cumsum(0) <= capacity)
-    total = torch.zeros_like(x)
+    seen_by_experts = x
+    if config.latent_size:
+        seen_by_experts = x @ params[name + ".latent.enter.weight"].T
+    total = torch.zeros_like(seen_by_experts)
     for e in range(E):
         tokens = served[:, e].nonzero().flatten()
-        rows = x[tokens]
+        rows = seen_by_experts[tokens]
         if condensing is not None and everyone is not None:
             rows = condensing.inputs(e, everyone)[first + tokens]
         answers = expert(config, params, name + ".experts", e, rows)
         if condensing is not None and condensing.compensate:
             answers = answers + x[tokens] - rows
         total = total.index_add(0, tokens, weights[tokens, e][:, None] * answers)
+    if config.latent_size:
+        total = total @ params[name + ".latent.out.weight"].T
     if config.num_shared_experts:
         total = total + feed_forward(config, params, name + ".shared_experts", x)
     seen.probabilities.append(scores / scores.sum(-1, keepdim=True))

@@ -65,7 +65,8 @@ def count_parameters(config: ModelConfig, ep_size: int) -> tuple[int, int]:
     replicated += dense_layers * matrices * D * config.dense_hidden_size
     replicated += config.num_moe_layers * (config.router.num_experts * D + matrices * D * shared)
     own = config.router.num_experts // ep_size
-    return replicated, config.num_moe_layers * own * matrices * D * config.expert_hidden_size
+    replicated += config.num_moe_layers * 2 * D * config.latent_size
+    return replicated, config.num_moe_layers * own * matrices * config.row_size * config.expert_hidden_size
 
 
 def training_need(config: ModelConfig, ep_size: int, dtype: torch.dtype, rows: int) -> Need:

@@ -179,6 +179,9 @@ class TrainOptions:
     expert_hidden_size: int | None = option(None, "Inner width of an expert.", "Model")
     dense_hidden_size: int | None = option(None, "Inner width of a dense block.", "Model")
     shared_experts: int | None = option(None, "Experts that see every token.", "Model")
+    latent_size: int | None = option(
+        None, "Elements of the rows that go to routed experts and back, projected; 0: those of the stream.", "Model"
+    )
     moe_every: int | None = option(None, "Experts in every n-th block.", "Model")
     max_sequence_length: int | None = option(None, "Longest sequence the model can take.", "Model")
     memory_length: int | None = option(
@@ -312,6 +315,7 @@ class TrainOptions:
             expert_hidden_size=self.expert_hidden_size,
             dense_hidden_size=self.dense_hidden_size,
             num_shared_experts=self.shared_experts,
+            latent_size=self.latent_size,
             moe_every=self.moe_every,
             max_sequence_length=self.max_sequence_length,
             memory_length=self.memory_length,

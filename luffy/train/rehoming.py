@@ -84,7 +84,7 @@ def current_owners(model: Stack) -> np.ndarray:
 
 def wire_of(model: Stack, padded: bool) -> Wire:
     """How this model's layers put rows on the wire now, as replay wants to know it."""
-    rt, width = model.runtime, model.config.hidden_size
+    rt, width = model.runtime, model.config.row_size
     recipe, itemsize, state = rt.recipe, model.stream_dtype.itemsize, rt.residency
     size = sum(p[0].numel() for p in model.moe_layers[0].experts.parameters()) if model.moe_layers else 0
     coded = [t.spec for t in rt.transports[:1] if t.codes]

@@ -33,7 +33,7 @@ class Tracing(Stateless):
             tuple(done.traced),
             num_experts=router.num_experts,
             top_k=router.top_k,
-            hidden_size=self.model.config.hidden_size,
+            hidden_size=self.model.config.row_size,
             row_num_bytes=wire.row_num_bytes,
             owners=current_owners(self.model),
             about=self.about | {"expert_num_bytes": wire.expert_num_bytes},
