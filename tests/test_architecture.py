@@ -97,7 +97,7 @@ def violations(source: str, module: str, is_package: bool = False) -> list[str]:
 
 
 def fields_read_of_a_recipe(source: str) -> list[str]:
-    """`recipe.placement`, `self.runtime.recipe.placement`: fields read of whatever is called a recipe, its name aside."""
+    """`recipe.placement`, `self.runtime.recipe.placement`: fields read of what is called a recipe, its name aside."""
     fields = {field.name for field in dataclasses.fields(Recipe)} - {"name", "summary"} | {"moves", "wire_spec"}
     found = []
     for name in attribute_names(ast.parse(source)):

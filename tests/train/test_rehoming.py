@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from luffy.data.loader import Sequence
+from luffy.model.casting import keep_over_micro_batches
 from luffy.plan.replay import rows_of_all_layers
 from luffy.plan.trace import TraceStep
 from luffy.seats.predictor import RowPredictor
@@ -110,11 +111,15 @@ def bfloat16_around_a_move(rank: int) -> tuple[float, float]:
     model, comm = build(case)
     model.stream_dtype = torch.bfloat16
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
-    before = float(run_step(model, comm, case, [batch_of(9)])[0])
-    for layer, moe in enumerate(model.moe_layers):
-        owner = np.arange(8) // 4
-        move_experts(moe, optimizer, np.random.default_rng(layer).permutation(owner), comm)
-    return before, float(run_step(model, comm, case, [batch_of(9)])[0])
+    keep_over_micro_batches()
+    try:
+        before = float(run_step(model, comm, case, [batch_of(9)])[0])
+        for layer, moe in enumerate(model.moe_layers):
+            owner = np.arange(8) // 4
+            move_experts(moe, optimizer, np.random.default_rng(layer).permutation(owner), comm)
+        return before, float(run_step(model, comm, case, [batch_of(9)])[0])
+    finally:
+        keep_over_micro_batches(False)
 
 
 def test_experts_that_moved_compute_with_their_own_weights_in_bfloat16():
