@@ -27,17 +27,12 @@ SCHEMES = {
     "none": ["--condense", "none"],
     "static 0.9": ["--condense", "static:0.9,local"],
     "static 0.8": ["--condense", "static:0.8,local"],
-    "budget 0.1": ["--condense", "budget:0.1,local"],
-    "budget 0.2": ["--condense", "budget:0.2,local"],
-    "budget 0.3": ["--condense", "budget:0.3,local"],
     "paper": ["--condense", "paper"],
     "lsh_moe, causal": ["--condense", "lsh-causal:6,local"],
     "lsh_moe (published, leaks)": ["--condense", "lsh:6"],
-    "budget 0.3, last 30% without": ["--condense", "budget:0.3,local", "--condense-until", "0.7"],
     "static 0.9, corrected": ["--condense", "static:0.9,local,correct"],
     "static 0.8, corrected": ["--condense", "static:0.8,local,correct"],
     "static 0.95": ["--condense", "static:0.95,local"],
-    "static 0.9, spread gradient": ["--condense", "static:0.9,local,spread"],
 }
 
 
@@ -107,7 +102,6 @@ def collect(out: Path, steps: int) -> dict[str, list[dict]]:
             results.setdefault(scheme, []).append({
                 "seed": seed, "steps": curve[-1][0],
                 "valid_loss": curve[-1][2], "kept": mean(kept), "kept_last_100": mean(kept[-100:]),
-                "audited_error": mean(c["error"] for c in last[-100:]) if last and "error" in last[-1] else None,
                 "seconds": sum(r["seconds"] for r in records), "curve": curve, "last": last[-1] if last else None,
                 "condense_seconds": sum(r["seconds_split"]["condense"] for r in records),
             })  # fmt: skip
@@ -122,16 +116,14 @@ def collect(out: Path, steps: int) -> dict[str, list[dict]]:
 def table(out: Path, target: Path | None, figure: Path | None, steps: int) -> None:
     """Print a table of means over seeds; write the numbers and the picture."""
     results = collect(out, steps)
-    click.echo("| scheme | seeds | steps | copies sent | held-out loss | gap to none (paired) | audited error |")
-    click.echo("| --- | --- | --- | --- | --- | --- | --- |")
+    click.echo("| scheme | seeds | steps | copies sent | held-out loss | gap to none (paired) |")
+    click.echo("| --- | --- | --- | --- | --- | --- |")
     for scheme, runs in results.items():
         gaps = gaps_to_none(runs, results["none"])
         spread = f" ± {stdev(gaps):.3f}" if len(gaps) > 1 and scheme != "none" else ""
-        errors = [r["audited_error"] for r in runs if r["audited_error"] is not None]
         click.echo(
             f"| {scheme} | {len(runs)} | {min(r['steps'] for r in runs)} | {mean(r['kept'] for r in runs):.2f} | "
-            f"{mean(r['valid_loss'] for r in runs):.3f} | {mean(gaps):+.3f}{spread} | "
-            f"{f'{mean(errors):.3f}' if errors else ''} |"
+            f"{mean(r['valid_loss'] for r in runs):.3f} | {mean(gaps):+.3f}{spread} |"
         )
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)

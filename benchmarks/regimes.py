@@ -30,7 +30,8 @@ ENTRIES = (
 )
 SMALL = (
     "vanilla;vanilla_dedup;luffy;luffy_max=luffy_max --gradient-dtype int8;dedup+o=vanilla_dedup --overlap;"
-    "luffy+o=luffy --overlap;max+o=luffy_max --overlap --gradient-dtype int8;paper=luffy_paper;auto;janus;fastermoe;netmoe"
+    "luffy+o=luffy --overlap;max+o=luffy_max --overlap --gradient-dtype int8;paper=luffy_paper;auto;janus;"
+    "fastermoe;netmoe"
 )
 
 

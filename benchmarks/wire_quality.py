@@ -41,7 +41,6 @@ CONDENSE = "static:0.9,local,correct"
 SCHEMES: dict[str, tuple[str, str]] = {  # --wire, --condense
     "none": ("model", "none"),
     "bf16": ("bf16,local", "none"),
-    "fp8": ("fp8,local", "none"),
     "int8": ("int8,local", "none"),
     "int4": ("int4,local", "none"),
     "int4-sr": ("int4-sr,local", "none"),
@@ -51,7 +50,6 @@ SCHEMES: dict[str, tuple[str, str]] = {  # --wire, --condense
 }
 CONDENSE_MOVING = "static:0.9,local"
 MORE: dict[str, tuple[str, str]] = {  # on request
-    "fp8_e5m2": ("fp8_e5m2,local", "none"),
     "int8-sr": ("int8-sr,local", "none"),
     "int4 rows": ("dispatch=int4,combine=int4,local", "none"),
     "int4 gradients": ("dispatch_backward=int4,combine_backward=int4,local", "none"),
@@ -59,11 +57,7 @@ MORE: dict[str, tuple[str, str]] = {  # on request
     "condensed int8": ("int8,local", CONDENSE),
     "condensed int4": ("int4,local", CONDENSE),
     "moves": ("model", "none"),
-    "moves int8": ("int8", "none"),
-    "moves dispatch int8": ("dispatch=int8", "none"),
-    "moves aggressive": ("aggressive", "none"),
     "moves condensed": ("model", CONDENSE_MOVING),
-    "moves condensed int8": ("int8", CONDENSE_MOVING),
 }
 MOVES = Recipe("moves", "sequences move at random, in every layer", placement="random")
 MOVING_RANKS = 2

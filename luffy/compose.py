@@ -90,6 +90,11 @@ class Runtime:
             runtime.residency = ResidencyState(topology)
         return runtime
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether layers are asked what they would choose before their rows are theirs."""
+        return self.recipe.look_ahead
+
     def dispatcher(
         self, layer: int, layer_of_moe: int, experts: Experts, *, causal: bool, may_drop: bool
     ) -> Dispatcher:

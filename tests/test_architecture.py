@@ -4,13 +4,16 @@ Imports are read from the syntax tree, inside functions and `if TYPE_CHECKING` t
 """
 
 import ast
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from luffy.recipes import Recipe
+
 ROOT = Path(__file__).resolve().parent.parent
-MAX_LINES = 600
+MAX_LINES = 400
 SOURCE_SUFFIXES = {".py", ".sh", ".j2", ".cu", ".cpp", ".h"}
 
 # A module may import what has its own rank or a lower one. A module may have a rank other than its package's.
@@ -19,11 +22,14 @@ RANKS = {
     "data": 1, "plan": 1, "report": 1, "kernels": 1, "seats": 1,
     "comm": 2, "lab": 2,
     "exchange": 3, "seats.sharing": 3, "seats.exchange": 3,
-    "model": 4,
-    "train": 5, "hf": 5, "__main__": 5,
-    "testing": 6,
+    "compose": 4,
+    "model": 5,
+    "train": 6, "hf": 6, "__main__": 6,
+    "testing": 7,
 }  # fmt: skip
 MAY_USE_TORCH_DISTRIBUTED = {"comm", "train", "testing"}
+# What a recipe says is made into objects by luffy.compose; these are given the objects, and never ask.
+MAY_NOT_READ_A_RECIPE = {"data", "plan", "kernels", "seats", "comm", "lab", "exchange", "model"}
 
 
 def module_name(path: Path, root: Path = ROOT) -> str:
@@ -90,6 +96,17 @@ def violations(source: str, module: str, is_package: bool = False) -> list[str]:
     return found
 
 
+def fields_read_of_a_recipe(source: str) -> list[str]:
+    """`recipe.placement`, `self.runtime.recipe.placement`: fields read of what is called a recipe, its name aside."""
+    fields = {field.name for field in dataclasses.fields(Recipe)} - {"name", "summary"} | {"moves", "wire_spec"}
+    found = []
+    for name in attribute_names(ast.parse(source)):
+        *_, owner, field = name.split(".")
+        if owner.endswith("recipe") and field in fields:
+            found.append(name)
+    return found
+
+
 def sources(*folders: str) -> list[Path]:
     paths = (path for folder in folders for path in sorted((ROOT / folder).rglob("*")))
     return [path for path in paths if path.suffix in SOURCE_SUFFIXES and path.is_file()]
@@ -104,6 +121,16 @@ def test_the_package_keeps_its_architecture() -> None:
         for problem in violations(path.read_text("utf-8"), module_name(path), path.stem == "__init__")
     ]
     assert not found, "\n".join(found)
+
+
+def test_only_what_composes_reads_recipes() -> None:
+    paths = [path for path in sources(*(f"luffy/{part}" for part in MAY_NOT_READ_A_RECIPE)) if path.suffix == ".py"]
+    assert len(paths) > 50, "the packages were not found"
+    found = [f"{module_name(path)} reads {name}: ask an object that luffy.compose makes"
+             for path in paths for name in fields_read_of_a_recipe(path.read_text("utf-8"))]  # fmt: skip
+    assert not found, "\n".join(found)
+    composing = (ROOT / "luffy" / "compose.py").read_text("utf-8")
+    assert {"self.recipe.copies", "recipe.residency"} <= set(fields_read_of_a_recipe(composing)), "the probe is blind"
 
 
 def test_files_stay_small() -> None:
@@ -129,6 +156,9 @@ def test_files_stay_small() -> None:
         ("luffy.train.trainer", "from luffy.testing import run_ranks"),
         ("luffy.lab.processes", "from luffy.train.launch import launch"),
         ("luffy.lab.probe", "import torch.distributed"),
+        ("luffy.exchange.direct", "from luffy.compose import Runtime"),
+        ("luffy.compose", "from luffy.model.moe_layer import MoELayer"),
+        ("luffy.plan.seats", "from luffy.seats.sharing import share"),
         ("luffy.helpers", "import os"),
         ("luffy", "from luffy.train.trainer import Trainer"),
     ],
@@ -145,6 +175,8 @@ def test_a_violation_is_seen(module: str, source: str) -> None:
         ("luffy.seats.sharing", "from luffy.comm import Comm"),
         ("luffy.comm.collectives", "import torch.distributed as dist\ndist.all_reduce(x)"),
         ("luffy.train.metrics", "from luffy.report.runs import totals\nfrom luffy.version import __version__"),
+        ("luffy.model.moe_layer", "from luffy.compose import Runtime"),
+        ("luffy.compose", "from luffy.exchange.direct import Direct\nfrom luffy.recipes import Recipe"),
         ("luffy.testing.oracle", "from luffy.train.trainer import Trainer"),
         ("luffy.lab.spec", "from luffy.plan.topology import parse_rate"),
         ("luffy.train.launch", "from luffy.lab.place import take_place"),

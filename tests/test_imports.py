@@ -10,7 +10,8 @@ import luffy.hf
 
 HEAVY = ("torch", "scipy", "transformers", "matplotlib", "pyarrow", "triton", "tensorboard")
 QUESTIONS = ("--help", "--version", "models", "recipes", "train --help", "compare --help", "finetune --help",
-             "plan --help", "lab --help", "report --help", "upcycle --help")  # fmt: skip
+             "plan --help", "lab --help", "report --help", "upcycle --help", "doctor --help",
+             "train --help-all")  # fmt: skip
 ASK = """
 import sys
 from luffy.train.cli import main

@@ -77,14 +77,11 @@ def main(minutes: float, steps: int, seed: int, out: Path) -> None:
             number += 1
             kind = "disk" if has_disk and number % 4 == 2 else "lab" if lab and number % 4 == 0 else "local"
             folder = (disk if kind == "disk" else out) / f"life-{number}"
-            life = Life(folder, options(data, folder, steps), score, temporary, lab if kind == "lab" else [])
+            life = Life(folder, options(data, folder, steps), score, temporary, out, lab if kind == "lab" else [])
             live(life, kind, dice, losses, end)
             shutil.rmtree(folder, ignore_errors=True)
-            for words in folder.parent.glob(f"{folder.name}.*.txt"):
-                words.rename(out / words.name) if kind == "disk" and words.parent != out else None
-            click.echo(
-                f"life {number} ({kind}): {sum(score.faults.values())} faults, {score.resumes} resumes", err=True
-            )
+            faults = sum(score.faults.values())
+            click.echo(f"life {number} ({kind}): {faults} faults, {score.wrong_ones()} wrong", err=True)
     finally:
         if has_disk:
             subprocess.run(["umount", "-l", str(disk)])
@@ -134,11 +131,8 @@ def report(score: Score, lives: int, left_out: list[str], out: Path) -> None:
             click.echo("        " + detail.replace("\n", "\n        "))
     if left_out:
         click.echo(f"left out, since they need root: {', '.join(left_out)}")
-    (out / "soak.json").write_text(
-        json.dumps(
-            {"faults": score.faults, "resumes": score.resumes, "ends": score.ends, "wrong": score.wrong}, indent=1
-        )
-    )
+    counts = {"faults": score.faults, "resumes": score.resumes, "ends": score.ends, "wrong": score.wrong}
+    (out / "soak.json").write_text(json.dumps(counts, indent=1))
     sys.exit(any(score.wrong.values()) or total == 0)
 
 

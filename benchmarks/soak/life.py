@@ -53,12 +53,13 @@ class Score:
 
 @dataclass
 class Life:
-    """A run in folder `out`. prefix: of its command, such as `luffy lab ... --`."""
+    """A run in folder `out`. notes: folder for what it says. prefix: of its command, such as `luffy lab ... --`."""
 
     out: Path
     arguments: list[str]
     score: Score
     temporary: Path
+    notes: Path
     prefix: list[str] = field(default_factory=list)
     process: subprocess.Popen[bytes] | None = None
     number: int = 0
@@ -66,8 +67,13 @@ class Life:
 
     @property
     def words(self) -> str:
-        path = self.out.parent / f"{self.out.name}.{self.number}.txt"
+        path = self.words_path
         return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+    @property
+    def words_path(self) -> Path:
+        """What the newest start says; not on the disk that is filled."""
+        return self.notes / f"{self.out.name}.{self.number}.txt"
 
     @property
     def checkpoints(self) -> list[Path]:
@@ -79,7 +85,7 @@ class Life:
         self.expected = int(self.checkpoints[-1].name[5:]) if self.checkpoints else 0
         resume = ["--resume"] if self.number > 1 else []
         command = [*LUFFY, *self.prefix, *([*LUFFY] if self.prefix else []), "train", *self.arguments, *resume]
-        with open(self.out.parent / f"{self.out.name}.{self.number}.txt", "wb") as words:
+        with open(self.words_path, "wb") as words:
             self.process = subprocess.Popen(
                 command, stdout=subprocess.DEVNULL, stderr=words, start_new_session=True,
                 env=os.environ | {"TMPDIR": str(self.temporary)},

@@ -77,6 +77,8 @@ class SequenceLoader:
         if global_batch_size < 1:
             raise UserError(f"--batch-size {global_batch_size} is out of range: at least 1")
         self.global_batch_size = global_batch_size
+        # What is read, the same wherever the files lie.
+        self.fingerprint = repr([[(s.tokens, s.offsets) for s in split.shards], sequence_length, mode, shuffle])
         self._seed = seed & _UINT64
         self._shuffle = shuffle and mode != "streams"
         self._permutations: dict[int, np.ndarray] = {}

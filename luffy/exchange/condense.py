@@ -103,16 +103,16 @@ def find_groups(
     pairs: bool,
 ) -> tuple[Tensor, int]:  # fmt: skip
     """(group of each possible copy, int64 [T, K]; number of groups). Copies that cannot be condensed have group G."""
-    alone = keys.is_copy.clone()
+    single = keys.is_copy.clone()
     if not pairs:  # exactly one expert at its rank
         same = (keys.rank[:, :, None] == keys.rank[:, None, :]).sum(2)
-        alone &= same == 1
+        single &= same == 1
     if not local:
-        alone &= keys.rank != ep_rank
+        single &= keys.rank != ep_rank
     group, G = ids, num_experts
     if by_sequence:
         group, G = ids + num_experts * layout.sequence_of_token[:, None], num_experts * layout.num_sequences
-    return torch.where(alone, group, G), G
+    return torch.where(single, group, G), G
 
 
 def make_windows(group: Tensor, num_groups: int, layout: Layout, window: int) -> Tensor:

@@ -2,8 +2,8 @@
 
 Without migration a token's partial sums return to the rank that sent the token. With it they go to the sequence's new
 home (luffy.exchange.rebuild). The plan is known to all ranks, so all split sizes are: rank r returns counts[s, r] rows
-of sequence s to its new home, and the old home sends alone[s, b] residuals to new home b, of the tokens whose residual
-no row carries there.
+of sequence s to its new home, and the old home sends residuals_sent[s, b] residuals to new home b, of the tokens whose
+residual no row carries there.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def counts_per_sequence(keys: CopyKeys, layout: Layout, num_ranks: int, num_rows
     return _by_sequence(keys.rank, keys.is_copy, layout, num_ranks, num_rows)
 
 
-def alone_per_sequence(keys: CopyKeys, shared: Tensor | None, layout: Layout, num_ranks: int, num_rows: int) -> Tensor:
+def residuals_per_sequence(
+    keys: CopyKeys, shared: Tensor | None, layout: Layout, num_ranks: int, num_rows: int
+) -> Tensor:
     """Tokens whose residual must come from the old home if their sequence is rebuilt at a rank, int64 [num_rows, N].
 
     A row that is sent for its token alone can carry the residual anywhere. One whose answer is shared cannot, since
@@ -61,14 +63,14 @@ def by_table(gathered: np.ndarray, table: SequenceTable) -> np.ndarray:
 class Migration:
     """One layer's move from `old` to `new`, as one rank executes it.
 
-    counts: int64 [S, N] rows of each sequence at each rank. alone: int64 [S, N] residuals that the old home sends if
-    the sequence is rebuilt there; None: none anywhere.
+    counts: int64 [S, N] rows of each sequence at each rank. residuals_sent: int64 [S, N] residuals that the old home
+    sends if the sequence is rebuilt there; None: none anywhere.
     """
 
     old: Layout
     new: Layout
     counts: np.ndarray
-    alone: np.ndarray | None = None
+    residuals_sent: np.ndarray | None = None
 
     @property
     def moved(self) -> np.ndarray:
@@ -80,8 +82,8 @@ class Migration:
         me, N = comm.mesh.ep_rank, comm.mesh.ep_size
         home = self.new.table.home_rank
         away = np.zeros(len(home), dtype=np.int64)
-        if self.alone is not None:
-            away[self.moved] = self.alone[np.arange(len(home)), home][self.moved]
+        if self.residuals_sent is not None:
+            away[self.moved] = self.residuals_sent[np.arange(len(home)), home][self.moved]
         send = np.zeros(N, dtype=np.int64)
         np.add.at(send, home, self.counts[:, me])
         np.add.at(send, home, np.where(self.old.table.home_rank == me, away, 0))

@@ -74,20 +74,20 @@ class Planner:
         layer: int,
         layout: Layout,
         counts: np.ndarray,
-        alone: np.ndarray | None,
+        residuals_sent: np.ndarray | None,
         next_counts: np.ndarray | None,
         row_num_bytes: int,
         padded: bool,
     ) -> Planned:
         """Where each sequence is rebuilt. Call `confirm` before acting on it.
 
-        counts, next_counts: int64 [S, N]. alone: int64 [S, N], residuals that travel if a sequence is rebuilt there.
-        row_num_bytes: what a row weighs.
+        counts, next_counts: int64 [S, N]. residuals_sent: int64 [S, N], residuals that travel if a sequence is rebuilt
+        there. row_num_bytes: what a row weighs.
         """
         begin = time.perf_counter()
         table = layout.table
         problem = PlacementProblem(
-            counts=counts if alone is None else counts + kept_off_the_wire(alone, table.home_rank),
+            counts=counts if residuals_sent is None else counts + kept_off_the_wire(residuals_sent, table.home_rank),
             lengths=table.lengths,
             home_rank=table.home_rank,
             topology=self.topology,
@@ -110,7 +110,7 @@ class Planner:
         if plan.num_moved == 0:
             return Planned(None, digests)
         new = Layout(table.moved(plan.new_home), self.comm.mesh.ep_rank, layout.device)
-        return Planned(Migration(layout, new, counts, alone), digests)
+        return Planned(Migration(layout, new, counts, residuals_sent), digests)
 
     def confirm(self, planned: Planned, layer: int) -> None:
         """Wait until all ranks have planned; RankMismatchError names the layer and the ranks that planned differently.
@@ -129,13 +129,13 @@ class Planner:
             )
 
 
-def kept_off_the_wire(alone: np.ndarray, home_rank: np.ndarray) -> np.ndarray:
+def kept_off_the_wire(residuals_sent: np.ndarray, home_rank: np.ndarray) -> np.ndarray:
     """Residuals as rows of a PlacementProblem: those that do not travel if a sequence is at a rank, int64 [S, N].
 
     With one class of links the costs of any two ranks then differ by what their residuals cost; with two, a row that
     would be spared at either of two ranks is priced as if it came from both.
     """
     S = np.arange(len(home_rank))
-    kept = alone.max(1, keepdims=True, initial=0) - alone
-    kept[S, home_rank] = alone.max(1, initial=0)
+    kept = residuals_sent.max(1, keepdims=True, initial=0) - residuals_sent
+    kept[S, home_rank] = residuals_sent.max(1, initial=0)
     return kept

@@ -6,7 +6,8 @@ the token (then the residual never travels again), else the rank of the token's 
 
 Two kinds of row cannot carry. A row whose answer is shared (luffy.exchange.condense) goes back unsummed, for others
 take it too; b can still take the residual from such a row of its own. A token that sent no row at all, condensed or
-dropped by capacity, has none. Where neither b nor any other row can, the old home sends the residual: an *orphan*.
+dropped by capacity, has none. Where neither b nor any other row can, the old home sends the
+residual: a *token without carrier*.
 
 What a receiver must be told is which token each row belongs to: one int32 a row. Where answers are shared it must also
 learn who takes which, and with what weight: that table follows its sequence from the old home.
@@ -32,10 +33,10 @@ from luffy.kernels.order import stable_order
 
 @dataclass(frozen=True)
 class Carried:
-    """For each received row, bool [R]: `added` to its partial sum here; `apart`: added to the token here, by itself."""
+    """For each received row, bool [R]: `added` to its partial sum here; `added_beside`: to the token, by itself."""
 
     added: Tensor
-    apart: Tensor | None
+    added_beside: Tensor | None
 
 
 def own_shared(received: Received, experts: ExpertMap, ep_rank: int) -> Tensor | None:
@@ -60,7 +61,7 @@ def carries_residual(
     return Carried(carries, None) if own is None else Carried(carries & ~own, carries & own)
 
 
-def orphan_tokens(keys: CopyKeys, shared: Tensor | None, migration: Migration) -> Tensor:
+def tokens_without_carrier(keys: CopyKeys, shared: Tensor | None, migration: Migration) -> Tensor:
     """Rows of this rank's tokens whose residual no row carries to their new home, int64. `keys`: of the sent copies."""
     sequence, new_home, _ = migration.place_of(migration.old.global_token)
     moved = migration.on_device(migration.moved)[sequence].bool()
@@ -121,24 +122,24 @@ def combine_at_new_home(
     comm: Comm,
     base: Callable[[Tensor], Tensor],
     carried: Carried,
-    orphans: Tensor | None,
+    without_carrier: Tensor | None,
     shared: SharedAnswers | None,
 ) -> Stage[Tensor]:
     """Partial sums (residuals already added by their carriers) to the new homes: the stream there, [T_new, D].
 
     hidden [T, D]: the stream at the old home. partial [R, D]. base(h): what a token has besides its routed experts,
-    h itself plus shared experts; applied here to tokens that stay, to orphans (int64, rows of `hidden`) and to what is
-    taken from rows that are carried apart. shared: who takes which answer; None where each is its token's own.
+    h itself plus shared experts; applied here to tokens that stay, to those without carrier (int64, rows of `hidden`)
+    and to what is added beside. shared: who takes which answer; None where each is its token's own.
     """
     assert received.global_token is not None
     T_new = migration.new.num_tokens
-    answers, at = yield from _send_home(hidden, partial, received, migration, comm, base, orphans, shared)
+    answers, at = yield from _send_home(hidden, partial, received, migration, comm, base, without_carrier, shared)
     before, after = migration.stayed_rows()
     wide = torch.promote_types(hidden.dtype, torch.float32)
     out = torch.zeros(T_new, hidden.shape[1], dtype=wide, device=hidden.device)
     out = out.index_add(0, after, base(hidden.index_select(0, before)).to(wide))
-    if carried.apart is not None:
-        index = carried.apart.nonzero().squeeze(1)
+    if carried.added_beside is not None:
+        index = carried.added_beside.nonzero().squeeze(1)
         taken = base(received.rows.index_select(0, index)).to(wide)
         out = out.index_add(0, migration.place_of(received.global_token[index])[2], taken)
     if shared is None:
@@ -158,18 +159,18 @@ def _send_home(
     migration: Migration,
     comm: Comm,
     base: Callable[[Tensor], Tensor],
-    orphans: Tensor | None,
+    without_carrier: Tensor | None,
     shared: SharedAnswers | None,
 ) -> Stage[tuple[Tensor, AtNewHome]]:
-    """Answers of this rank, and its orphans' residuals, to their tokens' new homes: those that arrive here, [n, D]."""
+    """Answers of this rank, and residuals without carrier, to their new homes: those that arrive here, [n, D]."""
     me, tokens, rows = comm.mesh.ep_rank, received.global_token, partial
     assert tokens is not None
     is_shared = None if shared is None else shared.own
-    if orphans is not None:
-        tokens = torch.cat([tokens, migration.old.global_token[orphans]])
-        rows = torch.cat([rows, base(hidden.index_select(0, orphans))])
+    if without_carrier is not None:
+        tokens = torch.cat([tokens, migration.old.global_token[without_carrier]])
+        rows = torch.cat([rows, base(hidden.index_select(0, without_carrier))])
         if is_shared is not None:
-            is_shared = torch.cat([is_shared, is_shared.new_zeros(len(orphans))])
+            is_shared = torch.cat([is_shared, is_shared.new_zeros(len(without_carrier))])
     _, new_home, slot = migration.place_of(tokens)
     by_home = stable_order(torch.where(new_home == me, 0, new_home + 1), comm.mesh.ep_size + 1)
     exchange = migration.exchange(comm)

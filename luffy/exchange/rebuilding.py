@@ -21,9 +21,15 @@ from luffy.exchange.copies import CopyKeys, ExpertMap
 from luffy.exchange.direct import Direct
 from luffy.exchange.dispatcher import Dispatcher, Forecast, Received, Tokens
 from luffy.exchange.guests import Departed
-from luffy.exchange.migrate import alone_per_sequence, by_table, counts_per_sequence
+from luffy.exchange.migrate import by_table, counts_per_sequence, residuals_per_sequence
 from luffy.exchange.planning import Planned, Planner
-from luffy.exchange.rebuild import SharedAnswers, carries_residual, combine_at_new_home, orphan_tokens, own_shared
+from luffy.exchange.rebuild import (
+    SharedAnswers,
+    carries_residual,
+    combine_at_new_home,
+    own_shared,
+    tokens_without_carrier,
+)
 from luffy.exchange.stage import Stage
 
 
@@ -58,13 +64,13 @@ class Rebuilding:
         plans: list[Planned] = []
         forecast = tokens.forecast() if self.looks_ahead else None
         condenses = isinstance(self.inner, Condensing) and self.inner.state.on and tokens.condenses
-        alone = condenses or self.may_drop
+        counts_residuals = condenses or self.may_drop
 
         def ask(keys: CopyKeys, shared: Tensor | None) -> Tensor:
-            return self._ask(keys, shared, tokens, forecast, alone)
+            return self._ask(keys, shared, tokens, forecast, counts_residuals)
 
         def told(counts: np.ndarray) -> None:
-            plans.append(self._plan(counts, tokens, alone, forecast is not None))
+            plans.append(self._plan(counts, tokens, counts_residuals, forecast is not None))
 
         received = yield from self.inner.dispatch(
             replace(tokens, forecast=lambda: forecast, ask=ask, told=told, names_tokens=True)
@@ -72,25 +78,25 @@ class Rebuilding:
         return replace(received, plan=plans[0])
 
     def _ask(
-        self, keys: CopyKeys, shared: Tensor | None, tokens: Tokens, forecast: Forecast | None, alone: bool
+        self, keys: CopyKeys, shared: Tensor | None, tokens: Tokens, forecast: Forecast | None, counts_residuals: bool
     ) -> Tensor:
         """int64 [S_max, n N]: copies by rank, then residuals that no row carries, then the next layer's copies."""
         N, layout = self.direct.comm.mesh.ep_size, tokens.batch.layout
         num_rows = int(np.bincount(layout.table.home_rank, minlength=N).max())
         parts = [counts_per_sequence(keys, layout, N, num_rows)]
-        if alone:
-            parts.append(alone_per_sequence(keys, shared, layout, N, num_rows))
+        if counts_residuals:
+            parts.append(residuals_per_sequence(keys, shared, layout, N, num_rows))
         if forecast is not None:
             parts.append(counts_per_sequence(forecast.keys, layout, N, num_rows))
         return torch.cat(parts, dim=1)
 
-    def _plan(self, gathered: np.ndarray, tokens: Tokens, alone: bool, looks_ahead: bool) -> Planned:
+    def _plan(self, gathered: np.ndarray, tokens: Tokens, counts_residuals: bool, looks_ahead: bool) -> Planned:
         hidden, layout = tokens.hidden, tokens.batch.layout
         asked = by_table(gathered, layout.table)
         counts, *more = np.split(asked, asked.shape[1] // self.direct.comm.mesh.ep_size, axis=1)
         next_counts = more.pop() if looks_ahead else None
         row_num_bytes = hidden.shape[1] * hidden.element_size()
-        residuals = more[0] if alone else None
+        residuals = more[0] if counts_residuals else None
         return self.planner.plan(self.layer, layout, counts, residuals, next_counts, row_num_bytes, tokens.batch.padded)
 
     def answers(self, tokens: Tokens, received: Received, partial: Tensor) -> Stage[Tensor]:
@@ -112,11 +118,13 @@ class Rebuilding:
         index = carried.added.nonzero().squeeze(1)  # a read-back: cheaper than shared experts on every row
         partial = partial.index_add(0, index, tokens.base(received.rows.index_select(0, index)).to(partial.dtype))
         partial = boundary(partial, self.direct.clock, "experts", "exchange")
-        orphans = None
+        without_carrier = None
         if condensed is not None or self.may_drop:
-            orphans = orphan_tokens(received.keys, None if condensed is None else condensed.shared, migration)
+            without_carrier = tokens_without_carrier(
+                received.keys, None if condensed is None else condensed.shared, migration
+            )
         out = yield from combine_at_new_home(
-            tokens.hidden, partial, received, migration, comm, tokens.base, carried, orphans, shared
+            tokens.hidden, partial, received, migration, comm, tokens.base, carried, without_carrier, shared
         )
         out = boundary(out, self.direct.clock, "exchange", "other")
         return replace(tokens.batch, hidden=out, layout=migration.new, similarity=received.history)

@@ -9,6 +9,7 @@ sequence that moves without being sent. Masks are the library's own, made for it
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable
@@ -37,6 +38,22 @@ def check_attention(config: Any) -> None:
         )
 
 
+def mixer_of(layer: Any) -> nn.Module:
+    """What mixes the tokens of a sequence in a decoder layer: attention, or a recurrence in its place."""
+    mixer: nn.Module = layer.self_attn if hasattr(layer, "self_attn") else layer.linear_attn
+    return mixer
+
+
+@functools.cache
+def _positions_in(kind: type) -> bool:
+    return "position_embeddings" in inspect.signature(kind.forward).parameters
+
+
+def takes_positions(mixer: nn.Module) -> bool:
+    """Whether it is attention; a recurrence takes no positions, and no mask where padding lies on the right."""
+    return _positions_in(type(mixer))
+
+
 PACKED = "luffy_packed"
 # The argument had another name before transformers 5.24.
 _NO_CACHE = {"cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values": None}
@@ -57,6 +74,8 @@ class Frames:
             # A rank without tokens still touches every parameter, so that gradients are summed over all ranks.
             ghost = self._on_grid(attention, index, x.new_zeros(1, 1, x.shape[1]))
             return x + ghost.sum() * 0
+        if not takes_positions(attention) and not layout.equal_lengths:
+            return self._by_length(attention, index, x, layout)
         if self.padded or layout.equal_lengths:
             shape = layout.num_sequences, layout.max_length
             if layout.equal_lengths:
@@ -81,9 +100,20 @@ class Frames:
             self.config._attn_implementation = name
         return answer[0][0]
 
+    def _by_length(self, attention: nn.Module, index: int, x: Tensor, layout: Layout) -> Tensor:
+        """Of a recurrence, which has no attention function to stand in for: sequences of one length at a time."""
+        out = torch.empty_like(x)
+        for length, rows in layout.groups_of_equal_length:
+            answers = self._on_grid(attention, index, x.index_select(0, rows).unflatten(0, (-1, length)))
+            out = out.index_copy(0, rows, answers.flatten(0, 1))
+        return out
+
     def _on_grid(self, attention: nn.Module, index: int, grid: Tensor) -> Tensor:
         """[S, L, D] -> [S, L, D]."""
         length = grid.shape[1]
+        if not takes_positions(attention):
+            answer = call_in(grid.dtype, attention, hidden_states=grid)
+            return answer[0] if isinstance(answer, tuple) else answer
         answer = call_in(
             grid.dtype,
             attention,

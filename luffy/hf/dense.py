@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from luffy.comm import Comm
 from luffy.comm.sharding import Unit, is_sharded, shard_units, whole
+from luffy.hf.attention import mixer_of
 from luffy.model.moe_layer import MoELayer
 
 
@@ -47,7 +48,7 @@ class DenseUnits:
 
 def _modules_of(layer: Any, block: nn.Module) -> list[nn.Module]:
     """Those of a decoder layer whose weights are sharded. block: its feed-forward."""
-    attention: nn.Module = layer.self_attn
+    attention = mixer_of(layer)
     if not isinstance(block, MoELayer):
         return [attention, block]
     shared: Any = block.shared_experts

@@ -32,11 +32,13 @@ class OnDisk:
 
     parts: for each parameter of the block's experts, the names that it is made of: with `{e}`, one tensor an expert,
     several of them end to end along the expert's first axis (gate, then up); without, a stacked tensor as it is.
-    block: name of the block on disk, where it differs from the module's.
+    block: name of the block on disk, where it differs from the module's. renamed: other tensors of a block that have
+    another name on disk.
     """
 
     parts: dict[str, tuple[str, ...]]
     block: str | None = None
+    renamed: dict[str, str] = field(default_factory=dict)
 
 
 GATE_UP_DOWN = OnDisk(
@@ -110,11 +112,12 @@ class Family:
 
     def check(self, config: Any) -> None:
         """UserError for what this family can be configured to do and Luffy cannot."""
-        if getattr(config, "router_jitter_noise", 0.0):
-            raise UserError(
-                f"router_jitter_noise {config.router_jitter_noise}: a random factor on what experts see would depend "
-                "on the rank that draws it; set it to 0 in the model's configuration"
-            )
+        for name in ("router_jitter_noise", "input_jitter_noise"):
+            if getattr(config, name, 0.0):
+                raise UserError(
+                    f"{name} {getattr(config, name)}: a random factor on what experts see would depend on the rank "
+                    "that draws it; set it to 0 in the model's configuration"
+                )
         if getattr(config, "quantization_config", None) is not None:
             raise UserError("quantized weights (quantization_config) cannot be trained here; convert the model first")
 
@@ -172,12 +175,11 @@ for _family in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, DEEPSEEK_V3, GLM4_MOE, GPT
 
 
 def family_of(config: Any) -> Family:
-    """The family of a model's configuration; UserError for one that nobody described."""
+    """The family of a model's configuration, found by structure where nobody described it; else UserError."""
     family = FAMILIES.get(config.model_type)
     if family is None:
-        raise UserError(
-            f"model_type {config.model_type!r} is not one of {', '.join(FAMILIES)}; docs/huggingface.md says how to "
-            "describe a new family"
-        )
+        from luffy.hf.structure import infer
+
+        family = register(infer(config))
     family.check(config)
     return family

@@ -65,7 +65,7 @@ class Checkpoint:
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"--model: {index} cannot be read; fetch it again") from error
             for file in sorted(set(weight_map.values())):
-                if Path(file).name != file:
+                if Path(file).name != file or file == "..":
                     raise UserError(f"--model: {index} names {file!r}, which is no file of the folder; fetch it again")
                 expected = [name for name, where in weight_map.items() if where == file]
                 if not (folder / file).exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from luffy.errors import UserError
 from luffy.hf.adapters import save_adapter
 from luffy.hf.freezing import freeze
 from luffy.hf.loading import load
+from luffy.hf.memory import memory_line
 from luffy.hf.model import ParallelModel
 from luffy.hf.options import FinetuneOptions
 from luffy.hf.saving import save_pretrained
@@ -68,6 +70,7 @@ class FineTuner(Trainer):
             summary = everyone(mesh, prepare, only_first=True)
         if mesh.rank == 0:
             click.echo(summary, err=True)
+        self.vocabulary = str(json.loads((folder / "about.json").read_text(encoding="utf-8"))["tokenizer"])
         examples = Examples(folder)
         train, valid = divide(examples, o.valid_fraction, o.seed)
         self.loader: Any = ExampleLoader(examples, train, self.micro_size, o.seed)
@@ -86,6 +89,9 @@ class FineTuner(Trainer):
         if o.freeze is not None:
             freeze(parallel, o.freeze)
         self.comm = parallel.runtime.comm
+        if self.mesh.rank == 0:
+            tokens = self.micro_size // self.mesh.world_size * o.longest()
+            click.echo(memory_line(parallel, tokens), err=True)
         return parallel.train()
 
     @torch.no_grad()

@@ -25,7 +25,7 @@ from luffy.hf.hub import local_model
 from luffy.hf.model import ParallelModel, parallelize
 from luffy.hf.placing import source_of
 from luffy.model.moe_layer import MoELayer
-from luffy.model.ownership import expert_parameters
+from luffy.model.ownership import check_model, expert_parameters
 from luffy.model.router import wide
 from luffy.recipes import Recipe
 from luffy.train.checkpoint import everyone
@@ -78,6 +78,7 @@ def load(
     Need({f"for weights in {dtype or stored}": weights}).check(mesh.device, "--dtype or --dense sharded")
     _materialise(parallel, mesh.device)
     everyone(mesh, lambda: fill(parallel, Checkpoint(folder)))
+    check_model(parallel, mesh)
     return parallel
 
 

@@ -19,17 +19,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import __version__ as transformers_version
 
-from luffy.comm import Comm, Mesh
+from luffy.comm import Comm, Mesh, alike
 from luffy.comm.clock import boundary
 from luffy.compose import Runtime
 from luffy.config import ModelConfig
 from luffy.data.batch import TokenBatch
-from luffy.errors import RankMismatchError, UserError
+from luffy.errors import UserError
 from luffy.exchange.dispatcher import Forecast
 from luffy.exchange.stage import Stage
 from luffy.hf.adapters import adapt, take_adapters
-from luffy.hf.attention import Frames, check_attention
+from luffy.hf.attention import Frames, check_attention, mixer_of
 from luffy.hf.batches import make_batch
 from luffy.hf.dense import DenseUnits
 from luffy.hf.describe import describe
@@ -37,7 +38,7 @@ from luffy.hf.families import Family, family_of
 from luffy.hf.parts import LibraryExperts, LibraryRouter, SharedExperts, call_in, lent
 from luffy.model.aux_loss import AuxLoss
 from luffy.model.moe_layer import MoELayer, Predictor
-from luffy.model.ownership import expert_parameters
+from luffy.model.ownership import check_model
 from luffy.model.router import RouterStats
 from luffy.model.stack import MicroBatch, Stack, StackBlock, in_chunks, summed_cross_entropy
 from luffy.plan.topology import Topology
@@ -187,7 +188,7 @@ class LibraryBlock:
 
         def attend(x: Tensor) -> Tensor:
             normed = call_in(x.dtype, layer.input_layernorm, x)
-            return x + self.frames.attend(layer.self_attn, self.index, normed, layout)
+            return x + self.frames.attend(mixer_of(layer), self.index, normed, layout)
 
         if rt.recompute and torch.is_grad_enabled():
             hidden = checkpoint(attend, hidden, use_reentrant=False)
@@ -239,6 +240,9 @@ def parallelize(
     config = lm.config
     family = family_of(config) if family is None else family
     check_attention(config)
+    facts = {"recipe": recipe, "dense": dense, "stream_dtype": stream_dtype, "recompute": recompute, **router}
+    facts |= {"the configuration": config.to_json_string(use_diff=False), "transformers": transformers_version}
+    alike.check_alike(alike.code_facts() | facts, mesh.device)
     layers = list(lm.model.layers)
     dense_layers = tuple(i for i, layer in enumerate(layers) if not family.is_sparse(layer))
     described = describe(config, family, dense_layers, **router)
@@ -277,7 +281,7 @@ def parallelize(
     if not any(p.is_meta for p in parallel.parameters()):
         parallel.to(mesh.device)
         if check_alike:
-            _check_alike(parallel)
+            check_model(parallel, mesh)
     if dense == "sharded":
         parallel.shard_dense()
     return parallel
@@ -285,17 +289,3 @@ def parallelize(
 
 def _refuse(module: nn.Module, arguments: Any) -> None:
     raise UserError("the library's model has given its experts away: call the parallel model, with what .batch() makes")
-
-
-@torch.no_grad()
-def _check_alike(parallel: ParallelModel) -> None:
-    """RankMismatchError if ranks hold other replicated weights, as they would with random ones of another seed."""
-    experts = expert_parameters(parallel)
-    named = [(n, p) for n, p in parallel.named_parameters() if n not in experts]
-    sums = torch.stack([p.detach().double().sum() for _, p in named])
-    everyone = parallel.runtime.comm.all_gather_world(sums)
-    odd = (everyone != everyone[0]).any(0).nonzero().flatten().tolist()
-    if odd:
-        name = named[odd[0]][0]
-        raise RankMismatchError(f"ranks hold different weights, first {name}: build the model from one seed or folder")
-    parallel.runtime.comm.meter.take()

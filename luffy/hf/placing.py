@@ -35,7 +35,7 @@ def source_of(name: str, family: Family, sparse_blocks: Container[str], present:
     rest, disk = name[len(block) + 1 :], family.on_disk
     on_disk = block if disk.block is None else f"{block.rsplit('.', 1)[0]}.{disk.block}"
     if not rest.startswith("experts."):
-        written = f"{on_disk}.{rest}"
+        written = f"{on_disk}.{disk.renamed.get(rest, rest)}"
         return Source((name,) if present is not None and written not in present and name in present else (written,))
     if present is not None and name in present:
         return Source((name,))

@@ -70,21 +70,23 @@ def activate_weighted_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad [P, F] of the output -> gradient of x [P, width], the output [P, F], gradient of weights [R, K].
 
-    The gradient of the bias is that of x, summed by group. `grad` may be overwritten.
+    The gradient of the bias is that of x, summed by group. The kernel puts the first two in the place of x and grad,
+    which are as large as anything in a layer; autograd is told, so that a second pass over x is refused.
     """
     P = x.shape[0]
     # Choices that nobody here serves have no gradient; where they are among the P, the kernel says so.
     whole = weights.numel() == P
     if isinstance(activation, str) and uses_kernel(x, kernel) and P:
         to_weights = torch.empty_like(weights) if whole else torch.zeros_like(weights)
-        to_x = torch.empty_like(x)
         run: Any = _backward[(triton.cdiv(P, _ROWS),)]
         run(
             grad, x, x if bias is None else bias.contiguous(), pairs.group, weights.contiguous(), pairs.flat,
-            pairs.ends, to_x, to_weights, P, grad.shape[1], len(pairs.ends),
+            pairs.ends, to_weights, P, grad.shape[1], len(pairs.ends),
             BIAS=bias is not None, GATED=activation == "swiglu", ROWS=_ROWS, BLOCK=_WIDTH, num_warps=4,
         )  # fmt: skip
-        return to_x, grad, to_weights
+        torch.autograd.graph.increment_version(x)
+        torch.autograd.graph.increment_version(grad)
+        return x, grad, to_weights
     wide = torch.promote_types(x.dtype, torch.float32)
     with torch.enable_grad():
         leaf = _biased(x.to(wide), bias, pairs).detach().requires_grad_()
@@ -117,9 +119,8 @@ if triton is not None:
     def _load(x, bias, group, p, d, here, width, BIAS: tl.constexpr):
         value = tl.load(x + p.to(tl.int64)[:, None] * width + d[None, :], mask=here, other=0.0).to(tl.float32)
         if BIAS:
-            value += tl.load(bias + group.to(tl.int64)[:, None] * width + d[None, :], mask=here, other=0.0).to(
-                tl.float32
-            )
+            at = bias + group.to(tl.int64)[:, None] * width + d[None, :]
+            value += tl.load(at, mask=here, other=0.0).to(tl.float32)
         return value
 
     @triton.jit
@@ -150,7 +151,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["P", "n"])
     def _backward(
-        grad, x, bias, group, weights, flat, ends, to_x, to_weights, P, size, n,
+        grad, x, bias, group, weights, flat, ends, to_weights, P, size, n,
         BIAS: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         p = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -174,14 +175,14 @@ if triton is not None:
                 to_gate = up * w * value * s * (1.0 + gate * (1.0 - s))
                 to_value = up * w * gate * s
                 beside = row * (2 * size) + d[None, :]
-                tl.store(to_x + beside, to_gate.to(to_x.dtype.element_ty), mask=here)
-                tl.store(to_x + beside + size, to_value.to(to_x.dtype.element_ty), mask=here)
+                tl.store(x + beside, to_gate.to(x.dtype.element_ty), mask=here)
+                tl.store(x + beside + size, to_value.to(x.dtype.element_ty), mask=here)
             else:
                 value = _load(x, bias, g, p, d, here, size, BIAS)
                 s = _sigmoid(1.5957691216057308 * (value + 0.044715 * value * value * value))
                 y = value * s
                 slope = s + y * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * value * value)
-                tl.store(to_x + at, (up * w * slope).to(to_x.dtype.element_ty), mask=here)
+                tl.store(x + at, (up * w * slope).to(x.dtype.element_ty), mask=here)
             dot += tl.sum(tl.where(here, up * y, 0.0), axis=1)
             tl.store(grad + at, (y * w).to(grad.dtype.element_ty), mask=here)
         dot = tl.where(p < tl.load(ends + n - 1), dot, 0.0)

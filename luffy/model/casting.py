@@ -2,7 +2,9 @@
 
 A cast of a parameter, or of a view of one, is kept until the weight changes: every in-place operation counts up a
 tensor's version. Fused optimizers change weights without counting, so a step of any `torch.optim.Optimizer` ends what
-was kept before it.
+was kept before it. An optimizer of another make could write to `p.data`, which counts nowhere; so in a loop that is not
+our trainer's a backward pass ends it as well, and `keep_over_micro_batches` is the trainer's word that its optimizer is
+one of torch's.
 """
 
 from __future__ import annotations
@@ -15,6 +17,13 @@ from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _steps = 0
+_keeps_over_backward = False
+
+
+def keep_over_micro_batches(yes: bool = True) -> None:
+    """Keep casts until the optimizer steps, one of `torch.optim`; without, until the next backward pass."""
+    global _keeps_over_backward
+    _keeps_over_backward = yes
 
 
 def _count_step(*_: object) -> None:
@@ -69,4 +78,6 @@ class _Cast(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
+        if not _keeps_over_backward:
+            _count_step()
         return grad.to(ctx.dtype), None

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from torch import nn
 
+from luffy.comm import Mesh
+from luffy.comm.alike import check_alike, check_weights
+from luffy.comm.sharding import is_sharded
 from luffy.model.moe_layer import MoELayer
 
 
@@ -23,3 +26,19 @@ def expert_parameters(model: nn.Module, remove_duplicate: bool = True) -> dict[s
         for name, p in layer.named_parameters(remove_duplicate=remove_duplicate)
         if any(p is q for q in layer.experts.parameters())
     }
+
+
+def check_model(model: nn.Module, mesh: Mesh) -> None:
+    """RanksDifferError where ranks hold other layers, or other weights, than each other. Every rank calls it.
+
+    Sharded weights have no copies to compare.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, MoELayer)}
+    facts = {
+        f"{n or 'the layer'}": (m.router.config, m.runtime.recipe, m.slot_of_expert.tolist()) for n, m in layers.items()
+    }
+    check_alike(facts, mesh.device)
+    experts = expert_parameters(model)
+    named = [(n, p) for n, p in model.named_parameters() if not is_sharded(p)]
+    own = [(n, p) for n, p in named if n in experts]
+    check_weights([(n, p) for n, p in named if n not in experts], own, mesh.ep_rank, mesh.device)

@@ -150,7 +150,7 @@ class Stack(nn.Module):
 
     def _next_predictor(self, blocks: Sequence[StackBlock], index: int) -> Predictor | None:
         """The forecast of the next MoE block, if the recipe or the recorder asks for it and there is one."""
-        wanted = self.runtime.recipe.look_ahead or self.runtime.recorder.active
+        wanted = self.runtime.looks_ahead or self.runtime.recorder.active
         if blocks[index].moe is None or not wanted:
             return None
         return next((block.predict for block in blocks[index + 1 :] if block.moe is not None), None)

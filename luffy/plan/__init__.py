@@ -9,5 +9,6 @@ and a `check()` that says why a plan must not run.
 * `problem`, `balance`, `traffic`, `result`   what a placement strategy is given, held to, minimises and returns
 * `placement`  the strategies by name: stay, luffy_paper, netmoe, exact, best, random
 * `best` (with `prices`, `seating`, `cyclic`, `best_uneven`)   the default strategy and its parts
-* `rehoming`   which rank should own which expert
+* `rehoming`, `mapping`   which rank should own which expert, together with the seats of sequences (luffy.seats)
+* `trace`, `replay`, `prediction`   recorded routing, what it would put on any cluster's links, and what that would take
 """

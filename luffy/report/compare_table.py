@@ -11,17 +11,13 @@ from typing import Any
 from luffy.report.runs import SECONDS_KINDS
 from luffy.report.style import label_of
 from luffy.report.summaries import phases_known, ratio
-from luffy.report.units import DASH, format_bytes, format_count, format_seconds
+from luffy.report.units import DASH, format_bytes, format_count, format_loss, format_seconds
 
 Table = tuple[list[str], list[list[str]]]  # head, rows
 
 
 def _times(value: float | None) -> str:
     return DASH if value is None else f"{value:.2f}×"
-
-
-def _loss(value: float | None) -> str:
-    return DASH if value is None else f"{value:.3f}"
 
 
 def name_of(summary: dict[str, Any]) -> str:
@@ -100,7 +96,7 @@ def traffic_table(summaries: Sequence[dict[str, Any]]) -> Table:
 def quality_table(summaries: Sequence[dict[str, Any]]) -> Table:
     """Held-out loss, and time and bytes until the target is reached."""
     first = summaries[0]
-    target = _loss(first.get("target_loss"))
+    target = format_loss(first.get("target_loss"))
     head = ["recipe", "held-out loss", "range", f"time to {target}", f"faster than {first['label']}",
             f"bytes to {target}", "fewer"]  # fmt: skip
     rows = []
@@ -109,8 +105,8 @@ def quality_table(summaries: Sequence[dict[str, Any]]) -> Table:
         rows.append(
             [
                 name_of(s),
-                _loss(s.get("valid_loss")),
-                f"{_loss(low)} to {_loss(high)}" if low != high else DASH,
+                format_loss(s.get("valid_loss")),
+                f"{format_loss(low)} to {format_loss(high)}" if low != high else DASH,
                 format_seconds(s["seconds_to_loss"]) if s["seconds_to_loss"] is not None else "not reached",
                 _times(ratio(first["seconds_to_loss"], s["seconds_to_loss"])),
                 format_bytes(s["bytes_to_loss"]) if s["bytes_to_loss"] is not None else "not reached",

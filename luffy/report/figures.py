@@ -21,7 +21,7 @@ from luffy.report.compare_structure import matrices_figure, matrix_of
 from luffy.report.locality import topics_figure
 from luffy.report.runs import LINK_KINDS, SECONDS_KINDS, Run, column, warmup_steps
 from luffy.report.series import bin_means, elapsed_time, expert_load, mean_of_last, smooth, step_means
-from luffy.report.units import format_bytes, format_count, format_share
+from luffy.report.units import format_bytes, format_count, format_loss, format_share
 
 _BARS_UP_TO = 24  # steps shown as separate bars before they merge into areas
 _FEW = 50  # steps shown point by point, unsmoothed
@@ -69,7 +69,7 @@ def loss_figure(run: Run, against: str) -> Figure:
         x, unit = elapsed_time(column(run.records, "seconds"))
         axes.set_xlabel(f"training time ({unit})")
     _noisy_line(axes, x, loss, style.BLUE, "train")
-    facts = [f"train {mean_of_last(loss):.3f}"]
+    facts = [f"training, last steps {format_loss(mean_of_last(loss))}"]
     if not np.isfinite(loss).any():
         facts = ["no finite loss was recorded"]
     measured = np.flatnonzero(np.isfinite(valid))
@@ -83,9 +83,9 @@ def loss_figure(run: Run, against: str) -> Figure:
             marker="D",
             markersize=4.5,
             markevery=marks,
-            label="validation",
+            label="held-out",
         )
-        facts.append(f"validation {valid[measured[-1]]:.3f}")
+        facts.append(f"held-out {format_loss(valid[measured[-1]])}")
     first = len(loss) // 50
     seen = np.concatenate([bin_means(loss[first:]), valid[first:]])
     if len(loss) >= _ZOOM_FROM and np.isfinite(seen).any():

@@ -19,7 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from luffy.report.figures import write_pictures
 from luffy.report.runs import BYTE_KINDS, REPORT_FILE, SECONDS_KINDS, Run, read_run, write_bytes_atomic
 from luffy.report.style import data_uri, label_of
-from luffy.report.units import DASH, format_bytes, format_count, format_rate, format_seconds, format_share
+from luffy.report.units import DASH, format_bytes, format_count, format_loss, format_rate, format_seconds, format_share
 from luffy.version import __version__
 
 PROVENANCE = ("measured", "emulated", "predicted")
@@ -71,9 +71,9 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
     seconds = summary["total_seconds"] if "total_seconds" in summary else sum(summary["seconds"].values())
     peak = summary.get("peak_memory_bytes")
     return [
-        ("validation loss", _number(valid), perplexity if valid is not None else "not measured"),
-        ("training loss, last step", _number(summary.get("final_loss")), "nats per token"),
-        ("speed", format_rate(summary.get("tokens_per_second"), "tok"), "tokens, all ranks together"),
+        ("held-out loss", format_loss(valid), perplexity if valid is not None else "not measured"),
+        ("training loss, last step", format_loss(summary.get("final_loss")), "nats per token"),
+        ("speed", format_rate(summary.get("tokens_per_second"), "tokens"), "all ranks together, after warm-up"),
         ("time per step", format_seconds(seconds / steps), f"{format_seconds(seconds)} in all"),
         ("bytes per step", format_bytes(moved / steps), f"{format_bytes(moved)} in all, leaving a rank"),
         ("peak memory", format_bytes(peak or None), "of the rank that used most" if peak else "not measured"),

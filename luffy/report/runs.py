@@ -170,14 +170,26 @@ def warmup_steps(num_steps: int) -> int:
     return min(3, num_steps // 4)
 
 
+def tokens_per_second(tokens: Sequence[float] | np.ndarray, seconds: Sequence[float] | np.ndarray) -> float:
+    """The speed of a run from its steps, wherever it is shown: tokens of all ranks over seconds, warm-up left out."""
+    skip = warmup_steps(len(seconds))
+    timed = float(np.nansum(seconds[skip:]))
+    return float(np.nansum(tokens[skip:])) / timed if timed > 0 else 0.0
+
+
+def moved_num_bytes(records: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """What a run moved, wherever it is shown: bytes of all kinds that left a rank, after each of its steps."""
+    by_kind = [column(records, "bytes", kind) for kind in BYTE_KINDS]
+    return np.cumsum(np.nansum(by_kind, axis=0)) if records else np.zeros(0)
+
+
 def totals(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What a run's records add up to: the part of a summary that needs nothing but its metrics.
 
-    `bytes` and `seconds` are sums over all steps. `tokens_per_second` leaves the warm-up steps out.
+    `bytes` and `seconds` are sums over all steps. `valid_loss` is that of the last evaluation.
     """
     seconds, tokens = column(records, "seconds"), column(records, "tokens")
     skip = warmup_steps(len(records))
-    timed = float(np.nansum(seconds[skip:]))
     split = {kind: float(np.nansum(column(records, "seconds_split", kind))) for kind in SECONDS_KINDS}
     # What no stage claims is `other`, so the parts add up to the whole (overlapping parts may exceed it).
     claimed = sum(split.values())
@@ -189,7 +201,7 @@ def totals(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "steps": int(records[-1]["step"]) if records else 0,
         "final_loss": plain(float(losses[-1])) if records else None,
         "valid_loss": float(valid[-1]) if valid.size else None,
-        "tokens_per_second": float(np.nansum(tokens[skip:])) / timed if timed > 0 else 0.0,
+        "tokens_per_second": tokens_per_second(tokens, seconds),
         "bytes": {kind: int(np.nansum(column(records, "bytes", kind))) for kind in BYTE_KINDS},
         "seconds": split,
         "total_tokens": int(np.nansum(tokens)),

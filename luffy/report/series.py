@@ -53,8 +53,8 @@ def elapsed_time(seconds: np.ndarray) -> tuple[np.ndarray, str]:
 
 
 def step_means(run: Run, key: str, kinds: tuple[str, ...]) -> dict[str, float]:
-    """Means a step, warm-up left out, of every kind of `key` ("bytes", "seconds_split") that occurred."""
-    skip = warmup_steps(len(run.records))
+    """Means a step of every kind of `key` ("bytes", "seconds_split") that occurred; warm-up left out of times alone."""
+    skip = 0 if key.startswith("bytes") else warmup_steps(len(run.records))
     columns = {kind: column(run.records, key, kind)[skip:] for kind in kinds}
     return {kind: float(np.nanmean(values)) for kind, values in columns.items() if np.nansum(values) > 0}
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from luffy.report.roofline import roofline
-from luffy.report.runs import BYTE_KINDS, SECONDS_KINDS, Run, column, warmup_steps
+from luffy.report.runs import BYTE_KINDS, SECONDS_KINDS, Run, column, moved_num_bytes, warmup_steps
 
 # A loss is reached within this: two runs of one recipe differ by more (docs/log.md), and lossless recipes by rounding.
 LOSS_TOLERANCE = 0.01
@@ -28,7 +28,8 @@ def summarise(label: str, runs: Sequence[Run]) -> dict[str, Any]:
     seconds = column(pooled, "seconds")
     own = [float(np.nanmedian(column(records, "seconds"))) for records in kept]
     phases = _phases(pooled)
-    by_link = {kind: _median(column(pooled, "bytes_by_link", kind)) for kind in ("intra_node", "inter_node")}
+    everything = [record for run in runs for record in run.records]
+    by_link = {kind: _mean(column(everything, "bytes_by_link", kind)) for kind in ("intra_node", "inter_node")}
     summary = runs[0].summary
     first = {**summary, "label": label}
     for key in ("valid_loss", "final_loss", "tokens_per_second", "peak_memory_bytes"):
@@ -38,7 +39,8 @@ def summarise(label: str, runs: Sequence[Run]) -> dict[str, Any]:
     return first | {
         "step_seconds": [float(np.nanquantile(seconds, q)) for q in (0.25, 0.5, 0.75)],
         "step_seconds_range": [min(own), max(own)],
-        "step_bytes": {kind: _median(column(pooled, "bytes", kind)) for kind in BYTE_KINDS},
+        # Means over all steps, as on a run's own page: what a re-homing moves now and then is part of them.
+        "step_bytes": {kind: _mean(column(everything, "bytes", kind)) for kind in BYTE_KINDS},
         "step_bytes_by_link": by_link,
         "phase_seconds": phases,
         # Exchange that went on behind computation: no part of the step's time.
@@ -97,8 +99,7 @@ def kept_by_layer(runs: Sequence[Run]) -> list[float] | None:
 
 def cumulative(run: Run) -> tuple[np.ndarray, np.ndarray]:
     """After each step: seconds of training so far, and bytes that left a rank so far."""
-    moved = np.nansum([column(run.records, "bytes", kind) for kind in BYTE_KINDS], axis=0)
-    return np.nancumsum(column(run.records, "seconds")), np.cumsum(moved)
+    return np.nancumsum(column(run.records, "seconds")), moved_num_bytes(run.records)
 
 
 def _curve(runs: Sequence[Run]) -> dict[str, list[Any]]:

@@ -60,6 +60,11 @@ def format_bytes(num_bytes: float | None) -> str:
     return f"{digits} {prefix}B"
 
 
+def format_loss(nats: float | None) -> str:
+    """`3.9331`: a loss, in nats per token, as every table, figure and line has it."""
+    return DASH if nats is None or _is_missing(nats) else f"{nats:.4f}"
+
+
 def format_rate(per_second: float | None, unit: str = "B") -> str:
     """`12.3 MB/s` for bytes (the default unit), `45.6k tokens/s` for any other unit."""
     if per_second is None or _is_missing(per_second):

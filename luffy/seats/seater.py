@@ -90,13 +90,20 @@ class AsRead:
 class LearntSeats:
     """By rows that `predictor` foretells; as read until it has been fitted.
 
+    seen: what this rank has observed since the predictor was refreshed (luffy.seats.sharing).
     teaches: a sequence's topic is the rank that it sits on, for the seat loss to pull its tokens there.
     """
 
     name = "learnt"
 
     def __init__(self, ep_size: int, teaches: bool = False) -> None:
-        self.predictor, self.teaches = RowPredictor(ep_size), teaches
+        self.teaches = teaches
+        self.predictor, self.seen = RowPredictor(ep_size), RowPredictor(ep_size)
+
+    def forget(self) -> None:
+        """Drop all that is known, as when experts have moved."""
+        self.predictor.forget()
+        self.seen.forget()
 
     @property
     def is_fitted(self) -> bool:

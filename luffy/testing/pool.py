@@ -124,7 +124,7 @@ class Ranks:
 
     def as_forked_now(self) -> bool:
         """Whether ranks forked now would run the same code and write to the same places."""
-        return self._output == _output() and not self._code.is_patched()
+        return self._output == _output() and not self._code.is_patched() and not self._code.is_extended()
 
     def run(
         self, fn: Callable[..., Any], args: Sequence[Any], seconds: float, grace_seconds: float

@@ -13,6 +13,7 @@ from luffy.errors import StoppedError, UserError
 from luffy.hf.options import SHOWN, FinetuneOptions
 from luffy.lab.cli import lab
 from luffy.recipes import RECIPES
+from luffy.train.commands import RunCommand
 from luffy.train.option_parser import options_of, train_options
 from luffy.train.options import TrainOptions
 from luffy.version import __version__
@@ -24,7 +25,10 @@ def cli() -> None:
     """Train Mixture-of-Experts models across slow links by moving fewer bytes."""
 
 
-@cli.command()
+OFTEN = ("recipe", "model", "data", "out", "ranks", "steps", "batch_size", "lr", "device", "resume")
+
+
+@cli.command(cls=RunCommand, first=OFTEN)
 @train_options
 def train(**values: Any) -> None:
     """Train a model on --ranks local ranks, or join the world of torchrun."""
@@ -33,7 +37,7 @@ def train(**values: Any) -> None:
     start(TrainOptions(**values))
 
 
-@cli.command()
+@cli.command(cls=RunCommand, first=OFTEN[1:])
 @click.option(
     "--recipes",
     required=True,
@@ -124,7 +128,7 @@ def report(run: Path) -> None:
     click.echo(write_compare_report(run) if (run / COMPARE_FILE).exists() else write_run_report(run))
 
 
-@cli.command()
+@cli.command(cls=RunCommand, first=("model", "data", *(name for name in OFTEN[3:] if name != "device"), "lora"))
 @options_of(FinetuneOptions, SHOWN)
 def finetune(**values: Any) -> None:
     """Fine-tune a Hugging Face MoE model from a folder, and write one (OUT/model)."""
@@ -146,6 +150,15 @@ def upcycle(**values: Any) -> None:
     from luffy.hf.upcycle import upcycle as run
 
     run(**values)
+
+
+@cli.command()
+@click.option("--ranks", type=click.IntRange(1), help="Measure links between so many (default: one a GPU, or a core).")
+def doctor(ranks: int | None) -> None:
+    """Say what is installed, what this machine has, what links between its ranks give, and which models fit."""
+    from luffy.train.doctor import diagnose
+
+    diagnose(ranks)
 
 
 cli.add_command(lab)

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from luffy.comm import Comm
+from luffy.comm.alike import check_alike, code_facts
 from luffy.comm.clock import PhaseClock
 from luffy.comm.sharding import is_sharded, local_part
 from luffy.comm.sums import GradientSums
 from luffy.errors import UserError
-from luffy.model import expert_parameters
+from luffy.model import check_model, expert_parameters
 
 
 class GradientSync:
@@ -45,6 +46,8 @@ class GradientSync:
         self._unsummed = False  # a backward pass came by that has not been summed
         self.module: nn.Module = model
         mesh = comm.mesh
+        check_alike(code_facts() | {"--gradient-dtype": form}, mesh.device)
+        check_model(model, mesh)
         stacked = expert_parameters(model)
         experts = [(n, p) for n, p in model.named_parameters() if n in stacked]
         apart = {n for n, p in model.named_parameters() if n in stacked or is_sharded(p)}

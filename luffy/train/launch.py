@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from luffy.comm import Mesh, build_mesh, init_distributed
+from luffy.comm.alike import check_alike, code_facts
 from luffy.errors import StoppedError, UserError
 from luffy.lab.namespace import die_with_parent
 from luffy.lab.place import current_lab, end_with, take_place
@@ -114,6 +115,7 @@ def join_world(
         where = torch.device("cpu")
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
     init_distributed(backend, where, timeout_seconds + MORE_SECONDS)
+    check_alike(code_facts() | {"--ep-size": ep_size, "--ranks-per-node": ranks_per_node}, where)
     return build_mesh(where, ep_size, ranks_per_node)
 
 

@@ -48,6 +48,12 @@ def memory_of(device: torch.device) -> tuple[int, str]:
     return total // local, f"the machine's {format_bytes(total)} over {local} ranks"
 
 
+def free_host_memory() -> int:
+    """Bytes that the machine can still give."""
+    with open("/proc/meminfo", encoding="utf-8") as f:
+        return 1024 * next(int(line.split()[1]) for line in f if line.startswith("MemAvailable"))
+
+
 def count_parameters(config: ModelConfig, ep_size: int) -> tuple[int, int]:
     """Weights of `luffy.model.Transformer` on a rank, biases and norms left out: (replicated, of its experts)."""
     D, V = config.hidden_size, config.vocab_size

@@ -35,6 +35,7 @@ from luffy.report.runs import (
     write_json_atomic,
     writing_to,
 )
+from luffy.train.loggers import Logger
 
 __all__ = [
     "BYTE_KINDS",
@@ -80,8 +81,14 @@ class MetricsWriter:
     """
 
     def __init__(
-        self, out_dir: str | os.PathLike[str], resume_step: int | None = None, *, tensorboard: bool = True
+        self,
+        out_dir: str | os.PathLike[str],
+        resume_step: int | None = None,
+        *,
+        tensorboard: bool = True,
+        loggers: Sequence[Logger] = (),
     ) -> None:
+        self._loggers = loggers
         self.out_dir = Path(out_dir)
         self.path = self.out_dir / METRICS_FILE
         with writing_to(self.out_dir):
@@ -125,15 +132,18 @@ class MetricsWriter:
         with writing_to(self.path):
             while line:  # an unbuffered write may take only a part
                 line = line[self._file.write(line) :]
-        if self._curves is None:
+        if self._curves is None and not self._loggers:
             return
         step = record["step"]
-        with writing_to(self.out_dir / TENSORBOARD_DIR):
-            for name, value in flatten_scalars(record):
-                if name != "step":
+        values = {name: value for name, value in flatten_scalars(record) if name != "step"}
+        if record["seconds"]:
+            values["tokens_per_second"] = record["tokens"] / record["seconds"]
+        for logger in self._loggers:
+            logger.write(values, step)
+        if self._curves is not None:
+            with writing_to(self.out_dir / TENSORBOARD_DIR):
+                for name, value in values.items():
                     self._curves.add_scalar(name, value, step)
-            if record["seconds"]:
-                self._curves.add_scalar("tokens_per_second", record["tokens"] / record["seconds"], step)
 
     def sync(self) -> None:
         """Put everything on the disk itself, so that no checkpoint taken after it outlives its record."""
@@ -145,6 +155,9 @@ class MetricsWriter:
     def close(self) -> None:
         """Close both files; a second call does nothing."""
         self._file.close()
+        for logger in self._loggers:
+            logger.close()
+        self._loggers = ()
         if self._curves is not None:
             curves, self._curves = self._curves, None
             with writing_to(self.out_dir / TENSORBOARD_DIR):

@@ -13,6 +13,7 @@ import click
 from click.core import ParameterSource
 
 from luffy.errors import UserError
+from luffy.train.commands import GroupedOption
 from luffy.train.options import TrainOptions, option_name
 
 
@@ -32,8 +33,9 @@ def options_of(cls: type[TrainOptions], names: Container[str] | None = None) -> 
             if names is not None and f.name not in names:
                 continue
             kind, name = _click_type(hints[f.name]), option_name(f)
-            settings: dict[str, Any] = {"default": f.default, "help": f.metadata["help"]}
-            if f.default is not None:
+            settings: dict[str, Any] = {"default": f.default, "help": f.metadata["help"], "cls": GroupedOption,
+                                        "group": f.metadata["group"], "marked_required": f.default == ""}  # fmt: skip
+            if f.default is not None and f.default != "":
                 settings["show_default"] = True
             if kind is bool:
                 command = click.option(f"{name}/--no-{name[2:]}", f.name, **settings)(command)

@@ -16,6 +16,7 @@ from luffy.plan.topology import Topology, parse_topology
 from luffy.ranges import AT_LEAST_ONE, COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE, Range
 from luffy.recipes import SEATS, Recipe, get_recipe
 from luffy.report.units import parse_num_bytes
+from luffy.train.loggers import check_log
 from luffy.wire_format import SUM_FORMATS
 
 
@@ -123,6 +124,7 @@ class TrainOptions:
     )
     export: bool = option(False, "Write model.safetensors at the end.", "Training")
     tensorboard: bool = option(True, "Write TensorBoard curves.", "Training")
+    log: str | None = option(None, "Curves elsewhere too, with commas: wandb, mlflow.", "Training")
     rehome_every: int | None = option(
         None, "Steps between re-homings of experts; 0: never (default: the recipe's).", "Training"
     )
@@ -211,6 +213,7 @@ class TrainOptions:
         _one_of("--backend", self.backend, ("auto", "nccl", "gloo"))
         _one_of("--dtype", self.dtype, ("auto", *DTYPES))
         _one_of("--gradient-dtype", self.get_gradient_dtype(), SUM_FORMATS)
+        check_log(self.log)
         _one_of("--layout", self.layout, ("packed", "padded"))
         _one_of("--sequence-mode", self.sequence_mode, ("documents", "fixed", "streams"))
         for name, allowed in self.RANGES.items():

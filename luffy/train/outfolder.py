@@ -21,10 +21,11 @@ from luffy.train.checkpoint_files import list_checkpoints
 from luffy.train.metrics import TENSORBOARD_DIR
 from luffy.train.options import TrainOptions
 from luffy.train.ranklog import LOGS_DIR
+from luffy.train.runfile import RUN_FILE
 
 LOCK_FILE = "lock.json"
 # What a run writes. --overwrite removes these and nothing else: the folder may hold files of its user.
-WRITTEN = (METRICS_FILE, SUMMARY_FILE, CONFIG_FILE, REPORT_FILE, "model.safetensors", "checkpoints",
+WRITTEN = (METRICS_FILE, SUMMARY_FILE, CONFIG_FILE, REPORT_FILE, RUN_FILE, "model.safetensors", "checkpoints",
            "trace", TENSORBOARD_DIR, LOGS_DIR, "model", "adapter")  # fmt: skip
 _SOURCES = ("data", "model", "start_weights", "tokenizer")
 _held: dict[Path, Any] = {}

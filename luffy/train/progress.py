@@ -12,13 +12,15 @@ progress; on the others (`enabled=False`) every call is a no-op, and the trainer
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Column
 
-from luffy.report.units import format_bytes, format_count, format_rate, format_seconds
+from luffy.report.runs import column, moved_num_bytes, tokens_per_second
+from luffy.report.units import format_bytes, format_count, format_loss, format_rate, format_seconds
 
 PhaseCallback = Callable[[int, int | None, str], None]
 """`progress(done, total_or_None, description)`: what long preparatory work calls as it goes."""
@@ -63,13 +65,17 @@ class _LinePacer:
 
 
 class TrainProgress:
-    """Shows a training run step by step: `with TrainProgress(steps) as progress: ... progress.step(...)`."""
+    """Shows a training run step by step: `with TrainProgress(steps) as progress: ... progress.step(...)`.
+
+    records: of the steps before a resume. Speed and bytes are those of the run so far, as its summary has them.
+    """
 
     def __init__(
         self,
         total_steps: int,
         *,
         start_step: int = 0,
+        records: Sequence[Mapping[str, Any]] = (),
         description: str = "train",
         enabled: bool = True,
         console: Console | None = None,
@@ -79,7 +85,10 @@ class TrainProgress:
         self.description = description
         self.enabled = enabled
         self.console = console or _stderr_console()
-        self.num_bytes = 0
+        moved = moved_num_bytes(records)
+        self.num_bytes = int(moved[-1]) if len(moved) else 0
+        self._tokens = column(records, "tokens").tolist()
+        self._seconds = column(records, "seconds").tolist()
         self._clock = clock
         self._pacer = _LinePacer(clock)
         self._ticks: deque[tuple[int, float]] = deque([(start_step, clock())], maxlen=_RATE_WINDOW + 1)
@@ -121,17 +130,20 @@ class TrainProgress:
             return
         self.num_bytes += num_bytes
         self._ticks.append((step, self._clock()))
-        rate = tokens / seconds if seconds > 0 else float("nan")
+        self._tokens.append(tokens)
+        self._seconds.append(seconds)
         eta = self._eta_seconds(step)
+        due = self._live is not None or self._pacer.due(step / max(1, self.total_steps)) or bool(note)
+        rate = tokens_per_second(self._tokens, self._seconds) if due else 0.0
         if self._live is not None:
             moved, left = format_bytes(self.num_bytes), format_seconds(eta)
-            facts = f"loss [bold]{loss:.3f}[/]  {format_count(rate)} tok/s  {moved}  {left} left"
+            facts = f"loss [bold]{format_loss(loss)}[/]  {format_count(rate)} tok/s  {moved}  {left} left"
             self._live.update(self._task, completed=step, facts=facts)
             if note:
                 _print_plain(self.console, f"step {step}: {note}")
-        elif self._pacer.due(step / max(1, self.total_steps)) or note:
+        elif due:
             width = len(str(self.total_steps))
-            line = f"{self.description} {step:>{width}}/{self.total_steps}  loss {loss:.4f}"
+            line = f"{self.description} {step:>{width}}/{self.total_steps}  loss {format_loss(loss)}"
             line += f"  {format_rate(rate, 'tokens')}  {format_bytes(self.num_bytes)} moved"
             line += f"  {format_seconds(eta)} left" if step < self.total_steps else ""
             _print_plain(self.console, line + (f"  {note}" if note else ""))

@@ -18,13 +18,14 @@ from luffy.train.options import TrainOptions
 class Reading:
     """config: the model's, with the vocabulary of the corpus. loader: by micro-batch. valid_loader: the held-out part.
 
-    mask_id: the token that stands for a hidden one, None for models that hide none.
+    mask_id: the token that stands for a hidden one, None for models that hide none. vocabulary: the tokenizer's file.
     """
 
     config: ModelConfig
     loader: SequenceLoader
     valid_loader: SequenceLoader
     mask_id: int | None
+    vocabulary: str
 
 
 def read_data(options: TrainOptions, progress: Progress | None = None) -> Reading:
@@ -53,4 +54,5 @@ def read_data(options: TrainOptions, progress: Progress | None = None) -> Readin
         )
 
     mask_id = None if config.causal else corpus.mask_id
-    return Reading(config, loader(corpus.train), loader(corpus.valid, shuffle=False), mask_id)
+    vocabulary = corpus.tokenizer_path.read_text(encoding="utf-8")
+    return Reading(config, loader(corpus.train), loader(corpus.valid, shuffle=False), mask_id, vocabulary)

@@ -179,7 +179,7 @@ def learn_seats(
         rows = rows_of_all_layers(step, owners, mesh.ep_size, copies)
         seen.observe(step.features[mine], step.lengths[mine], rows[mine])
     if anew:
-        seats.predictor.forget()
+        seats.forget()
     return learn_together(seats.predictor, seen, comm, "experts")
 
 
@@ -202,7 +202,7 @@ def _agree(plan: MappingPlan, owners: np.ndarray, comm: Comm) -> np.ndarray:
 def _stacked(moe: MoELayer, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
     """All tensors of a layer that have one row for each local expert: parameters and optimizer moments."""
     for p in moe.experts.parameters():
-        yield p.data
+        yield p.detach()  # shares its version: whoever keeps something made of a weight sees that it changed
         for value in optimizer.state[p].values():
             if isinstance(value, Tensor) and value.shape == p.shape:
                 yield value

@@ -13,12 +13,14 @@ import click
 from luffy.comm import Mesh
 from luffy.data.corpus import list_source_files
 from luffy.lab.place import check_ranks, current_lab
+from luffy.report.units import format_bytes, format_loss, format_rate
 from luffy.train.heartbeat import watching
 from luffy.train.launch import choose_device, join_world, launch, under_torchrun
 from luffy.train.options import TrainOptions
 from luffy.train.outfolder import check_out, claim_out
 from luffy.train.ranklog import open_log
 from luffy.train.restart import Restarts
+from luffy.train.runfile import write_run_file
 
 
 def start(options: TrainOptions, work: Callable[[Any], None] | None = None) -> None:
@@ -53,7 +55,11 @@ def join(options: TrainOptions) -> tuple[TrainOptions, Mesh]:
     )  # fmt: skip
     from luffy.train.checkpoint import everyone  # a second of loading that the launcher does not need
 
-    everyone(mesh, lambda: claim_out(options), only_first=True)
+    def take_out() -> None:
+        claim_out(options)
+        write_run_file(options)
+
+    everyone(mesh, take_out, only_first=True)
     open_log(options.out, mesh.rank)
     return options, mesh
 
@@ -68,8 +74,9 @@ def train_and_report(make: Callable[[Any, Mesh], Any], options: TrainOptions, **
     from luffy.report.html import write_run_report
 
     page = write_run_report(options.out)
-    loss = "" if summary.valid_loss is None else f", held-out loss {summary.valid_loss:.4f}"
-    click.echo(f"{summary.steps} steps, {summary.tokens_per_second:,.0f} tokens/s{loss}")
+    loss = "" if summary.valid_loss is None else f", held-out loss {format_loss(summary.valid_loss)}"
+    speed, moved = format_rate(summary.tokens_per_second, "tokens"), format_bytes(sum(summary.bytes.values()))
+    click.echo(f"{summary.steps} steps, {speed}, {moved} moved{loss}")
     for label, path in (
         ("metrics", Path(options.out) / "metrics.jsonl"),
         ("curve", Path(options.out) / "loss.png"),

@@ -169,8 +169,10 @@ class Attempt:
             return
         if user := self._words("user"):
             raise UserError(next(iter(user.values())))
-        if (stopped := self._words("stopped")) and self.requests.number is not None:
-            raise StoppedError(self.requests.number, next(iter(stopped.values())))
+        stopped = self._words("stopped")
+        if self.requests.number is not None and (stopped or -signal.SIGTERM in states.values()):
+            line = next(iter(stopped.values()), "stopped before its first step; add --resume to continue")
+            raise StoppedError(self.requests.number, line)
         crashes, late = self._words("crash"), self._words("late")
         # A rank that was killed says nothing itself.
         for rank, state in states.items():

@@ -15,14 +15,16 @@ pytestmark = [
 ]
 
 
-def _kernels(rank: int) -> int:
+def _kernels(rank: int, world: int) -> int:
     from tests.kernels.wired import check
 
-    return check("cuda", (torch.float32, torch.bfloat16), (32, 50, 768, 1100))
+    return check("cuda", (torch.float32, torch.bfloat16), (32, 50, 768, 1100), share=(rank, world))
 
 
 def test_the_kernels_agree_with_their_references_to_the_bit():
-    assert run_ranks(_kernels, 1)[0] > 90
+    """In several processes on one GPU, since nearly all of it is compiling."""
+    world = min(8, os.cpu_count() or 1)
+    assert sum(run_ranks(_kernels, world, world)) > 90
 
 
 def _sums(rank: int) -> list[bool]:

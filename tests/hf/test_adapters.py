@@ -19,6 +19,7 @@ from luffy.comm import build_mesh
 from luffy.errors import UserError
 from luffy.hf import parallelize, save_adapter, save_pretrained
 from luffy.hf.adapters import adapter_state
+from luffy.hf.memory import memory_line, needed_bytes
 from luffy.testing import foretell_anything, run_ranks
 from luffy.train.gradients import make_optimizer
 from luffy.train.rehoming import move_experts
@@ -139,6 +140,13 @@ def adapt_in_place(rank: int, folder: Path) -> list[Any]:
     )
     parallel.adapt(4, on=("attention", "experts", "router"))
     learning = {n: p for n, p in parallel.named_parameters() if p.requires_grad}
+    need = needed_bytes(parallel, 100)
+    assert need["weights"] == sum(p.nbytes for p in parallel.parameters())
+    assert need["moments"] == 2 * need["gradients"] == 2 * sum(4 * p.numel() for p in learning.values())
+    line = memory_line(parallel, 100)
+    assert line.startswith("memory a rank: weights") and "--recompute" in line and "--lora" not in line
+    many, few = (needed_bytes(parallel, n)["activations"] for n in (4000, 2000))
+    assert many > 1.5 * few
     assert {p.dtype for p in learning.values()} == {torch.float32}
     assert sum(".experts.lora_" in n for n in learning) == 2 * 4 and sum(".router." in n for n in learning) == 2 * 2
     parallel(parallel.batch(**collate(mine, "right"))).loss.backward()

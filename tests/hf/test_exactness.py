@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,14 +13,15 @@ pytest.importorskip("transformers")
 
 from luffy.comm import Mesh, build_mesh
 from luffy.errors import RankMismatchError, UserError
-from luffy.hf import FAMILIES, parallelize, register
-from luffy.hf.families import DEEPSEEK_V3, QWEN3_MOE
+from luffy.hf import FAMILIES, parallelize
+from luffy.hf.families import family_of
 from luffy.hf.model import ParallelModel
+from luffy.hf.structure import infer
 from luffy.model.transformer import ModelOutput
 from luffy.recipes import Recipe, get_recipe
 from luffy.testing import RankFailedError, foretell_anything, gather_full, run_ranks
 
-from .tiny import collate, plain_loss, random_rows, tiny_config, tiny_model, wide
+from .tiny import FOUND_BY_STRUCTURE, collate, plain_loss, random_rows, tiny_config, tiny_model, wide
 
 TOLERANCE = 1e-9
 RANDOM = Recipe("random", "sequences anywhere", placement="random")
@@ -68,12 +70,16 @@ def run_cases(rank: int, cases: list[Case], answers: list[Answer]) -> list[tuple
         if case.ep_size not in meshes:
             meshes[case.ep_size] = build_mesh(torch.device("cpu"), case.ep_size)
         mesh = meshes[case.ep_size]
+        family_of(tiny_config(case.family))  # found by structure, if need be, in the library's own precision
         with wide():
             model = tiny_model(tiny_config(case.family, **case.changes))
             parallel = parallelize(model, mesh, case.recipe, recompute=case.recompute)
             foretell_anything(parallel.moe_layers)
             loss = torch.stack([output.loss for output in outputs_of(parallel, case, case.rows[rank])]).sum()
             loss.backward()
+        for p in parallel.parameters():
+            if not p.requires_grad:  # ERNIE keeps the bias of its choice so
+                p.grad = torch.zeros_like(p)
         loss = parallel.runtime.comm.all_reduce(loss.detach())
         found = {parallel.library_name(n): g for n, g in gather_full(parallel, "grad").items()}
         assert found.keys() == answer.gradients.keys()
@@ -110,7 +116,7 @@ def dealt(seed: int, counts: list[int], longest: int = 12) -> list[Rows]:
 
 def test_every_family_on_two_ranks() -> None:
     cases = []
-    for i, family in enumerate(FAMILIES):
+    for i, family in enumerate([*FAMILIES, *FOUND_BY_STRUCTURE]):
         rows = dealt(i, [3, 4])
         cases += [
             Case(family, get_recipe("vanilla_dedup"), "right", rows, padded=True),
@@ -140,15 +146,45 @@ def test_four_ranks_one_of_them_empty_and_the_library_balance_loss() -> None:
     assert_exact(4, cases)
 
 
-def test_a_family_that_a_user_adds() -> None:
-    """As docs/huggingface.md shows it: dots.llm1 routes as DeepSeek-V3 does, around another attention."""
-    with pytest.raises(RankFailedError, match="model_type 'dots1' is not one of mixtral"):
-        assert_exact(1, [Case("dots1", RANDOM, "right", dealt(12, [5]))])
-    register(replace(DEEPSEEK_V3, model_type="dots1", attention=QWEN3_MOE.attention))
-    try:
-        assert_exact(2, [Case("dots1", RANDOM, "right", dealt(12, [5, 5]))])
-    finally:
-        del FAMILIES["dots1"]
+def test_structure_finds_what_is_described() -> None:
+    for name, family in FAMILIES.items():
+        config = tiny_config(name)
+        if family.biases:
+            continue
+        found = infer(config)
+        for setting in ("num_experts", "top_k", "expert_width"):
+            assert getattr(config, getattr(found, setting)) == getattr(config, getattr(family, setting)), name
+        for part in ("block", "gate", "shared", "shared_gate", "score", "bias_buffer", "on_disk"):
+            assert getattr(found, part) == getattr(family, part), (name, part)
+        assert found.normalizes(config) == family.normalizes(config) and set(found.attention) <= set(family.attention)
+
+
+def test_another_build_is_refused_not_guessed() -> None:
+    from transformers import FlexOlmoConfig, GptOssConfig, GraniteMoeConfig
+
+    small = {n: v for n, v in tiny_config("mixtral").to_dict().items() if n in ("hidden_size", "vocab_size")}
+    sizes = small | {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 24,
+    }
+    for config, why in (
+        (GraniteMoeConfig(**sizes, num_local_experts=8), "converted in a way that is not known"),
+        (FlexOlmoConfig(**sizes, num_experts=8, pad_token_id=None, eos_token_id=None), "cannot be tried"),
+        (GptOssConfig(**sizes, num_local_experts=8, head_dim=8), "not two stacked weights"),
+    ):
+        with pytest.raises(UserError, match=f"'{config.model_type}' is not one of mixtral.*{why}"):
+            infer(config)
+    # A factor on what is added to the stream is seen by its result.
+    config = tiny_config("qwen3_moe")
+    config.model_type = "qwen3_moe"
+    with (
+        patch("transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeMLP.forward", autospec=True),
+        patch("transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeSparseMoeBlock.forward", lambda self, x: 2 * x),
+        pytest.raises(UserError, match="something else than the sum of its parts"),
+    ):
+        infer(config)  # fmt: skip
 
 
 def adapted(config: Any) -> torch.nn.Module:

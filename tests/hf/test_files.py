@@ -24,14 +24,14 @@ from luffy.hf.loading import fill
 from luffy.testing import run_ranks
 from luffy.train.rehoming import move_experts
 
-from .tiny import collate, random_rows, tiny_config, tiny_model
+from .tiny import FOUND_BY_STRUCTURE, collate, random_rows, tiny_config, tiny_model
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models as transformers writes them; `stacked` in its other format, `tied` with one weight for two."""
     root = tmp_path_factory.mktemp("models")
-    for family in FAMILIES:
+    for family in {*FAMILIES, *FOUND_BY_STRUCTURE}:
         tiny_model(tiny_config(family), torch.float32).save_pretrained(root / family)
     tied = tiny_model(tiny_config("olmoe", tie_word_embeddings=True), torch.float32)
     tied.tie_weights()
@@ -72,7 +72,7 @@ def through(rank: int, root: Path, out: Path, names: list[str]) -> dict[str, lis
 
 
 def test_what_goes_in_comes_out(folders: Path, tmp_path: Path) -> None:
-    names = [*FAMILIES, "tied", "stacked"]
+    names = [*dict.fromkeys([*FAMILIES, *FOUND_BY_STRUCTURE]), "tied", "stacked"]
     read = run_ranks(through, 2, folders, tmp_path, names)
     for name in names:
         before, after = plain(folders / name), plain(tmp_path / name)

@@ -14,14 +14,21 @@ from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
     Dots1Config,
+    Ernie4_5_MoeConfig,
+    ExaoneMoeConfig,
     Glm4MoeConfig,
     GptOssConfig,
+    HunYuanMoEV1Config,
     MixtralConfig,
     OlmoeConfig,
     PreTrainedConfig,
     Qwen2MoeConfig,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
 )
+
+# Families that nobody described: luffy.hf.structure finds out.
+FOUND_BY_STRUCTURE = ("dots1", "ernie4_5_moe", "exaone_moe", "hunyuan_v1_moe", "qwen3_next")
 
 SMALL: dict[str, Any] = {
     "vocab_size": 61,
@@ -65,6 +72,26 @@ def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
         config = Qwen2MoeConfig(
             **SMALL, intermediate_size=40, moe_intermediate_size=24, shared_expert_intermediate_size=28, num_experts=8,
             norm_topk_prob=False, decoder_sparse_step=2,
+        )  # fmt: skip
+    elif family == "exaone_moe":
+        config = ExaoneMoeConfig(
+            **SMALL, intermediate_size=40, moe_intermediate_size=24, num_experts=8, num_shared_experts=1, n_group=2,
+            topk_group=1, first_k_dense_replace=1, head_dim=16, sliding_window=5,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        )  # fmt: skip
+    elif family == "ernie4_5_moe":
+        config = Ernie4_5_MoeConfig(
+            **SMALL, intermediate_size=40, moe_intermediate_size=24, moe_num_experts=8, moe_k=2,
+            moe_num_shared_experts=2, moe_layer_start_index=1, use_bias=False,
+        )  # fmt: skip
+    elif family == "hunyuan_v1_moe":
+        config = HunYuanMoEV1Config(**SMALL, intermediate_size=24, num_experts=8, moe_topk=2, head_dim=16)
+    elif family == "qwen3_next":
+        config = Qwen3NextConfig(
+            **SMALL, intermediate_size=40, moe_intermediate_size=24, shared_expert_intermediate_size=28, num_experts=8,
+            head_dim=16, linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8,
+            linear_value_head_dim=8, layer_types=["linear_attention", "full_attention", "linear_attention"],
+            mlp_only_layers=[0],
         )  # fmt: skip
     else:
         assert family == "gpt_oss"
@@ -155,8 +182,12 @@ def collate(rows: list[tuple[list[int], list[int]]], side: str) -> dict[str, Ten
 
 def plain_loss(model: Any, rows: list[tuple[list[int], list[int]]], side: str) -> Tensor:
     """The library's own loss of all rows in one process; its gradients are in the model after `backward`."""
-    if model.config.model_type == "gpt_oss" and side == "packed":
-        side = "right"  # the library's GPT-OSS knows no packed rows: its tokens would see the sequences before
+    if model.config.model_type in ("gpt_oss", "qwen3_next") and side == "packed":
+        side = "right"  # these know no packed rows in the library: tokens would see the sequences before
+    if model.config.model_type == "hunyuan_v1_moe":
+        side = (
+            "right"  # its norms follow its rotations, so that padding on the left, counted as positions, would matter
+        )
     return model(**collate(rows, side), use_cache=False).loss
 
 

@@ -18,13 +18,28 @@ ROUTINGS = [(8, 2, 2, False), (4, 1, 4, False), (40, 2, 8, False), (6, 3, 2, Tru
 LENGTHS = [(30, 7, 1, 66, 12), (90,), (1,), (24, 24, 24, 24), (2, 1)]
 THRESHOLDS = [0.5, 0.75, 1.0, 0.0, -1.0, 1.5]  # all but the last two are hit exactly by many pairs
 
+Share = tuple[int, int]
+WHOLE: Share = (0, 1)
+
+
+def share_of(share: Share) -> tuple[int, None, int]:
+    """Of `islice`: from the r-th, every n-th."""
+    return share[0], None, share[1]
+
 
 def _turns(
-    dtypes: tuple[torch.dtype, ...], sizes: tuple[int, ...], widths: tuple[int, ...], lengths: list[tuple[int, ...]]
+    dtypes: tuple[torch.dtype, ...],
+    sizes: tuple[int, ...],
+    widths: tuple[int, ...],
+    lengths: list[tuple[int, ...]],
+    share: Share,
 ) -> Iterator[tuple[int, int, float, Callable[[int], AlikeLayer], dict[str, bool]]]:
-    """(number, window, threshold, a layer for each seed, flags) of every combination, the rest taking turns."""
+    """(number, window, threshold, a layer for each seed, flags) of every combination, the rest taking turns.
+
+    share: (r, n) for every n-th combination from r on. Each wants kernels of its own, so n processes compile at once.
+    """
     flags = itertools.product((True, False), (True, False), widths, dtypes)
-    for seed, (causal, by_sequence, window, dtype) in enumerate(flags):
+    for seed, (causal, by_sequence, window, dtype) in itertools.islice(enumerate(flags), *share_of(share)):
         for i, of in enumerate(lengths):
             turn = seed + 3 * i
             E, K, N, pairs = ROUTINGS[turn % len(ROUTINGS)]
@@ -41,11 +56,11 @@ def _turns(
 
 def check(
     device: torch.device, dtypes: tuple[torch.dtype, ...], sizes: tuple[int, ...], widths: tuple[int, ...],
-    lengths: list[tuple[int, ...]] = LENGTHS,
+    lengths: list[tuple[int, ...]] = LENGTHS, share: Share = WHOLE,
 ) -> int:  # fmt: skip
     """Layers of every kind; returns how many copies were condensed, the same by both paths."""
     condensed = 0
-    for turn, window, threshold, layer, flags in _turns(dtypes, sizes, widths, lengths):
+    for turn, window, threshold, layer, flags in _turns(dtypes, sizes, widths, lengths, share):
         extras = f",window={window}" + (",local" if turn % 2 else "") + (",correct" if turn % 5 == 0 else "")
         scheme = parse_condense(f"static:0.1{extras}")
         assert scheme is not None
@@ -54,12 +69,15 @@ def check(
     return condensed
 
 
-def check_rounding(device: torch.device, dtypes: tuple[torch.dtype, ...], sizes: tuple[int, ...], window: int) -> int:
+def check_rounding(
+    device: torch.device, dtypes: tuple[torch.dtype, ...], sizes: tuple[int, ...], window: int, share: Share = WHOLE
+) -> int:
     """Gaussian rows, where sums are rounded; returns how many copies were condensed."""
     condensed = 0
     scheme = parse_condense(f"static:0.8,local,window={window}")
     assert scheme is not None
-    for seed, (dtype, size, causal) in enumerate(itertools.product(dtypes, sizes, (True, False))):
+    combinations = enumerate(itertools.product(dtypes, sizes, (True, False)))
+    for seed, (dtype, size, causal) in itertools.islice(combinations, *share_of(share)):
         layer = alike_layer(seed, (60, 31), size, 8, 2, dtype=dtype, exact=False)
         condensed += compare_closely(layer, scheme, 0.8, causal=causal, by_sequence=False, device=device)
     return condensed
@@ -82,11 +100,11 @@ def check_many_blocks(device: torch.device) -> int:
 
 def check_graphs(
     device: torch.device, dtypes: tuple[torch.dtype, ...], sizes: tuple[int, ...], widths: tuple[int, ...],
-    lengths: list[tuple[int, ...]] = LENGTHS,
+    lengths: list[tuple[int, ...]] = LENGTHS, share: Share = WHOLE,
 ) -> int:  # fmt: skip
     """The paper's graph over three blocks; between them some tokens come, some go, and routes change."""
     condensed = 0
-    for turn, window, threshold, layer, flags in _turns(dtypes, sizes, widths, lengths):
+    for turn, window, threshold, layer, flags in _turns(dtypes, sizes, widths, lengths, share):
         # The third block sees the tokens, rows and all, of the second, shifted: most are known, few in their place.
         second = layer(turn + 100)
         blocks = [layer(turn), second, replace(second, elsewhere=second.elsewhere - 3)]

@@ -80,7 +80,7 @@ def check_activation(device: str, dtypes: tuple[torch.dtype, ...], sizes: tuple[
             bias = torch.randn(E, width, generator=g).to(device) if biased else None
             arguments = (x, bias, weights, pairs, name)
             near(*(activate_weighted(*arguments, kernel=k) for k in (True, False)))
-            pair = [activate_weighted_backward(up.clone(), *arguments, kernel=k) for k in (True, False)]
+            pair = [activate_weighted_backward(up.clone(), x.clone(), *arguments[1:], kernel=k) for k in (True, False)]
             for got, want in zip(*pair, strict=True):
                 near(got, want)
             assert not pair[0][2][ids < 0].any()

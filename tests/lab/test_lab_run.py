@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from luffy.lab.namespace import inside
 from luffy.lab.place import VARIABLE
 from luffy.lab.processes import _environment, processes_of_labs
 from luffy.train.metrics import read_metrics
@@ -148,6 +149,7 @@ def test_what_survives_a_kill_is_swept_by_the_next_lab(start_lab):
     assert_nothing_is_left(other, kept)
 
 
+@pytest.mark.slow
 def test_a_training_runs_behind_the_links_and_its_summary_says_so(start_lab, tiny, tmp_path):
     shape = ["--ranks", "4", "--nodes", "2", "--link", "200mbit", "--inter-link", "100mbit"]
     lab = start_lab(*shape, "--", "luffy", "train", *tiny, "--steps", "3")
@@ -167,6 +169,7 @@ def test_a_training_runs_behind_the_links_and_its_summary_says_so(start_lab, tin
     assert processes_of(lab) == []
 
 
+@pytest.mark.slow
 def test_a_training_ends_with_its_lab_whatever_ends_it(start_lab, tiny, tmp_path):
     lab = start_lab(*LINKS, "--", "luffy", "train", *tiny, "--steps", "100000")
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -221,3 +224,29 @@ def test_a_training_may_also_be_started_once_on_every_rank(start_lab, tiny, tmp_
     assert lab.returncode == 0, err
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["world_size"] == 2 and summary["lab"]["ranks"] == 2
+
+
+@pytest.mark.slow
+def test_a_cut_link_is_named_in_one_line_and_a_restart_continues(start_lab, tiny, tmp_path):
+    more = ["--steps", "60", "--timeout-seconds", "5", "--max-restarts", "3", "--checkpoint-every", "2"]
+    lab = start_lab(*LINKS, "--", "luffy", "train", *tiny, *more)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_until(lambda: lab.poll() is not None or (metrics.exists() and len(read_metrics(metrics)) >= 5), 120)
+    ranks = sorted(pid for pid in processes_of(lab) if os.readlink(f"/proc/{pid}/ns/net") in namespaces_of(lab))
+    network = os.open(f"/proc/{ranks[1]}/ns/net", os.O_RDONLY)
+    log = tmp_path / "run" / "logs" / "rank-0.log"
+
+    def set_link(state: str) -> None:
+        with inside(network):
+            subprocess.run(["ip", "link", "set", "eth0", state], check=True)
+
+    set_link("down")
+    wait_until(lambda: "late: " in log.read_text(), 30)
+    set_link("up")
+    os.close(network)
+    _, err = lab.communicate(timeout=120)
+    assert lab.returncode == 0 and "Traceback" not in err, err
+    (line,) = [line for line in err.splitlines() if "is late" in line]
+    assert line.startswith(f"luffy: rank 1 on {os.uname().nodename} is late: ") and "step " in line
+    assert "restart 1 of 3, on 2 ranks, from step-" in err
+    assert len(read_metrics(metrics)) == 60

@@ -28,3 +28,11 @@ def test_no_optimizer_leaves_a_stale_cast(options):
     cast("w", w, torch.bfloat16).sum().backward()
     optimizer.step()
     assert torch.equal(cast("w", w, torch.bfloat16), w.detach().bfloat16()) and w[0] < 0.9
+
+
+def test_an_optimizer_of_another_make_leaves_none_either():
+    """It writes to `p.data`, which counts up no version, after a backward pass."""
+    cast, w = CastOnce(), torch.nn.Parameter(torch.ones(3))
+    cast("w", w, torch.bfloat16).sum().backward()
+    w.data.sub_(0.5)
+    assert cast("w", w, torch.bfloat16).tolist() == [0.5] * 3

@@ -18,7 +18,6 @@ from .cases import Case, build, run_step, shrunk, tensors
 
 WORLD = 4
 PAPER = replace(get_recipe("luffy_paper"), condense="none")
-RANDOM = Recipe("random", "random balanced plans", placement="random")
 
 
 def record(rank: int, case: Case) -> dict:
@@ -46,9 +45,8 @@ def record(rank: int, case: Case) -> dict:
         ("luffy", "moe-gpt2-tiny", {"num_layers": 3}),
         (PAPER, "moe-gpt2-tiny", {"num_layers": 3}),
         ("netmoe", "moe-bert-large-tiny", {"moe_every": 2, "num_layers": 4}),
-        ("luffy", "moe-llm-tiny", {}),
-        (replace(get_recipe("luffy"), wire="aggressive"), "moe-llm-tiny", {"num_layers": 3, "top_k": 4}),
-        (RANDOM, "moe-llm-tiny", {}),
+        ("netmoe", "moe-llm-tiny", {}),
+        (replace(get_recipe("vanilla_dedup"), wire="aggressive"), "moe-llm-tiny", {"num_layers": 3, "top_k": 4}),
         ("janus", "moe-gpt2-tiny", {"num_experts": 16}),
         ("fastermoe", "moe-gpt2-tiny", {"num_experts": 16}),
         (replace(get_recipe("vanilla_dedup"), wire="combine_backward=int8"), "moe-gpt2-tiny", {"num_layers": 3}),

@@ -69,6 +69,18 @@ def test_a_patch_of_the_parent_reaches_the_ranks_and_leaves_with_it(monkeypatch:
     assert run_ranks(block, 2) == [usual] * 2
 
 
+def known_sets(rank: int) -> list[str]:
+    return sorted(wire_format.WIRE_SETS)
+
+
+def test_what_the_parent_registers_reaches_the_ranks_and_leaves_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = run_ranks(known_sets, 1)[0]
+    monkeypatch.setitem(wire_format.WIRE_SETS, "mine", "int8")
+    assert run_ranks(known_sets, 1)[0] == sorted([*usual, "mine"])
+    monkeypatch.undo()
+    assert run_ranks(known_sets, 1)[0] == usual
+
+
 def test_ranks_that_a_call_has_patched_are_replaced() -> None:
     usual, before = wire_format.BLOCK, pids()
     run_ranks(patch_block, 2)

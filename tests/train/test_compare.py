@@ -53,6 +53,7 @@ def test_compare_runs_each_recipe_and_reports_their_ratios(small, as_arguments, 
     assert (out / "luffy" / "metrics.jsonl").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow  # seven runs and as many pages of pictures
 def test_repeats_take_turns_and_recipes_have_options_of_their_own(small, as_arguments, tmp_path, capfd):
     other = small(ranks=2, steps=2, recipe="vanilla", out=str(tmp_path / "other"), checkpoint_every=0)
     main(["train", *as_arguments(other)])

@@ -5,13 +5,22 @@ import pytest
 import torch
 
 from luffy.data.loader import Sequence
+from luffy.model.casting import keep_over_micro_batches
 from luffy.plan.replay import rows_of_all_layers
 from luffy.plan.trace import TraceStep
 from luffy.seats.predictor import RowPredictor
 from luffy.seats.seater import LearntSeats
 from luffy.testing import run_ranks
 from luffy.train.batching import gather_step, make_micro_batch
-from luffy.train.rehoming import current_owners, is_due, learn_seats, num_recorded, rehome, steps_until_next
+from luffy.train.rehoming import (
+    current_owners,
+    is_due,
+    learn_seats,
+    move_experts,
+    num_recorded,
+    rehome,
+    steps_until_next,
+)
 from tests.model.cases import Case, build, run_step, share_of, shrunk
 
 CASE = Case(shrunk("moe-llm-tiny"), 4, recipe="luffy", dtype=torch.float32)
@@ -52,6 +61,8 @@ def rehome_on(rank: int, case: Case) -> dict:
     loss = run_step(model, comm, case, [batch_of(9)]).tolist()
     recorded, rest = record(model, comm), {"padded": False, "micro_batches": 1, "seats": seats}
     stays = rehome(model, optimizer, recorded, steps_until_next=0, **rest)
+    seats.seen.observe(recorded[0].features, recorded[0].lengths, np.ones((len(recorded[0].lengths), N)))
+    kept = seats.seen.moments.any()
     first, before = seats.predictor.coefficients.copy(), current_owners(model)
     moved = rehome(model, optimizer, recorded, steps_until_next=10**9, **rest)
     owners = current_owners(model)
@@ -62,6 +73,7 @@ def rehome_on(rank: int, case: Case) -> dict:
     return {
         "stays": stays.to_dict(), "moved": moved.to_dict(), "before": before, "owners": owners, "first": first,
         "losses": (loss, run_step(model, comm, case, [batch_of(9)]).tolist()), "moments": moments,
+        "noted": (kept, seats.seen.moments.any()),
         "coefficients": seats.predictor.coefficients, "alone": (learnt, fresh.predictor.coefficients),
         "seen": [(s.features, s.lengths, r) for s, r in zip(recorded, rows, strict=True)],
     }  # fmt: skip
@@ -79,6 +91,7 @@ def test_experts_move_with_seats_and_seats_are_learnt_of_where_they_are(ep_size:
     for a in answers[1:]:
         np.testing.assert_array_equal(a["owners"], first["owners"])
         np.testing.assert_array_equal(a["coefficients"], first["coefficients"])
+    assert first["noted"] == (True, False)
     # What was learnt before experts moved is forgotten: of all groups' recordings, each sequence once.
     expected = RowPredictor(ep_size)
     for group in range(0, 4, ep_size):
@@ -90,3 +103,26 @@ def test_experts_move_with_seats_and_seats_are_learnt_of_where_they_are(ep_size:
     learnt, alone = first["alone"]
     assert learnt
     np.testing.assert_array_equal(alone, first["coefficients"])
+
+
+def bfloat16_around_a_move(rank: int) -> tuple[float, float]:
+    """Loss of one batch before experts move, and after, rows and products in bfloat16."""
+    case = Case(shrunk("moe-llm-tiny"), 2, recipe="luffy", dtype=torch.float32)
+    model, comm = build(case)
+    model.stream_dtype = torch.bfloat16
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    keep_over_micro_batches()
+    try:
+        before = float(run_step(model, comm, case, [batch_of(9)])[0])
+        for layer, moe in enumerate(model.moe_layers):
+            owner = np.arange(8) // 4
+            move_experts(moe, optimizer, np.random.default_rng(layer).permutation(owner), comm)
+        return before, float(run_step(model, comm, case, [batch_of(9)])[0])
+    finally:
+        keep_over_micro_batches(False)
+
+
+def test_experts_that_moved_compute_with_their_own_weights_in_bfloat16():
+    """Weights are kept in the dtype of computation between passes; a move must end what was kept."""
+    for before, after in run_ranks(bfloat16_around_a_move, 2):
+        assert after == pytest.approx(before, rel=2e-3)

@@ -15,7 +15,6 @@ from luffy.comm import Comm
 from luffy.compose import Runtime
 from luffy.data.batch import Layout
 from luffy.seats.features import features_of
-from luffy.seats.predictor import RowPredictor
 from luffy.seats.seater import LearntSeats
 from luffy.seats.sharing import learn_together
 from luffy.train.parts import Done, Stateless
@@ -39,7 +38,7 @@ class SeatLearning(Stateless):
 
     def __init__(self, seats: LearntSeats, reader: StepReader, runtime: Runtime, comm: Comm) -> None:
         self.seats, self.reader, self.runtime, self.comm = seats, reader, runtime, comm
-        self.seen = RowPredictor(comm.mesh.ep_size)
+        self.seen = seats.seen  # whoever moves experts makes it forget
 
     def before(self, step: int) -> None:
         if step % OBSERVE_EVERY == 0 and self.comm.mesh.ep_size > 1:
