@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from luffy.errors import UserError
@@ -143,9 +142,8 @@ class _ParallelTrainer:
         groups = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
         mesh, folder = self._parallel.runtime.comm.mesh, Path(output_dir) / STATE
         write_checkpoint(folder, self.state.global_step, self._tensors(), {"groups": groups}, mesh, keep=1)
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
-        dist.barrier()
+        schedule = self.lr_scheduler.state_dict()
+        everyone(mesh, lambda: torch.save(schedule, Path(output_dir) / "scheduler.pt"), only_first=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Nothing yet: weights come with the optimizer's state."""
