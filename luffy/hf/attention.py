@@ -45,13 +45,14 @@ def mixer_of(layer: Any) -> nn.Module:
 
 
 @functools.cache
-def _positions_in(kind: type) -> bool:
+def _positions_in(kind: Any) -> bool:
     return "position_embeddings" in inspect.signature(kind.forward).parameters
 
 
 def takes_positions(mixer: nn.Module) -> bool:
     """Whether it is attention; a recurrence takes no positions, and no mask where padding lies on the right."""
-    return _positions_in(type(mixer))
+    kind: Any = type(mixer)
+    return _positions_in(kind)
 
 
 PACKED = "luffy_packed"
