@@ -34,7 +34,9 @@ def check_model(model: nn.Module, mesh: Mesh) -> None:
     Sharded weights have no copies to compare.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, MoELayer)}
-    facts = {f"{n or 'the layer'}": (m.router.config, m.recipe, m.slot_of_expert.tolist()) for n, m in layers.items()}
+    facts = {
+        f"{n or 'the layer'}": (m.router.config, m.runtime.recipe, m.slot_of_expert.tolist()) for n, m in layers.items()
+    }
     check_alike(facts, mesh.device)
     experts = expert_parameters(model)
     named = [(n, p) for n, p in model.named_parameters() if not is_sharded(p)]

@@ -18,10 +18,10 @@ from luffy.train.parts.tuning import Mode, Tuning
 from luffy.wire_format import parse_wire
 
 if TYPE_CHECKING:
-    from luffy.train.trainer import Trainer
+    from luffy.train.steps import Steps
 
 
-def choose_parts(trainer: Trainer) -> list[Any]:
+def choose_parts(trainer: Steps) -> list[Any]:
     """In the order in which they run. Gives the trainer's reader the seats that its recipe asks for."""
     o, model, mesh, runtime = trainer.options, trainer.model, trainer.mesh, trainer.runtime
     padded, parts = o.layout == "padded", list[Part]()
@@ -60,7 +60,7 @@ def choose_parts(trainer: Trainer) -> list[Any]:
     return parts
 
 
-def _tuning(trainer: Trainer, learnt: LearntSeats | None) -> Tuning:
+def _tuning(trainer: Steps, learnt: LearntSeats | None) -> Tuning:
     o, layout, read = trainer.options, trainer.reader.layout, AsRead()
 
     def use(mode: Mode) -> None:
