@@ -23,8 +23,8 @@ from luffy.config import ModelConfig
 from luffy.data.batch import Layout, SequenceTable, TokenBatch
 from luffy.errors import UserError
 from luffy.model.aux_loss import auxiliary_loss
+from luffy.model.build import moe_layer
 from luffy.model.layers import make_norm
-from luffy.model.moe_layer import MoELayer
 from luffy.model.ownership import expert_parameters
 from luffy.model.router import RouterStats
 from luffy.recipes import recipe_of
@@ -33,8 +33,9 @@ from luffy.recipes import recipe_of
 class MoEBlock(nn.Module):
     """x -> x + sum of the top-k experts of norm(x), experts spread over the expert-parallel ranks of `mesh`.
 
-    mesh: of `luffy.join_world`. recipe: `luffy` sends as few rows as seats leave, which `luffy.seats.exchange` gives the
-    sequences of a batch; low bits with `luffy_max`. runtime: of another block of the same model, to share its traffic meter and planner.
+    mesh: of `luffy.join_world`. recipe: `luffy` sends the rows that seats leave, and
+    `luffy.seats.exchange` gives sequences their seats; low bits with `luffy_max`. runtime: of another block of the same
+    model, to share its traffic meter and planner.
     layer: index of this block among the model's MoE blocks. settings: of ModelConfig or RouterConfig, such as
     `activation`, `norm`, `score`, `balance_loss`, `num_shared_experts`; UserError for those that cannot be.
     Weights come from (seed, layer, name): the same at every number of ranks.
@@ -64,7 +65,7 @@ class MoEBlock(nn.Module):
         self.config, self.seed = config, seed
         self.runtime = runtime or Runtime.create(Comm.create(mesh), recipe_of(recipe), config, recompute)
         self.norm = make_norm(config)
-        self.moe = MoELayer.build(config, self.runtime, layer)
+        self.moe = moe_layer(config, self.runtime, layer)
         self._stats: RouterStats | None = None
         self.reset_parameters()
         self.to(mesh.device)
