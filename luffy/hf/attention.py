@@ -45,7 +45,7 @@ def mixer_of(layer: Any) -> nn.Module:
 
 
 @functools.cache
-def _positions_in(kind: type) -> bool:
+def _positions_in(kind: Any) -> bool:
     return "position_embeddings" in inspect.signature(kind.forward).parameters
 
 

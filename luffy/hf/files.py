@@ -85,7 +85,7 @@ class Checkpoint:
     def read(self, name: str, begin: int | None = None, end: int | None = None) -> Tensor:
         """A tensor, or rows [begin, end) of it; dequantised, if need be."""
         if name not in self._stored:
-            return from_mxfp4(*(self._read(name + part, begin, end) for part in (BLOCKS, SCALES)))
+            return from_mxfp4(self._read(name + BLOCKS, begin, end), self._read(name + SCALES, begin, end))
         if name + INVERSE in self._stored:
             return from_fp8(self._read(name), self._read(name + INVERSE))[begin:end]
         return self._read(name, begin, end)
