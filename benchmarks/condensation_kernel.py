@@ -283,7 +283,7 @@ def graph(repeats: int) -> None:
 @main.command()
 @click.argument("file", type=click.Path(exists=True, path_type=Path))
 def table(file: Path) -> None:
-    """Print what `run` wrote, as docs/condensation.md shows it."""
+    """Print what `run` wrote, as docs/research/condensation.md shows it."""
     report = json.loads(file.read_text())
     click.echo(f"{report['environment']['device_name']}, torch {report['environment']['torch_version']}")
     click.echo(HEADER)

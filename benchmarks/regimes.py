@@ -7,7 +7,7 @@
 On a GPU the model is the paper's MoE-GPT2 (12 blocks of 768/3072, 16 experts, top-2, bfloat16, gradients too), and
 `--start-weights` should name weights that were trained for some hundred steps (`luffy train --export`): routers of
 an untrained model flatter whoever follows locality. Recipes run as they are and with `--overlap` (`+o`), so that none
-loses by a neglected schedule; tables show all. Runs of other systems (docs/peers.md) join with `--also`.
+loses by a neglected schedule; tables show all. Runs of other systems (docs/research/peers.md) join with `--also`.
 """
 
 import json

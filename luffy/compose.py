@@ -60,6 +60,7 @@ class Runtime:
     tally: RowTally = field(default_factory=RowTally)
     observed: list[tuple[Layout, Tensor]] | None = None
     transports: list[Transport] = field(default_factory=list)
+    last_layer: int = -1  # the MoE layer that a block of one's own computed last
 
     @classmethod
     def create(
@@ -102,7 +103,9 @@ class Runtime:
         spec = WireSpec() if self.recipe.auto else self.recipe.wire_spec  # of auto a permission
         transport = Transport(self._rounding_alike(spec), self.draws, layer)
         self.transports.append(transport)
-        if self.comm is not None and self.comm.mesh.ep_size == 1 and self.planner is None and self.condense is None:
+        rounds_all = self.recipe.wire_spec.local and transport.codes  # asked for even where nothing travels
+        alone = self.comm is not None and self.comm.mesh.ep_size == 1 and not rounds_all
+        if alone and self.planner is None and self.condense is None:
             return Alone(self.clock, layer, self.tally)
         direct = Direct(self.comm, self.clock, self.recipe.copies, transport, self.tally)
         return _wrapped(direct, self, layer, layer_of_moe, experts, causal=causal, may_drop=may_drop)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def tables(page: Path) -> list[tuple[int, list[str]]]:
@@ -47,9 +47,9 @@ def test_the_page_on_hugging_face_says_what_was_measured(monkeypatch: pytest.Mon
     pytest.importorskip("transformers")
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     render = importlib.import_module("huggingface").table
-    page = (ROOT / "docs" / "huggingface.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "research" / "huggingface.md").read_text(encoding="utf-8")
     for path in sorted((ROOT / "docs" / "results").glob("huggingface*.json")):
         for way, found in json.loads(path.read_text(encoding="utf-8")).items():
             if isinstance(found, dict) and "systems" in found:
                 assert {"transformers", "luffy"} <= {s["system"] for s in found["systems"]}, (path.name, way)
-                assert render(found["systems"]) in page, f"docs/huggingface.md lacks the table of {path.name}, {way}"
+                assert render(found["systems"]) in page, f"docs/research/huggingface.md lacks the table of {path.name}, {way}"

@@ -1,4 +1,4 @@
-"""Other systems on the same wire, data, schedule and meter as Luffy: see docs/peers.md.
+"""Other systems on the same wire, data, schedule and meter as Luffy: see docs/research/peers.md.
 
     python -m benchmarks.peers run --peer hf_ep --ranks 4 --model moe-gpt2-tiny --steps 20 --out DIR
     luffy lab --ranks 4 --link 1gbit -- python -m benchmarks.peers run --peer deepspeed --steps 20 --out DIR

@@ -51,7 +51,8 @@ def _positions_in(kind: Any) -> bool:
 
 def takes_positions(mixer: nn.Module) -> bool:
     """Whether it is attention; a recurrence takes no positions, and no mask where padding lies on the right."""
-    return _positions_in(type(mixer))
+    kind: Any = type(mixer)
+    return _positions_in(kind)
 
 
 PACKED = "luffy_packed"

@@ -14,10 +14,10 @@ from typing import Any
 
 import click
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from luffy.comm import Mesh, build_mesh
+from luffy.comm import Mesh
+from luffy.comm.mesh import mesh_of_world
 from luffy.comm.sharding import is_sharded, local_part, rows_of
 from luffy.errors import UserError
 from luffy.hf.families import family_of
@@ -74,7 +74,7 @@ def load(
     """
     from transformers import AutoModelForCausalLM
 
-    mesh = world_mesh() if mesh is None else mesh
+    mesh = mesh or mesh_of_world() or join_world()
     folder = Path(local_model(str(folder)))
     config = everyone(mesh, lambda: read_config(folder))
     if (method := vars(config).pop("dequantized_from", None)) is not None and mesh.rank == 0:
@@ -91,16 +91,6 @@ def load(
     everyone(mesh, lambda: fill(parallel, Checkpoint(folder)))
     check_model(parallel, mesh)
     return parallel
-
-
-def world_mesh() -> Mesh:
-    """Of the process group that there is, or of the one that torchrun's environment asks for."""
-    if not dist.is_initialized():
-        return join_world()
-    device = torch.device("cpu")
-    if dist.get_backend() != "gloo" or torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
-    return build_mesh(device)
 
 
 def _materialise(parallel: ParallelModel, device: torch.device) -> None:

@@ -42,7 +42,7 @@ from luffy.model.ownership import check_model
 from luffy.model.router import RouterStats
 from luffy.model.stack import MicroBatch, Stack, StackBlock, in_chunks, summed_cross_entropy
 from luffy.plan.topology import Topology
-from luffy.recipes import Recipe, get_recipe
+from luffy.recipes import Recipe, recipe_of
 
 DENSE = ("replicated", "sharded")
 _PREFIX = re.compile(r"^library\.(base_model\.model\.)?")
@@ -249,7 +249,7 @@ def parallelize(
     described.check_ranks(mesh.ep_size)
     if described.router.bias_update_rate > 0 and family.bias_buffer is None:
         raise UserError(f"--bias-update-rate: the gate of {family.model_type} has no bias for the choice")
-    recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
+    recipe = recipe_of(recipe)
     if recompute is None:
         recompute = any(getattr(m, "gradient_checkpointing", False) for m in lm.modules())
     runtime = Runtime.create(Comm.create(mesh), recipe, described, recompute, topology)

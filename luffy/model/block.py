@@ -18,21 +18,23 @@ import torch
 from torch import Tensor, nn
 
 from luffy.comm import Comm, Mesh
+from luffy.compose import Runtime
 from luffy.config import ModelConfig
 from luffy.data.batch import Layout, SequenceTable, TokenBatch
 from luffy.errors import UserError
 from luffy.model.aux_loss import auxiliary_loss
 from luffy.model.layers import make_norm
-from luffy.model.moe_layer import MoELayer, Runtime
+from luffy.model.moe_layer import MoELayer
 from luffy.model.ownership import expert_parameters
 from luffy.model.router import RouterStats
-from luffy.recipes import get_recipe
+from luffy.recipes import recipe_of
 
 
 class MoEBlock(nn.Module):
     """x -> x + sum of the top-k experts of norm(x), experts spread over the expert-parallel ranks of `mesh`.
 
-    mesh: of `luffy.join_world`. runtime: of another block of the same model, to share its traffic meter and planner.
+    mesh: of `luffy.join_world`. recipe: `luffy` sends as few rows as seats leave, which `luffy.seats.exchange` gives the
+    sequences of a batch; low bits with `luffy_max`. runtime: of another block of the same model, to share its traffic meter and planner.
     layer: index of this block among the model's MoE blocks. settings: of ModelConfig or RouterConfig, such as
     `activation`, `norm`, `score`, `balance_loss`, `num_shared_experts`; UserError for those that cannot be.
     Weights come from (seed, layer, name): the same at every number of ranks.
@@ -46,7 +48,7 @@ class MoEBlock(nn.Module):
         top_k: int = 2,
         *,
         mesh: Mesh,
-        recipe: str = "vanilla_dedup",
+        recipe: str = "luffy",
         layer: int = 0,
         runtime: Runtime | None = None,
         recompute: bool = False,
@@ -60,7 +62,7 @@ class MoEBlock(nn.Module):
             | {"num_experts": num_experts, "top_k": top_k} | settings
         )  # fmt: skip
         self.config, self.seed = config, seed
-        self.runtime = runtime or Runtime.create(Comm.create(mesh), get_recipe(recipe), config, recompute)
+        self.runtime = runtime or Runtime.create(Comm.create(mesh), recipe_of(recipe), config, recompute)
         self.norm = make_norm(config)
         self.moe = MoELayer.build(config, self.runtime, layer)
         self._stats: RouterStats | None = None
@@ -93,6 +95,9 @@ class MoEBlock(nn.Module):
     def forward(self, x: TokenBatch) -> TokenBatch: ...
     def forward(self, x: Tensor | TokenBatch) -> Tensor | TokenBatch:
         """[B, S, D] of this rank, or a TokenBatch. Every rank calls it, with an empty batch if it has none."""
+        if self.moe.layer_of_moe <= self.runtime.last_layer:
+            self.runtime.begin()  # another forward pass of the model
+        self.runtime.last_layer = self.moe.layer_of_moe
         if isinstance(x, TokenBatch):
             batch = self.moe(x, self.norm)
             self._stats = batch.router_stats[-1]

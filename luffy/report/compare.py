@@ -19,6 +19,7 @@ from luffy.report import compare_table as tables
 from luffy.report.html import origin, render
 from luffy.report.runs import REPORT_FILE, read_run, write_bytes_atomic
 from luffy.report.style import draw_if_any
+from luffy.report.verdict import verdicts
 
 COMPARE_FILE = "compare.json"
 
@@ -89,6 +90,7 @@ def write_compare_report(folder: Path) -> Path:
         title=(", ".join(map(tables.name_of, summaries)) if len(summaries) < 4 else f"{len(summaries)} recipes")
         + f" on {first['model']}",
         origin=origin(runs[0][0]),
+        verdicts=verdicts(summaries),
         sections=[(title, head, rows, note) for title, (head, rows), note in sections],
         remarks=tables.remarks(summaries),
         pictures=pictures,

@@ -98,6 +98,20 @@ def plan(**values: Any) -> None:
     run_plan(**values)
 
 
+@cli.command()
+@click.option("--out", default="runs/demo", show_default=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--data", default="stdlib", show_default=True, help="File or folder of text, or stdlib (offline).")
+@click.option("--link", default="50mbit", show_default=True, help="Rate of the emulated links (root only); none: no links.")
+@click.option("--start-steps", default=150, show_default=True, help="Steps of the model that all recipes begin from.")
+@click.option("--steps", default=24, show_default=True, help="Steps of each recipe.")
+@click.option("--since", type=float, help="Count the time from here (seconds of the epoch; default: now).")
+def demo(out: Path, data: str, link: str, start_steps: int, steps: int, since: float | None) -> None:
+    """Compare vanilla, luffy, luffy_paper and luffy_max on a small model, in about two minutes on two cores."""
+    from luffy.train.demo import run_demo
+
+    run_demo(out, data, start_steps, steps, None if link == "none" else link, since)
+
+
 @cli.command("recipes")
 def list_recipes() -> None:
     """List the recipes."""
