@@ -22,8 +22,12 @@ LONGEST_DEFAULT = 2048
 class FinetuneOptions(TrainOptions):
     """What `luffy finetune` was asked to do."""
 
-    RANGES: ClassVar[dict[str, Range]] = RANGES | {"lora": COUNT, "lora_alpha": AT_LEAST_ONE}
-    INPUTS: ClassVar[tuple[str, ...]] = ("--data", "--model")
+    RANGES: ClassVar[dict[str, Range]] = RANGES | {
+        "lora": COUNT,
+        "lora_alpha": AT_LEAST_ONE,
+        "valid_fraction": Range(0, 1, below=True),
+    }
+    INPUTS: ClassVar[tuple[str, ...]] = ("--data", "--validation", "--model")
 
     model: str = option("", "Folder of the model (config.json, safetensors, tokenizer), or its name on the hub.", "Run")
     recipe: str = option("luffy", "How rows are exchanged; `luffy recipes` lists them.", "Run")

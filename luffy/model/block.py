@@ -33,11 +33,11 @@ from luffy.recipes import recipe_of
 class MoEBlock(nn.Module):
     """x -> x + sum of the top-k experts of norm(x), experts spread over the expert-parallel ranks of `mesh`.
 
-    mesh: of `luffy.join_world`. recipe: `luffy` sends the rows that seats leave, and
-    `luffy.seats.exchange` gives sequences their seats; low bits with `luffy_max`. runtime: of another block of the same
-    model, to share its traffic meter and planner.
-    layer: index of this block among the model's MoE blocks. settings: of ModelConfig or RouterConfig, such as
-    `activation`, `norm`, `score`, `balance_loss`, `num_shared_experts`; UserError for those that cannot be.
+    mesh: of `luffy.join_world`. recipe: `luffy` sends as few rows as seats leave, which `luffy.seats.exchange` gives
+    the sequences of a batch; low bits with `luffy_max`. runtime: of another block of the same model, to share its
+    traffic meter and planner. layer: index of this block among the model's MoE blocks. settings: of ModelConfig or
+    RouterConfig, such as `activation`, `norm`, `score`, `balance_loss`, `num_shared_experts`; UserError for those that
+    cannot be.
     Weights come from (seed, layer, name): the same at every number of ranks.
     """
 
