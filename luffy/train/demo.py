@@ -109,4 +109,3 @@ def _in_lab(command: list[str], link: str, out: Path) -> bool:
     if status:
         click.echo("no emulated links on this machine (see above)", err=True)
     return not status
-
