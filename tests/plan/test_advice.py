@@ -17,7 +17,8 @@ def test_the_best_lossless_recipe_is_advised_and_a_faster_one_named() -> None:
     advice = advise(PREDICTIONS, LOSSLESS, compute_seconds=0.5)
     assert advice.recipe == "luffy" and advice.gain == 1.5
     assert advice.line == (
-        "take luffy: 1.50x the speed of vanilla_dedup; if rows may be rounded, luffy_max: 2.50x the speed of vanilla_dedup"
+        "take luffy: 1.50x the speed of vanilla_dedup; if rows may be rounded, "
+        "luffy_max: 2.50x the speed of vanilla_dedup"
     )
     assert "links are busy for 0.50 of the time of vanilla_dedup" in advise(PREDICTIONS, LOSSLESS).line
 
