@@ -32,12 +32,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from compare_tools import SOCKETS
-from peers.counting import ByteCounter
-from peers.reduce_scatter import sum_over_gloo
 from transformers import AutoModelForCausalLM, OlmoeConfig
 from transformers.utils import logging
 
 import luffy
+from benchmarks.peers.counting import ByteCounter
+from benchmarks.peers.reduce_scatter import sum_over_gloo
 from luffy.comm import Mesh
 from luffy.comm.meter import by_direction
 from luffy.hf import load
