@@ -36,8 +36,6 @@ from transformers import AutoModelForCausalLM, OlmoeConfig
 from transformers.utils import logging
 
 import luffy
-from benchmarks.peers.counting import ByteCounter
-from benchmarks.peers.reduce_scatter import sum_over_gloo
 from luffy.comm import Mesh
 from luffy.comm.meter import by_direction
 from luffy.hf import load
@@ -45,6 +43,10 @@ from luffy.lab.namespace import missing_capabilities
 from luffy.lab.place import current_lab
 from luffy.train.gradients import GradientSync
 from luffy.train.metrics import describe_machine, write_json_atomic
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.peers.counting import ByteCounter
+from benchmarks.peers.reduce_scatter import sum_over_gloo
 
 WARM_UP = 2
 # Luffy's: recipe, and what becomes of dense weights.
