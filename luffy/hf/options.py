@@ -91,9 +91,9 @@ class FinetuneOptions(TrainOptions):
         _one_of("--loss-on", self.loss_on, ("auto", "assistant", "all"))
         _one_of("--dense", self.dense, ("replicated", "sharded"))
         _require(
-            self.dense == "replicated" or self.gradient_dtype == "model",
-            f"--gradient-dtype {self.gradient_dtype} cannot be combined with --dense sharded, which sums gradients "
-            "as they are; leave it out",
+            self.dense == "replicated" or self.get_gradient_dtype() == "model",
+            f"--gradient-dtype {self.get_gradient_dtype()} cannot be combined with --dense sharded, which sums "
+            "gradients as they are; use --gradient-dtype model",
         )
         _require(
             self.lora > 0 or (self.lora_on == "attention" and not self.dora),
