@@ -1,7 +1,7 @@
 """Is `--recipe auto` as fast as the best fixed recipe, whatever the links? And what does finding out cost?
 
     python benchmarks/auto_beside_fixed.py --out runs/auto --json docs/results/auto.json    (needs root: emulated links)
-    python benchmarks/auto_beside_fixed.py ... --docs docs/research/baselines.md          also writes its table there
+    python benchmarks/auto_beside_fixed.py ... --docs docs/research/baselines.md    also writes its table there
 
 Each cell (ranks, rate of a link, sequences a rank) is one launch in a lab, in which all recipes take turns of five
 steps (benchmarks/multigpu_ranks.py): whatever else slows the machine slows all alike. Two numbers a cell, both over the

@@ -27,7 +27,7 @@ class FinetuneOptions(TrainOptions):
         "lora_alpha": AT_LEAST_ONE,
         "valid_fraction": Range(0, 1, below=True),
     }
-    INPUTS: ClassVar[tuple[str, ...]] = ("--data", "--model")
+    INPUTS: ClassVar[tuple[str, ...]] = ("--data", "--validation", "--model")
 
     model: str = option("", "Folder of the model (config.json, safetensors, tokenizer), or its name on the hub.", "Run")
     recipe: str = option("luffy", "How rows are exchanged; `luffy recipes` lists them.", "Run")

@@ -23,8 +23,8 @@ from luffy.config import ModelConfig
 from luffy.data.batch import Layout, SequenceTable, TokenBatch
 from luffy.errors import UserError
 from luffy.model.aux_loss import auxiliary_loss
+from luffy.model.build import moe_layer
 from luffy.model.layers import make_norm
-from luffy.model.moe_layer import MoELayer
 from luffy.model.ownership import expert_parameters
 from luffy.model.router import RouterStats
 from luffy.recipes import recipe_of
@@ -65,7 +65,7 @@ class MoEBlock(nn.Module):
         self.config, self.seed = config, seed
         self.runtime = runtime or Runtime.create(Comm.create(mesh), recipe_of(recipe), config, recompute)
         self.norm = make_norm(config)
-        self.moe = MoELayer.build(config, self.runtime, layer)
+        self.moe = moe_layer(config, self.runtime, layer)
         self._stats: RouterStats | None = None
         self.reset_parameters()
         self.to(mesh.device)
