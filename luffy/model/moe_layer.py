@@ -43,7 +43,8 @@ class MoELayer(nn.Module):
 
     The parts are given: `build` makes those of a ModelConfig, luffy.hf those of another library's block. router: rows
     to Routing and RouterStats. experts: this rank's share of them, `num_local` in the order of their ids. latent: where
-    rows are narrower than the stream. layer_of_moe: index of this layer among the model's MoE layers.
+    rows are narrower than the stream. layer_of_moe: index of this layer among the model's MoE layers. residual: False
+    leaves the stream out of the sum, for a model that adds it itself; sequences then stay where they are.
     """
 
     def __init__(
@@ -57,8 +58,10 @@ class MoELayer(nn.Module):
         latent: LatentRows | None = None,
         layer_of_moe: int = 0,
         causal: bool = True,
+        residual: bool = True,
     ) -> None:
         super().__init__()
+        self.residual = residual
         self.runtime, self.layer, self.layer_of_moe = runtime, layer, layer_of_moe
         self.router, self.experts, self.shared_experts, self.latent = router, experts, shared_experts, latent
         may_drop = router.config.capacity_factor is not None
@@ -108,7 +111,7 @@ class MoELayer(nn.Module):
         normed = norm(batch.hidden)  # [T, D]
         routing, stats = self.router(normed, batch.layout, self.slot_of_expert)
         tokens = Tokens(
-            batch, normed, routing.topk_expert_ids, routing.topk_weights, self.expert_map, norm, base,
+            batch, normed, routing.topk_expert_ids, routing.topk_weights, self.expert_map, norm, base, self.residual,
             condenses=self.training and torch.is_grad_enabled(), departed=departed,
         )  # fmt: skip
         tokens = observe(tokens, predict_next, self.runtime)
