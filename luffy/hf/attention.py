@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from luffy.data.batch import Layout
 from luffy.errors import UserError
-from luffy.hf.parts import call_in
+from luffy.model.library import call_in
 
 # Their frequencies depend on the longest sequence of a batch, so a sequence's output would depend on its company.
 UNSTEADY_ROPE = ("dynamic", "longrope")

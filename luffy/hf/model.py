@@ -35,8 +35,9 @@ from luffy.hf.batches import make_batch
 from luffy.hf.dense import DenseUnits
 from luffy.hf.describe import describe
 from luffy.hf.families import Family, family_of
-from luffy.hf.parts import LibraryExperts, LibraryRouter, SharedExperts, call_in, lent
+from luffy.hf.parts import LibraryExperts, lent
 from luffy.model.aux_loss import AuxLoss
+from luffy.model.library import LibraryRouter, SharedExperts, call_in
 from luffy.model.moe_layer import MoELayer, Predictor
 from luffy.model.ownership import check_model
 from luffy.model.router import RouterStats
