@@ -24,12 +24,11 @@ import click
 from matplotlib.figure import Figure
 
 from luffy.report import style
-from luffy.report.compare_figures import COLOURS, legend, look, short
+from luffy.report.compare_figures import legend, look, short
 from luffy.report.compare_table import Table, as_text
 from luffy.train.metrics import describe_machine, write_json_atomic
 
 LUFFY = [sys.executable, "-m", "luffy.train.cli"]
-HATCHES = (None, "///", "...")
 # NCCL past NVLink and shared memory: every byte through the loopback interface, as a slow link.
 SOCKETS = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo"}
 STOPPING_SECONDS = 15.0  # left for a cell to end its ranks and its links
@@ -260,33 +259,37 @@ def by_recipe(cells: Cells, axis: str, value: Callable[[dict[str, Any]], float |
     return [axis, *labels], rows
 
 
+MOST_BARS = 6
+ALWAYS_DRAWN = ("vanilla", "vanilla_dedup", "luffy", "luffy_max")
+
+
 def bars(
-    cells: Cells, value: Callable[[dict[str, Any]], float | None], title: str, y_label: str, form: str = "%.3g"
+    cells: Cells, value: Callable[[dict[str, Any]], float | None], title: str, x_label: str, form: str = "%.3g"
 ) -> Figure:
-    """A group of bars a cell, one a recipe, each with its number."""
-    labels = list(dict.fromkeys(s["label"] for summaries in cells.values() for s in summaries))
-    figure, axes = style.new_figure(height=3.0 + 0.14 * len(labels))
-    width = 0.84 / len(labels)
-    small = len(labels) * len(cells) > 12  # as many numbers as stand side by side without touching
-    for i, label in enumerate(labels):
-        points = [
-            (g + (i - (len(labels) - 1) / 2) * width, found)
-            for g, summaries in enumerate(cells.values())
-            for s in summaries
-            if s["label"] == label and (found := value(s)) is not None
-        ]
-        # A colour that comes again is hatched, as lines are dashed.
-        hatch = HATCHES[i // len(COLOURS) % len(HATCHES)]
-        drawn = axes.bar([x for x, _ in points], [y for _, y in points], width * 0.94, color=look(i)["color"],
-                         hatch=hatch, edgecolor="white", linewidth=0, label=short(label))  # fmt: skip
-        axes.bar_label(drawn, fmt=form, fontsize=5.5 if small else 7.5, padding=1, rotation=90 if small else 0)
-    axes.set_xticks(range(len(cells)), [key.replace("moe-", "") for key in cells])
-    axes.tick_params(axis="x", length=0)
-    axes.margins(y=0.14)
-    axes.set_ylabel(y_label)
-    axes.grid(axis="y")
-    style.titles(axes, title)
-    legend(axes, [short(label) for label in labels])
+    """A panel a cell: horizontal bars, the greatest first, each with its number; six at most, the table has all.
+
+    Those of ALWAYS_DRAWN are drawn, and the greatest of the others.
+    """
+    figure = Figure(figsize=(style.WIDTH + 0.8, 0.9 + len(cells) * (0.35 + 0.3 * MOST_BARS)), layout="constrained")
+    panels = figure.subplots(len(cells), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (name, summaries) in zip(panels, cells.items(), strict=True):
+        found = sorted(((v, s["label"]) for s in summaries if (v := value(s)) is not None), reverse=True)
+        rest = [f for f in found if f[1] not in ALWAYS_DRAWN]
+        kept = {f for f in found if f[1] in ALWAYS_DRAWN}
+        kept |= set(rest[: MOST_BARS - len(kept)])
+        shown = [f for f in found if f in kept]
+        colours = [style.BLUE if label.startswith("luffy") else style.GREY for _, label in shown]
+        drawn = axes.barh([label for _, label in shown], [v for v, _ in shown], 0.68, color=colours)
+        axes.bar_label(drawn, fmt=form, fontsize=8.5, padding=3)
+        axes.invert_yaxis()
+        axes.tick_params(axis="y", length=0)
+        axes.margins(x=0.12)
+        cell = name.replace("moe-", "")
+        if axes is panels[0]:
+            style.titles(axes, title, cell)
+        else:
+            axes.set_title(cell, fontsize=9, fontweight="normal", color=style.MUTED)
+    panels[-1].set_xlabel(x_label)
     return figure
 
 

@@ -3,8 +3,8 @@
     python benchmarks/gains.py collect --runs FOLDER_OF_RUNS --json docs/results/gains.json
     python benchmarks/gains.py figure docs/results/gains.json --png docs/figures/gains.png
 
-FOLDER_OF_RUNS holds a run of each recipe, as `benchmarks/regimes.py` and `luffy compare` write them. Only the last steps
-are taken: by then seats are predicted.
+FOLDER_OF_RUNS holds a run of each recipe, as `benchmarks/regimes.py` and `luffy compare` write them. Only the last
+steps are taken: by then seats are predicted.
 """
 
 from pathlib import Path

@@ -52,4 +52,4 @@ def test_the_page_on_hugging_face_says_what_was_measured(monkeypatch: pytest.Mon
         for way, found in json.loads(path.read_text(encoding="utf-8")).items():
             if isinstance(found, dict) and "systems" in found:
                 assert {"transformers", "luffy"} <= {s["system"] for s in found["systems"]}, (path.name, way)
-                assert render(found["systems"]) in page, f"docs/research/huggingface.md lacks the table of {path.name}, {way}"
+                assert render(found["systems"]) in page, f"no table of {path.name}, {way}"

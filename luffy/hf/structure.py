@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from luffy.errors import UserError
 from luffy.hf.families import GATE_UP_DOWN, Family, OnDisk
+from luffy.kernels.activation import activate
 from luffy.model.library import score_told
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -168,10 +169,11 @@ def _never(config: Any) -> bool:
 def _feed_forward(block: Any, family: Family, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y [T, D] -> logits, weights and ids of the gate, and the answer of the block as Luffy computes it."""
     logits, weights, ids = getattr(block, family.gate)(y)
-    experts, activate, out = block.experts, family.activate(block), torch.zeros_like(y)
+    experts, activation, out = block.experts, family.activate(block), torch.zeros_like(y)
     for k in range(ids.shape[1]):
         for t, e in enumerate(ids[:, k].tolist()):
-            out[t] += weights[t, k] * (experts.down_proj[e] @ activate((experts.gate_up_proj[e] @ y[t])[None])[0])
+            hidden = activate((experts.gate_up_proj[e] @ y[t])[None], activation)[0]
+            out[t] += weights[t, k] * (experts.down_proj[e] @ hidden)
     if family.shared is not None:
         shared = getattr(block, family.shared)(y)
         out += shared if family.shared_gate is None else getattr(block, family.shared_gate)(y).sigmoid() * shared

@@ -25,6 +25,7 @@ from luffy.config import ModelConfig, RouterConfig
 from luffy.data.batch import Layout, SequenceTable, TokenBatch
 from luffy.errors import UserError
 from luffy.model.aux_loss import auxiliary_loss
+from luffy.model.build import moe_layer
 from luffy.model.experts import GroupedExperts
 from luffy.model.layers import make_norm
 from luffy.model.moe_layer import MoELayer
@@ -42,8 +43,8 @@ class MoEBlock(nn.Module):
     mesh: of `luffy.join_world`. recipe: `luffy` sends as few rows as seats leave, which `luffy.seats.exchange` gives
     the sequences of a batch; low bits with `luffy_max`. runtime: of another block of the same model, to share its
     traffic meter and planner. layer: index of this block among the model's MoE blocks. settings: of ModelConfig or
-    RouterConfig, such as `activation`, `norm`, `score`, `balance_loss`, `num_shared_experts`; UserError for
-    those that cannot be.
+    RouterConfig, such as `activation`, `norm`, `score`, `balance_loss`, `num_shared_experts`; UserError for those that
+    cannot be.
     Weights come from (seed, layer, name): the same at every number of ranks.
     """
 
@@ -71,7 +72,7 @@ class MoEBlock(nn.Module):
         self.config, self.seed = config, seed
         self.runtime = runtime or Runtime.create(Comm.create(mesh), recipe_of(recipe), config, recompute)
         self.norm = make_norm(config)
-        self.moe = MoELayer.build(config, self.runtime, layer)
+        self.moe = moe_layer(config, self.runtime, layer)
         self._stats: RouterStats | None = None
         self._answers_logits = False
         self.reset_parameters()

@@ -29,6 +29,26 @@ def call_in(dtype: torch.dtype, module: nn.Module, *args: Any, **kwargs: Any) ->
     return functional_call(module, cast, args, kwargs) if cast else module(*args, **kwargs)
 
 
+def _call_adapted(dtype: torch.dtype, module: Any, x: Tensor) -> Any:
+    """As `call_in`, for a module of which PEFT may have adapted parameters: their sums are made here, in `dtype`.
+
+    PEFT's wrapper would put its sum in the parameter's place for the call, as `functional_call` does with the cast, and
+    the one undoes the other.
+    """
+    added: dict[str, Tensor] = {}
+    while hasattr(module, "parameter_name"):
+        name = module.parameter_name
+        for adapter in () if module.disable_adapters or module.merged else module.active_adapters:
+            if adapter in module.lora_A:
+                a, b = (factor[adapter].weight.to(dtype) for factor in (module.lora_A, module.lora_B))
+                added[name] = added.get(name, torch.zeros((), dtype=dtype)) + module.scaling[adapter] * (b @ a)
+        module = module.base_layer
+    if not added:
+        return call_in(dtype, module, x)
+    own = {name: p.to(dtype) if p.is_floating_point() else p for name, p in module.named_parameters()}
+    return functional_call(module, own | {name: own[name] + delta for name, delta in added.items()}, (x,))
+
+
 class SharedExperts(nn.Module):
     """The library's shared experts, in their input's dtype; times the sigmoid of their gate, if they have one."""
 
@@ -57,7 +77,7 @@ class LibraryRouter(RouterBase):
     def _scores(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dtype = wide(torch.promote_types(x.dtype, next(self.gate.parameters()).dtype))
         with torch.autocast(x.device.type, enabled=False):
-            logits, weights, ids = call_in(dtype, self.gate, x.to(dtype))
+            logits, weights, ids = _call_adapted(dtype, self.gate, x.to(dtype))
         scores = logits.softmax(-1) if self.config.score == "softmax" else logits.sigmoid()
         return logits, scores, weights.to(scores.dtype), ids
 

@@ -1,10 +1,9 @@
 """The MoE layer on one screen: norm, route, dispatch, experts, combine.
 
-Every recipe is this one layer; what differs is the dispatcher (luffy.exchange.dispatcher), which luffy.compose puts
-together. What crosses the network is kept for the backward pass and never sent or decided again: under activation
-checkpointing (`recompute`) only local work (norm and experts) is computed a second time, from the rows already
-received. Recomputing the exchange would pay a slow link twice, and routing anew could choose differently.
-
+Every recipe is this one layer; what differs is the dispatcher (luffy.exchange.dispatcher), which luffy.compose makes.
+What crosses the network is kept for the backward pass and never sent or decided again: under activation checkpointing
+(`recompute`) only local work (norm and experts) is computed twice, from the rows already received. Recomputing the
+exchange would pay a slow link twice, and routing anew could choose differently.
 Where rows travel the layer yields (luffy.exchange.stage), so that another micro-batch may compute in the meantime.
 """
 
@@ -18,19 +17,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from luffy.compose import Runtime
-from luffy.config import ModelConfig
 from luffy.data.batch import TokenBatch
 from luffy.exchange.copies import ExpertMap, copy_keys
 from luffy.exchange.dispatcher import Forecast, Norm, Received, Tokens
 from luffy.exchange.guests import Departed
 from luffy.exchange.permute import pairs_by_expert
 from luffy.exchange.stage import Stage, finish
-from luffy.model.experts import Experts, GroupedExperts
+from luffy.model.experts import Experts
 from luffy.model.latent import LatentRows
-from luffy.model.layers import FeedForward
 from luffy.model.observe import observe
 from luffy.model.rank_state import mark_state
-from luffy.model.router import Router, RouterBase
+from luffy.model.router import RouterBase
 
 Predictor = Callable[[Tensor], Forecast]
 
@@ -39,12 +36,10 @@ class MoELayer(nn.Module):
     """TokenBatch -> TokenBatch with sum_k g_k E_k(norm(h)) (and the shared experts) added to the stream.
 
     The block lends its pre-norm (or identity where it norms afterwards). It is applied twice, at home for the router
-    and at the experts' rank for the rows, because what travels is the stream itself.
-
-    The parts are given: `build` makes those of a ModelConfig, luffy.hf those of another library's block. router: rows
-    to Routing and RouterStats. experts: this rank's share of them, `num_local` in the order of their ids. latent: where
-    rows are narrower than the stream. layer_of_moe: index of this layer among the model's MoE layers. residual: False
-    leaves the stream out of the sum, for a model that adds it itself; sequences then stay where they are.
+    and at the experts' rank for the rows, because what travels is the stream itself. The parts are given, by
+    luffy.model.build or luffy.hf. router: rows to Routing and RouterStats. experts: this rank's share of them. latent:
+    where rows are narrower than the stream. layer_of_moe: index of this layer among the model's MoE layers.
+    residual: False for a model that adds the stream itself; its sequences stay where they are.
     """
 
     def __init__(
@@ -69,23 +64,6 @@ class MoELayer(nn.Module):
         self.register_buffer("slot_of_expert", torch.arange(router.config.num_experts))
         self.slot_of_expert: Tensor
         mark_state(self, runtime.comm.mesh)
-
-    @classmethod
-    def build(cls, config: ModelConfig, runtime: Runtime, layer: int) -> MoELayer:
-        """Layer `layer` of a model of `config`, its weights not yet initialised."""
-        ep_size = runtime.comm.mesh.ep_size
-        config.check_ranks(ep_size)
-        shared = config.num_shared_experts * config.expert_hidden_size
-        return cls(
-            runtime,
-            layer,
-            router=Router(config.router, config.hidden_size),
-            experts=GroupedExperts(config, config.router.num_experts // ep_size),
-            shared_experts=FeedForward(config, shared) if shared else None,
-            latent=LatentRows(config.hidden_size, config.latent_size) if config.latent_size else None,
-            layer_of_moe=sum(config.is_moe_layer(i) for i in range(layer)),
-            causal=config.causal,
-        )
 
     @property
     def expert_map(self) -> ExpertMap:

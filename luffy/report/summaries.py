@@ -17,7 +17,7 @@ import numpy as np
 from luffy.report.roofline import roofline
 from luffy.report.runs import BYTE_KINDS, SECONDS_KINDS, Run, column, moved_num_bytes, warmup_steps
 
-# A loss is reached within this: two runs of one recipe differ by more (docs/research/log.md), and lossless recipes by rounding.
+# A loss is reached within this: two runs of one recipe differ by more (docs/research/log.md), lossless by rounding.
 LOSS_TOLERANCE = 0.01
 
 

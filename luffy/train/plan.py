@@ -11,12 +11,12 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from luffy.errors import UserError
 from luffy.inputs import keep_apart
+from luffy.plan.advice import Advice, Alternative, advise, group_sum_seconds, offloading, pipeline
 from luffy.plan.cost import AttentionCost
 from luffy.plan.prediction import Prediction, counted_steps, predict
 from luffy.plan.replay import Wire, spread_evenly
@@ -25,7 +25,8 @@ from luffy.plan.topology import Topology, parse_topology
 from luffy.plan.trace import RoutingTrace, join_traces
 from luffy.ranges import NOT_NEGATIVE, POSITIVE
 from luffy.recipes import Recipe, get_recipe
-from luffy.report.style import LINK_COLOURS, draw, legend_below, new_figure, save_png, tick_format, titles
+from luffy.report.plan_figure import build_figure
+from luffy.report.style import draw, save_png
 from luffy.report.units import format_bytes, format_seconds
 from luffy.train.metrics import write_json_atomic
 from luffy.wire_format import parse_wire
@@ -150,28 +151,36 @@ def show(predictions: list[Prediction], compute_seconds: float | None, console: 
         console.print(f"{', '.join(rehomed)}: experts re-homed to earlier steps of the trace")
 
 
-def build_figure(predictions: list[Prediction], spec: str) -> Figure:
-    """Bytes that leave a rank, by link class, one bar a recipe, its seconds beside it."""
-    figure, axes = new_figure(height=1.5 + 0.36 * len(predictions))
-    names = [p.recipe for p in predictions]
-    left = [0.0] * len(names)
-    for i, (link, label) in enumerate((("intra_node", "within nodes"), ("inter_node", "between nodes"))):
-        widths = [p.num_bytes[i] for p in predictions]
-        if any(widths):
-            axes.barh(names, widths, left=left, color=LINK_COLOURS[link], label=label)
-        left = [a + b for a, b in zip(left, widths, strict=True)]
-    for y, p in enumerate(predictions):
-        axes.annotate(
-            format_seconds(p.exchange_seconds), (left[y], y), xytext=(4, 0), textcoords="offset points", va="center"
-        )
-    axes.invert_yaxis()
-    axes.margins(x=0.2)
-    axes.set_xlim(left=0)
-    tick_format(axes.xaxis, format_bytes)
-    axes.set_xlabel(spec.replace(":", ", ", 1).replace(",", ", ").replace(",  ", ", "), fontsize=8)
-    titles(axes, "Bytes that cross in a step", "counted; the seconds beside: predicted")
-    legend_below(axes, 2)
-    return figure
+def advice_for(
+    predictions: list[Prediction],
+    trace: RoutingTrace,
+    group: Topology,
+    padded: bool,
+    compute_seconds: float | None,
+    wire: str | None,
+) -> tuple[Advice, list[Alternative]]:
+    """Which recipe to take on one group's links, and what two other ways to train would send there."""
+    counted = counted_steps(trace.steps)
+    tokens = sum(int(s.lengths.sum()) for s in counted) / len(counted)
+    alternatives = []
+    n = group.ranks_per_node
+    if group.num_nodes > 1 and trace.num_experts % n == 0:
+        node = replace(group, world_size=n)
+        inside = predict_recipes(trace, node, [get_recipe("vanilla_dedup")], padded)[0]
+        alternatives.append(pipeline(inside, group, tokens, trace.row_num_bytes))
+    if weights := experts_num_bytes(trace):
+        alternatives.append(offloading(group, weights))
+    free = wire in (None, "model")
+    recipes = [get_recipe(p.recipe) for p in predictions]
+    exact = [r.name for r in recipes if free and r.wire == "model" and r.condense == "none" and not r.auto]
+    # What condenses is counted without condensation, and auto is one of the others: neither is advised.
+    weighed = [p for p, r in zip(predictions, recipes, strict=True) if r.condense == "none" and not r.auto]
+    return advise(weighed or predictions, exact, alternatives, compute_seconds), alternatives
+
+
+def experts_num_bytes(trace: RoutingTrace) -> int:
+    """Of the weights of all experts of all layers; 0 where the trace does not say."""
+    return int(trace.about.get("expert_num_bytes", 0)) * trace.num_experts * trace.num_layers
 
 
 def run_plan(
@@ -222,6 +231,12 @@ def run_plan(
             console.print("sequences stay as dealt: predicting their seats needs a trace of at least 2 steps")
     if alike := [p.recipe for p in predictions if get_recipe(p.recipe).condense != "none"]:
         console.print(f"{', '.join(alike)}: counted without condensation; a trace of routing does not say who is alike")
+    groups = topology.world_size // group.world_size
+    if groups > 1 and (weights := experts_num_bytes(recorded)):
+        seconds = group_sum_seconds(group, groups, weights)
+        console.print(f"gradients of experts, summed between the {groups} groups, take {format_seconds(seconds)} more")
+    advice, alternatives = advice_for(predictions, recorded, group, layout == "padded", compute_seconds, wire)
+    console.print(f"advice (predicted): {advice.line}")
     if target is not None:
         content = {
             "provenance": "bytes counted by replay, seconds predicted",
@@ -231,6 +246,8 @@ def run_plan(
             "compute_seconds": compute_seconds,
             "wire": wire,
             "predictions": [asdict(p) for p in predictions],
+            "advice": asdict(advice),
+            "alternatives": [asdict(a) for a in alternatives],
         }
         write_json_atomic(target, json.loads(json.dumps(content)))
     if figure is not None:

@@ -20,6 +20,7 @@ from luffy.errors import UserError
 from luffy.hf import parallelize, save_adapter, save_pretrained
 from luffy.hf.adapters import adapter_state
 from luffy.hf.memory import memory_line, needed_bytes
+from luffy.testing import run_ranks
 from luffy.train.gradients import make_optimizer
 from luffy.train.rehoming import move_experts
 

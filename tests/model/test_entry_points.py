@@ -1,5 +1,7 @@
-"""Every recipe through every door: `MoEBlock` on tensors and on batches, `parallelize`, placements of experts. What is not
-refused in one line computes what one rank computes alone."""
+"""Every recipe through every door: `MoEBlock` on tensors and on batches, `parallelize`, placements of experts.
+
+What is not refused in one line computes what one rank computes alone.
+"""
 
 from __future__ import annotations
 

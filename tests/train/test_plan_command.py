@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from luffy.plan.trace import RoutingTrace, TraceStep
+from luffy.report.plan_figure import build_figure as figure
 from luffy.seats.features import DIM
 from luffy.train.cli import main
 
@@ -60,6 +61,29 @@ def test_all_recipes_in_a_table_a_file_and_a_picture(tmp_path, capsys):
     # Rows of 32 values: 64 bytes as they are, 18 as int4.
     assert total["luffy_max"] == pytest.approx(total["luffy"] * 18 / 64)
     assert found["luffy"]["rehomed"] and not found["netmoe"]["rehomed"]
+
+
+def test_it_ends_with_advice_and_draws_what_matters(tmp_path, capsys, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "luffy.train.plan.build_figure", lambda found, spec: drawn.append(figure(found, spec)) or drawn[0]
+    )
+    run = save_trace(tmp_path / "run")
+    # 10,000 ranks: groups are alike, so one is replayed.
+    main(["plan", "--trace", str(run), "--topology", "1250x8:intra=64gbit,inter=1gbit", "--compute-seconds", "0.0001",
+          "--json", str(tmp_path / "plan.json"), "--figure", str(tmp_path / "plan.png")])  # fmt: skip
+    text, found = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
+    assert "one of 625 groups" in text and "summed between the 625 groups" in text
+    last = text.strip().splitlines()[-1]
+    assert last.startswith("advice (predicted): take luffy: ") and "if rows may be rounded, luffy_max" in last
+    assert found["advice"]["recipe"] == "luffy" and found["advice"]["gain"] > 1.1
+    assert [a["idle_share"] for a in found["alternatives"]] == [1 / 16, 0.0]
+    names = [label.get_text() for label in drawn[0].axes[0].get_yticklabels()]
+    assert len(names) <= 6 and {"vanilla", "vanilla_dedup", "luffy", "luffy_max"} <= set(names)
+    total = {p["recipe"]: sum(p["dispatch"][1:]) + sum(p["combine"][1:]) + sum(p["experts"][1:])
+             for p in found["predictions"]}  # fmt: skip
+    assert max(total[name] for name in names) <= 1.5 * total["vanilla"] < total["janus"]
+    assert "janus" not in names and "janus: " in drawn[0].axes[0].get_xlabel()
 
 
 def test_seats_need_a_trace_with_features_and_steps_to_learn_from(tmp_path, capsys):
