@@ -7,8 +7,9 @@ Each cell (ranks, rate of a link, sequences a rank) is one launch in a lab, in w
 steps (benchmarks/multigpu_ranks.py): whatever else slows the machine slows all alike. Two numbers a cell, both over the
 fixed recipe that is fastest by the same number: *settled*, median of the last third of the steps, and *whole run*, the
 sum of all steps, so with everything that looking and trying cost. The first turn of each and the first step of a turn
-count in neither. A call ends after --budget-seconds; call again to go on. `luffy` moves sequences here and re-homes
-nothing: that takes longer runs than these.
+count in neither. A call ends after --budget-seconds; call again to go on. `luffy` seats sequences here and re-homes
+nothing: that takes longer runs than these. `auto` tries seats and overlap (luffy.train.parts.tuning); `janus` and
+`fastermoe`, which it does not try, show where another recipe would have been faster.
 """
 
 from __future__ import annotations

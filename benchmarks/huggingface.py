@@ -32,8 +32,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from compare_tools import SOCKETS
-from peers.counting import ByteCounter
-from peers.reduce_scatter import sum_over_gloo
 from transformers import AutoModelForCausalLM, OlmoeConfig
 from transformers.utils import logging
 
@@ -45,6 +43,10 @@ from luffy.lab.namespace import missing_capabilities
 from luffy.lab.place import current_lab
 from luffy.train.gradients import GradientSync
 from luffy.train.metrics import describe_machine, write_json_atomic
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.peers.counting import ByteCounter
+from benchmarks.peers.reduce_scatter import sum_over_gloo
 
 WARM_UP = 2
 # Luffy's: recipe, and what becomes of dense weights.

@@ -29,9 +29,6 @@ import click
 import torch
 import torch.distributed as dist
 
-from benchmarks.peers.common import PeerRun, check_options, check_package
-from benchmarks.peers.counting import ByteCounter
-from benchmarks.peers.registry import MODULES, get_peer
 from luffy.comm import Mesh
 from luffy.errors import UserError
 from luffy.train.entries import Entry, parse_entries
@@ -40,6 +37,11 @@ from luffy.train.metrics import describe_machine, write_json_atomic
 from luffy.train.option_parser import parse_options
 from luffy.train.options import TrainOptions
 from luffy.train.trainer import Trainer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.peers.common import PeerRun, check_options, check_package
+from benchmarks.peers.counting import ByteCounter
+from benchmarks.peers.registry import MODULES, get_peer
 
 TURN = 5  # steps of an entry in a round; all but the first are counted
 Runner = Any  # a Trainer or a PeerRun: what has a `train_step`

@@ -18,10 +18,11 @@ _HOMES = {
     "load_checkpoint": "train.own_state",
     "save_weights": "train.own_state",
     "load_weights": "train.own_state",
+    "metrics": "train.own_metrics",
 }
 __all__ = [
     "GradientSync", "LossFreeBias", "MoEBlock", "__version__", "join_world", "load_checkpoint", "load_weights",
-    "save_checkpoint", "save_weights",
+    "metrics", "save_checkpoint", "save_weights",
 ]  # fmt: skip
 
 

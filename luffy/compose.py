@@ -8,7 +8,7 @@ A new recipe is an entry in luffy.recipes; a new axis is a field there, an objec
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -60,6 +60,7 @@ class Runtime:
     tally: RowTally = field(default_factory=RowTally)
     observed: list[tuple[Layout, Tensor]] | None = None
     transports: list[Transport] = field(default_factory=list)
+    last_layer: int = -1  # the MoE layer that a block of one's own computed last
 
     @classmethod
     def create(
@@ -100,9 +101,11 @@ class Runtime:
     ) -> Dispatcher:
         """For layer `layer`, the `layer_of_moe`-th MoE layer of its model. may_drop: its router has a capacity."""
         spec = WireSpec() if self.recipe.auto else self.recipe.wire_spec  # of auto a permission
-        transport = Transport(spec, self.draws, layer)
+        transport = Transport(self._rounding_alike(spec), self.draws, layer)
         self.transports.append(transport)
-        if self.comm is not None and self.comm.mesh.ep_size == 1 and self.planner is None and self.condense is None:
+        rounds_all = self.recipe.wire_spec.local and transport.codes  # asked for even where nothing travels
+        alone = self.comm is not None and self.comm.mesh.ep_size == 1 and not rounds_all
+        if alone and self.planner is None and self.condense is None:
             return Alone(self.clock, layer, self.tally)
         direct = Direct(self.comm, self.clock, self.recipe.copies, transport, self.tally)
         return _wrapped(direct, self, layer, layer_of_moe, experts, causal=causal, may_drop=may_drop)
@@ -110,7 +113,12 @@ class Runtime:
     def use_wire(self, spec: WireSpec) -> None:
         """From the next forward pass on, rows of all layers travel in these formats."""
         for transport in self.transports:
-            transport.spec = spec
+            transport.spec = self._rounding_alike(spec)
+
+    def _rounding_alike(self, spec: WireSpec) -> WireSpec:
+        """Where seats follow from whole sequences, rows that stay are rounded as well: who stays must not tell a token
+        of its future."""
+        return spec if self.recipe.seats == "as-read" else replace(spec, local=True)
 
     def begin(self) -> None:
         """Before a forward pass of the whole model."""

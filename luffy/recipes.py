@@ -128,6 +128,17 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+def recipe_of(recipe: str | Recipe) -> Recipe:
+    """A recipe for a loop that is not our trainer's; raises UserError for one that only a trainer can run."""
+    found = get_recipe(recipe) if isinstance(recipe, str) else recipe
+    if isinstance(recipe, str) and found.auto:
+        raise UserError(
+            "--recipe auto tries modes between the steps of `luffy train` and `luffy finetune`; in a loop of your own "
+            "take luffy, or luffy_max for few bits"
+        )
+    return found
+
+
 def get_recipe(name: str) -> Recipe:
     """The recipe called `name`; raises `UserError` with the known names otherwise."""
     if name not in RECIPES:

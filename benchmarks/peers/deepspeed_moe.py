@@ -126,7 +126,7 @@ class DeepSpeedMoE(Peer):
             self.layers = [self._replace(model, i, layer_class) for i, b in enumerate(model.blocks) if b.moe]
         self.model = model
         self.optimizer = make_optimizer(model, options.lr, options.weight_decay, self.mesh.device.type == "cuda")
-        self.sync = GradientSync(model, comm, options.gradient_dtype)
+        self.sync = GradientSync(model, comm, options.get_gradient_dtype())
 
     @classmethod
     def check(cls, options: TrainOptions) -> None:

@@ -140,7 +140,7 @@ class HuggingFaceEP(Peer):
             raise UserError("--capacity-factor: transformers drops no tokens; leave it out for --peer hf_ep")
         if not config.router.normalize_topk or config.qk_norm or config.position == "relative":
             raise UserError(f"--model {options.model} has no Mixtral of its shape; use moe-gpt2 or moe-gpt2-tiny")
-        if options.gradient_dtype != "model":
+        if options.get_gradient_dtype() != "model":
             raise UserError("--gradient-dtype: FSDP2 reduces this model's gradients in float32; leave it out")
         if options.start_weights is not None:
             raise UserError("--start-weights holds Luffy's model, and this is a Mixtral; use --peer hf_ep_layer")

@@ -112,7 +112,7 @@ class HuggingFaceLayer(Peer):
             if block.moe is not None:
                 block.moe = TransformersLayer(block.moe, mesh.device_mesh["ep"], alone)
         self.optimizer = make_optimizer(self.model, options.lr, options.weight_decay, mesh.device.type == "cuda")
-        self.sync = GradientSync(self.model, comm, options.gradient_dtype)
+        self.sync = GradientSync(self.model, comm, options.get_gradient_dtype())
 
     @classmethod
     def check(cls, options: TrainOptions) -> None:

@@ -55,8 +55,9 @@ def options(data: Path, out: Path, steps: int) -> list[str]:
 @click.option("--minutes", default=15.0, show_default=True, help="How long to make trouble.")
 @click.option("--steps", default=300, show_default=True, help="Of each run: about half a minute's worth is good.")
 @click.option("--seed", default=0, show_default=True, help="Of the faults and their moments.")
+@click.option("--only", type=click.Choice(["local", "disk", "lab"]), help="Lives of this kind alone.")
 @click.option("--out", default=Path("runs/soak"), type=click.Path(path_type=Path), help="Folder; emptied first.")
-def main(minutes: float, steps: int, seed: int, out: Path) -> None:
+def main(minutes: float, steps: int, seed: int, only: str | None, out: Path) -> None:
     """Train, disturb, continue, compare; print what was counted."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
@@ -76,6 +77,7 @@ def main(minutes: float, steps: int, seed: int, out: Path) -> None:
         while time.monotonic() < end:
             number += 1
             kind = "disk" if has_disk and number % 4 == 2 else "lab" if lab and number % 4 == 0 else "local"
+            kind = only or kind
             folder = (disk if kind == "disk" else out) / f"life-{number}"
             life = Life(folder, options(data, folder, steps), score, temporary, out, lab if kind == "lab" else [])
             live(life, kind, dice, losses, end)

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import luffy
 from luffy.errors import RankMismatchError, UserError
 from luffy.version import __version__
 
@@ -104,7 +103,7 @@ def fingerprints(tensors: list[Tensor]) -> list[int]:
 @functools.cache
 def code_facts() -> dict[str, str]:
     """What runs here: versions, and a digest of Luffy's own source."""
-    source, root = hashlib.blake2b(digest_size=6), Path(luffy.__file__).parent
+    source, root = hashlib.blake2b(digest_size=6), Path(__file__).parents[1]
     for path in sorted(root.rglob("*.py")):
         source.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return {"luffy": f"{__version__} ({source.hexdigest()})", "torch": torch.__version__}

@@ -69,6 +69,16 @@ def init_distributed(backend: str, device: torch.device, timeout_seconds: float 
     )
 
 
+def mesh_of_world() -> Mesh | None:
+    """Of the process group that another program has made; None where there is none yet."""
+    if not dist.is_initialized():
+        return None
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    return build_mesh(device)
+
+
 def _world_group() -> dist.ProcessGroup:
     group = dist.group.WORLD
     assert group is not None, "call init_distributed first"

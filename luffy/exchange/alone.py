@@ -30,7 +30,7 @@ class Alone:
     def dispatch(self, tokens: Tokens) -> Stage[Received]:
         yield from ()
         self.tally.note(self.layer, np.array([[len(tokens.hidden)]]))
-        residual = boundary(tokens.hidden, self.clock, "other", "experts")
+        residual = boundary(tokens.hidden, self.clock, "other", "experts") if tokens.residual else None
         nobody_asks: dict = {"copies": None, "keys": None}
         return Received(
             tokens.normed, tokens.topk_expert_ids, tokens.topk_weights, **nobody_asks, norm=lambda rows: rows,

@@ -121,7 +121,7 @@ class Condensing:
         answers = yield from self.inner.answers(tokens, received, partial)  # [C, D]
         wide = torch.promote_types(hidden.dtype, torch.float32)
         shared = condensed.shared.flatten()[copies.flat]
-        out = tokens.base(hidden, tokens.normed).to(wide)
+        out = tokens.base(tokens.start, tokens.normed).to(wide)
         out = out.index_add(0, copies.token, answers.masked_fill(shared[:, None], 0).to(wide))
         takes, weights = condensed.takes_shared, tokens.topk_weights
         if condensed.scheme.compensate:

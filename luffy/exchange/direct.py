@@ -115,7 +115,7 @@ class Direct:
         # Coded rows are added up by token by what decodes them.
         codecs = wire.adding(copies.token[n:], hidden.shape[0]) if wire.coded else wire.plain
         own, under_way = self._return(copies, partial, codecs)
-        base = tokens.base(hidden, tokens.normed)  # shared experts work while the answers travel
+        base = tokens.base(tokens.start, tokens.normed)  # shared experts work while the answers travel
         yield
         (remote,) = arrive(under_way)
         # Up to K partial sums meet in a token; adding them in bfloat16 would round K times.

@@ -49,7 +49,8 @@ class Tokens:
 
     batch: the residual stream [T, D] and its layout. normed [T, D]: what router and experts see. topk_expert_ids int64
     [T, K], -1 where dropped; topk_weights [T, K]. experts: where experts live. norm: applied where rows arrive.
-    base(rows): what a token has besides its routed experts, its residual and the shared experts. condenses:
+    base(rows): what a token has besides its routed experts, its residual and the shared experts. residual: whether the
+    layer adds the stream to the experts' answers; a model that does so itself wants them alone. condenses:
     whether similar tokens may share a row (in training only). departed: experts of other ranks, on their way.
     forecast: the next layer's choices, if anybody asks for them.
 
@@ -67,6 +68,7 @@ class Tokens:
     experts: ExpertMap
     norm: Norm
     base: Base
+    residual: bool = True
     condenses: bool = False
     departed: Departed | None = None
     forecast: Callable[[], Forecast | None] = lambda: None
@@ -82,6 +84,11 @@ class Tokens:
     @property
     def hidden(self) -> Tensor:
         return self.batch.hidden
+
+    @property
+    def start(self) -> Tensor:
+        """[T, D] that answers are added to."""
+        return self.hidden if self.residual else torch.zeros_like(self.hidden)
 
 
 @dataclass(frozen=True)

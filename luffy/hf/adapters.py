@@ -106,7 +106,8 @@ def adapt(
             assert isinstance(moe.experts, LibraryExperts)
             for name in STACKED:
                 _begin_adapter(moe.experts, name, rank, alpha / rank, moe.slot_of_expert, parallel, generator)
-    made = get_peft_model(parallel.library, config, autocast_adapter_dtype=False)  # type: ignore[arg-type]
+    library: Any = parallel.library
+    made: Any = get_peft_model(library, config, autocast_adapter_dtype=False)
     parallel.library = made
     for name, p in made.named_parameters():
         p.requires_grad_(p.requires_grad or _FACTOR.search(name) is not None)

@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from luffy.data.batch import Layout
 from luffy.errors import UserError
-from luffy.hf.parts import call_in
+from luffy.model.library import call_in
 
 # Their frequencies depend on the longest sequence of a batch, so a sequence's output would depend on its company.
 UNSTEADY_ROPE = ("dynamic", "longrope")
@@ -45,13 +45,14 @@ def mixer_of(layer: Any) -> nn.Module:
 
 
 @functools.cache
-def _positions_in(kind: type) -> bool:
+def _positions_in(kind: Any) -> bool:
     return "position_embeddings" in inspect.signature(kind.forward).parameters
 
 
 def takes_positions(mixer: nn.Module) -> bool:
     """Whether it is attention; a recurrence takes no positions, and no mask where padding lies on the right."""
-    return _positions_in(type(mixer))
+    kind: Any = type(mixer)
+    return _positions_in(kind)
 
 
 PACKED = "luffy_packed"

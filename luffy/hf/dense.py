@@ -31,7 +31,7 @@ class DenseUnits:
         self.head = Unit([embedding, head], ahead=False) if tied else Unit([head])
         self.embedding = self.head if tied else Unit([embedding], ahead=False)
         units = [*([] if tied else [self.embedding]), *self.layers, self.head]
-        adapted = [m for unit in self.layers for m in unit.modules() if hasattr(m, "base_layer")]
+        adapted: list[Any] = [m for unit in self.layers for m in unit.modules() if hasattr(m, "base_layer")]
         own = {p for m in adapted for p in m.base_layer.parameters()}
         adapters = [p for m in adapted for p in m.parameters() if p not in own]
         self._root = shard_units(comm, units, dtype, keep_whole=adapters)

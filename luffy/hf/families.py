@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from luffy.errors import UserError
+from luffy.hf.quantized import method_of
 from luffy.kernels.activation import Activation
 
 
@@ -118,8 +119,8 @@ class Family:
                     f"{name} {getattr(config, name)}: a random factor on what experts see would depend on the rank "
                     "that draws it; set it to 0 in the model's configuration"
                 )
-        if getattr(config, "quantization_config", None) is not None:
-            raise UserError("quantized weights (quantization_config) cannot be trained here; convert the model first")
+        if (method := method_of(config)) is not None:
+            raise UserError(f"quantized weights ({method}) cannot be trained here; convert the model first")
 
 
 MIXTRAL = Family(

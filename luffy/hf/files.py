@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from luffy.errors import UserError
+from luffy.hf.quantized import BLOCKS, INVERSE, SCALES, folded, from_fp8, from_mxfp4
 
 INDEX = "model.safetensors.index.json"
 SHARD_NUM_BYTES = 5_000_000_000
@@ -79,10 +80,18 @@ class Checkpoint:
             self.entries = read_header(folder / "model.safetensors")
         else:
             raise UserError(f"--model: {folder} holds neither model.safetensors nor {INDEX}")
+        self._stored, self.entries = self.entries, folded(self.entries)
 
     def read(self, name: str, begin: int | None = None, end: int | None = None) -> Tensor:
-        """A tensor, or rows [begin, end) of it."""
-        file = self.entries[name].file
+        """A tensor, or rows [begin, end) of it; dequantised, if need be."""
+        if name not in self._stored:
+            return from_mxfp4(self._read(name + BLOCKS, begin, end), self._read(name + SCALES, begin, end))
+        if name + INVERSE in self._stored:
+            return from_fp8(self._read(name), self._read(name + INVERSE))[begin:end]
+        return self._read(name, begin, end)
+
+    def _read(self, name: str, begin: int | None = None, end: int | None = None) -> Tensor:
+        file = self._stored[name].file
         if file not in self._handles:  # kept: a large folder holds tens of thousands of tensors
             self._handles[file] = safe_open(file, framework="pt")
         handle = self._handles[file]

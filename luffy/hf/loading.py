@@ -12,11 +12,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from luffy.comm import Mesh, build_mesh
+from luffy.comm import Mesh
+from luffy.comm.mesh import mesh_of_world
 from luffy.comm.sharding import is_sharded, local_part, rows_of
 from luffy.errors import UserError
 from luffy.hf.families import family_of
@@ -24,6 +25,7 @@ from luffy.hf.files import Checkpoint
 from luffy.hf.hub import local_model
 from luffy.hf.model import ParallelModel, parallelize
 from luffy.hf.placing import source_of
+from luffy.hf.quantized import METHODS, method_of
 from luffy.model.moe_layer import MoELayer
 from luffy.model.ownership import check_model, expert_parameters
 from luffy.model.router import wide
@@ -34,7 +36,10 @@ from luffy.train.memory import Need
 
 
 def read_config(folder: Path | str) -> Any:
-    """The library's configuration of a folder; UserError where there is none that it knows."""
+    """The library's configuration of a folder; UserError where there is none that it knows.
+
+    Of MXFP4 and fp8 weights, which are dequantised as they are read, it says nothing any more.
+    """
     from transformers import AutoConfig
 
     path = Path(folder) / "config.json"
@@ -45,9 +50,13 @@ def read_config(folder: Path | str) -> Any:
             f"--model: {path} cannot be read; name a folder that transformers' save_pretrained wrote"
         ) from error
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except ValueError as error:
         raise UserError(f"--model: transformers does not know model_type {model_type!r} of {path}") from error
+    if method_of(config) in METHODS:
+        config.dequantized_from = method_of(config)
+        del config.quantization_config
+    return config
 
 
 def load(
@@ -65,9 +74,11 @@ def load(
     """
     from transformers import AutoModelForCausalLM
 
-    mesh = world_mesh() if mesh is None else mesh
+    mesh = mesh or mesh_of_world() or join_world()
     folder = Path(local_model(str(folder)))
     config = everyone(mesh, lambda: read_config(folder))
+    if (method := vars(config).pop("dequantized_from", None)) is not None and mesh.rank == 0:
+        click.echo(f"--model {folder}: its {method} weights are read as the numbers that they stand for", err=True)
     family = options.get("family") or family_of(config)
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     with torch.device("meta"):
@@ -80,16 +91,6 @@ def load(
     everyone(mesh, lambda: fill(parallel, Checkpoint(folder)))
     check_model(parallel, mesh)
     return parallel
-
-
-def world_mesh() -> Mesh:
-    """Of the process group that there is, or of the one that torchrun's environment asks for."""
-    if not dist.is_initialized():
-        return join_world()
-    device = torch.device("cpu")
-    if dist.get_backend() != "gloo" or torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
-    return build_mesh(device)
 
 
 def _materialise(parallel: ParallelModel, device: torch.device) -> None:

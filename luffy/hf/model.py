@@ -35,14 +35,15 @@ from luffy.hf.batches import make_batch
 from luffy.hf.dense import DenseUnits
 from luffy.hf.describe import describe
 from luffy.hf.families import Family, family_of
-from luffy.hf.parts import LibraryExperts, LibraryRouter, SharedExperts, call_in, lent
+from luffy.hf.parts import LibraryExperts, lent
 from luffy.model.aux_loss import AuxLoss
+from luffy.model.library import LibraryRouter, SharedExperts, call_in
 from luffy.model.moe_layer import MoELayer, Predictor
 from luffy.model.ownership import check_model
 from luffy.model.router import RouterStats
 from luffy.model.stack import MicroBatch, Stack, StackBlock, in_chunks, summed_cross_entropy
 from luffy.plan.topology import Topology
-from luffy.recipes import Recipe, get_recipe
+from luffy.recipes import Recipe, recipe_of
 
 DENSE = ("replicated", "sharded")
 _PREFIX = re.compile(r"^library\.(base_model\.model\.)?")
@@ -249,7 +250,7 @@ def parallelize(
     described.check_ranks(mesh.ep_size)
     if described.router.bias_update_rate > 0 and family.bias_buffer is None:
         raise UserError(f"--bias-update-rate: the gate of {family.model_type} has no bias for the choice")
-    recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
+    recipe = recipe_of(recipe)
     if recompute is None:
         recompute = any(getattr(m, "gradient_checkpointing", False) for m in lm.modules())
     runtime = Runtime.create(Comm.create(mesh), recipe, described, recompute, topology)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 import torch
 import transformers
@@ -19,7 +20,8 @@ from safetensors.torch import load_file, save_file
 def main(folder: str, question: str, answer: str) -> None:
     transformers.utils.logging.set_verbosity_error()
     tokens = load_file(question)["tokens"]
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+    auto: Any = transformers.AutoModelForCausalLM
+    model, info = auto.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, attn_implementation="eager"
     )
     with torch.no_grad():

@@ -22,8 +22,12 @@ LONGEST_DEFAULT = 2048
 class FinetuneOptions(TrainOptions):
     """What `luffy finetune` was asked to do."""
 
-    RANGES: ClassVar[dict[str, Range]] = RANGES | {"lora": COUNT, "lora_alpha": AT_LEAST_ONE}
-    INPUTS: ClassVar[tuple[str, ...]] = ("--data", "--model")
+    RANGES: ClassVar[dict[str, Range]] = RANGES | {
+        "lora": COUNT,
+        "lora_alpha": AT_LEAST_ONE,
+        "valid_fraction": Range(0, 1, below=True),
+    }
+    INPUTS: ClassVar[tuple[str, ...]] = ("--data", "--validation", "--model")
 
     model: str = option("", "Folder of the model (config.json, safetensors, tokenizer), or its name on the hub.", "Run")
     recipe: str = option("luffy", "How rows are exchanged; `luffy recipes` lists them.", "Run")
@@ -87,9 +91,9 @@ class FinetuneOptions(TrainOptions):
         _one_of("--loss-on", self.loss_on, ("auto", "assistant", "all"))
         _one_of("--dense", self.dense, ("replicated", "sharded"))
         _require(
-            self.dense == "replicated" or self.gradient_dtype == "model",
-            f"--gradient-dtype {self.gradient_dtype} cannot be combined with --dense sharded, which sums gradients "
-            "as they are; leave it out",
+            self.dense == "replicated" or self.get_gradient_dtype() == "model",
+            f"--gradient-dtype {self.get_gradient_dtype()} cannot be combined with --dense sharded, which sums "
+            "gradients as they are; use --gradient-dtype model",
         )
         _require(
             self.lora > 0 or (self.lora_on == "attention" and not self.dora),

@@ -1,24 +1,15 @@
-"""The library's parts as a MoELayer wants them: its gate as a router, its stacked experts as this rank's share of them.
-
-Weights may be kept in a wider dtype than the stream (float32 beside bfloat16): `call_in` then computes a library module
-with its weights rounded to the stream's dtype, which is what the library does when it holds the model in that dtype,
-while gradients arrive in the weights' own.
-"""
+"""The library's stacked experts as this rank's share of them, with adapters; its norms as a MoELayer borrows them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from luffy.comm.sharding import is_sharded
-from luffy.config import RouterConfig
-from luffy.data.batch import Layout
 from luffy.errors import UserError
 from luffy.hf.families import Family
 from luffy.kernels.activation import Activation, activate
@@ -26,70 +17,10 @@ from luffy.kernels.grouped import add_bias, grouped_product, one_kernel
 from luffy.kernels.rows import gather_rows, sum_rows
 from luffy.kernels.sort import Pairs
 from luffy.model.experts import Experts, weighted_bias
-from luffy.model.router import RouterBase, RouterStats, Routing, wide
+from luffy.model.library import call_in
 
 if TYPE_CHECKING:
     from luffy.hf.adapters import ExpertAdapter
-
-
-def call_in(dtype: torch.dtype, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """`module(*args, **kwargs)` with its floating parameters cast to `dtype`."""
-    cast = {}
-    for name, p in module.named_parameters():
-        assert not is_sharded(p), f"{name} is sharded, and nobody gathered it"
-        if p.is_floating_point() and p.dtype != dtype:
-            cast[name] = p.to(dtype)
-    return functional_call(module, cast, args, kwargs) if cast else module(*args, **kwargs)
-
-
-class SharedExperts(nn.Module):
-    """The library's shared experts, in their input's dtype; times the sigmoid of their gate, if they have one."""
-
-    def __init__(self, module: nn.Module, gate: nn.Module | None) -> None:
-        super().__init__()
-        self.module, self.gate = module, gate
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = call_in(x.dtype, self.module, x)
-        return y if self.gate is None else call_in(x.dtype, self.gate, x).sigmoid() * y
-
-
-class LibraryRouter(RouterBase):
-    """The library's gate: what it chooses and weighs, and what that says to the auxiliary losses.
-
-    It computes in float32 at least, whatever the weights are kept in.
-    """
-
-    gate: Any
-
-    def __init__(self, gate: nn.Module, config: RouterConfig, bias_buffer: str | None) -> None:
-        super().__init__()
-        self.gate, self.config, self.bias_buffer = gate, config, bias_buffer
-        self._apply(lambda t: t)  # buffers of a model in bfloat16 become float32
-
-    def _scores(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        dtype = wide(torch.promote_types(x.dtype, next(self.gate.parameters()).dtype))
-        with torch.autocast(x.device.type, enabled=False):
-            logits, weights, ids = call_in(dtype, self.gate, x.to(dtype))
-        scores = logits.softmax(-1) if self.config.score == "softmax" else logits.sigmoid()
-        return logits, scores, weights.to(scores.dtype), ids
-
-    def choose(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits, scores, _, ids = self._scores(x)
-        return logits, scores, ids
-
-    def forward(self, x: Tensor, layout: Layout, slot_of_expert: Tensor) -> tuple[Routing, RouterStats]:
-        logits, scores, weights, ids = self._scores(x)
-        self.note(ids)
-        return Routing(ids, weights), RouterStats(logits, scores, ids, layout, self.config, slot_of_expert)
-
-    def raise_bias(self, by: Tensor) -> None:
-        assert self.bias_buffer is not None, "only families with a bias for the choice are given a rate"
-        gate = self.gate
-        while hasattr(gate, "base_layer"):  # within PEFT's wrapper, if it is adapted
-            gate = gate.base_layer
-        bias = getattr(gate, self.bias_buffer)
-        bias.add_(by.to(bias.dtype))
 
 
 class LibraryExperts(Experts):

@@ -51,7 +51,8 @@ def plain_module(module: Any) -> nn.Module:
         module = module.token_adapter
     while hasattr(module, "base_layer"):
         module = module.base_layer
-    return module  # type: ignore[no-any-return]
+    plain: nn.Module = module
+    return plain
 
 
 def check_all_saved(parallel: ParallelModel, saved: dict[str, Tensor]) -> None:

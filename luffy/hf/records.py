@@ -166,7 +166,7 @@ def _from_sharegpt(record: dict[str, Any], where: str) -> Any:
         message = {"role": role, "content": turn.get("value"), "weight": turn.get("weight")}
         if turn["from"] == "function_call":
             try:
-                call = {"type": "function", "function": json.loads(message.pop("content"))}
+                call = {"type": "function", "function": json.loads(str(message.pop("content")))}
             except (ValueError, TypeError) as error:
                 raise UserError(f'{where}, message {number}: "value" of a function_call is not JSON') from error
             message["tool_calls"] = [call]

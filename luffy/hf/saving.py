@@ -196,7 +196,8 @@ def _complete(parallel: ParallelModel, temporary: Path, dtype: torch.dtype | Non
     config.dtype = dtype or config.dtype
     config.architectures = [type(lm).__name__]
     config.tie_word_embeddings = is_tied(parallel)  # not where they have been trained apart
-    config.vocab_size = plain_module(lm.get_input_embeddings()).weight.shape[0]
+    embedding: Any = plain_module(lm.get_input_embeddings())
+    config.vocab_size = embedding.weight.shape[0]
     config.save_pretrained(temporary)
 
 

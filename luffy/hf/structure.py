@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from luffy.errors import UserError
 from luffy.hf.families import GATE_UP_DOWN, Family, OnDisk
+from luffy.kernels.activation import activate
+from luffy.model.library import score_told
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K = ("num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token")
@@ -150,12 +152,10 @@ def _tried(lm: Any, config: Any, family: Family, index: int) -> Family:
             raise _unknown(family.model_type, f"a layer of it cannot be tried ({error})") from error
     if not all(torch.allclose(w, h + out, rtol=1e-4, atol=1e-4) for w in wanted):
         raise _unknown(family.model_type, "a layer of it computes something else than the sum of its parts")
-    for score, p in (("softmax", logits.float().softmax(-1)), ("sigmoid", logits.float().sigmoid())):
-        chosen = p.gather(1, ids)
-        if torch.allclose(chosen / chosen.sum(1, keepdim=True), weights / weights.sum(1, keepdim=True), atol=1e-4):
-            normalized = not torch.allclose(chosen.sum(1), weights.sum(1), atol=1e-4)
-            return replace(family, score=score, normalizes=_always if normalized else _never)
-    raise _unknown(family.model_type, "its gate's weights are neither softmax nor sigmoid of its logits")
+    told = score_told(logits, weights, ids)
+    if told is None:
+        raise _unknown(family.model_type, "its gate's weights are neither softmax nor sigmoid of its logits")
+    return replace(family, score=told[0], normalizes=_always if told[1] else _never)
 
 
 def _always(config: Any) -> bool:
@@ -169,10 +169,11 @@ def _never(config: Any) -> bool:
 def _feed_forward(block: Any, family: Family, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y [T, D] -> logits, weights and ids of the gate, and the answer of the block as Luffy computes it."""
     logits, weights, ids = getattr(block, family.gate)(y)
-    experts, activate, out = block.experts, family.activate(block), torch.zeros_like(y)
+    experts, activation, out = block.experts, family.activate(block), torch.zeros_like(y)
     for k in range(ids.shape[1]):
         for t, e in enumerate(ids[:, k].tolist()):
-            out[t] += weights[t, k] * (experts.down_proj[e] @ activate((experts.gate_up_proj[e] @ y[t])[None])[0])
+            hidden = activate((experts.gate_up_proj[e] @ y[t])[None], activation)[0]
+            out[t] += weights[t, k] * (experts.down_proj[e] @ hidden)
     if family.shared is not None:
         shared = getattr(block, family.shared)(y)
         out += shared if family.shared_gate is None else getattr(block, family.shared_gate)(y).sigmoid() * shared

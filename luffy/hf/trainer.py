@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from luffy.errors import UserError
@@ -144,9 +143,8 @@ class _ParallelTrainer:
         mesh, folder = self._parallel.runtime.comm.mesh, Path(output_dir) / STATE
         writer = CheckpointWriter(folder, mesh, keep=1, background=False)
         writer.save(self.state.global_step, self._tensors(), {"groups": groups})
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
-        dist.barrier()
+        schedule = self.lr_scheduler.state_dict()
+        everyone(mesh, lambda: torch.save(schedule, Path(output_dir) / "scheduler.pt"), only_first=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Nothing yet: weights come with the optimizer's state."""

@@ -2,8 +2,10 @@
 
     x = block(x)            [B, S, D] -> [B, S, D]: x plus what its experts say; every row stays where it is
     batch = block(batch)    TokenBatch -> TokenBatch: sequences may move, where the recipe moves any
+    block = MoEBlock.from_module(module, mesh)      takes the place of an existing MoE module, with its weights
 
-It brings its own norm and adds its own residual, because what travels is the stream itself (luffy.model.moe_layer).
+Of its own it brings a norm and adds the residual, because what travels is the stream itself (luffy.model.moe_layer); in
+the place of a module that has neither it has neither.
 Sequences that move take along only what is in the TokenBatch; so with tensors, which say nothing of sequences
 elsewhere, recipes that move them are refused.
 """
@@ -18,23 +20,31 @@ import torch
 from torch import Tensor, nn
 
 from luffy.comm import Comm, Mesh
-from luffy.config import ModelConfig
+from luffy.compose import Runtime
+from luffy.config import ModelConfig, RouterConfig
 from luffy.data.batch import Layout, SequenceTable, TokenBatch
 from luffy.errors import UserError
 from luffy.model.aux_loss import auxiliary_loss
+from luffy.model.build import moe_layer
+from luffy.model.experts import GroupedExperts
 from luffy.model.layers import make_norm
-from luffy.model.moe_layer import MoELayer, Runtime
-from luffy.model.ownership import expert_parameters
+from luffy.model.moe_layer import MoELayer
+from luffy.model.ownership import check_model, expert_parameters
 from luffy.model.router import RouterStats
-from luffy.recipes import get_recipe
+from luffy.model.taken import take
+from luffy.recipes import recipe_of
+
+_LOSSES = ("balance_loss", "z_loss", "locality_loss", "bias_update_rate")
 
 
 class MoEBlock(nn.Module):
     """x -> x + sum of the top-k experts of norm(x), experts spread over the expert-parallel ranks of `mesh`.
 
-    mesh: of `luffy.join_world`. runtime: of another block of the same model, to share its traffic meter and planner.
-    layer: index of this block among the model's MoE blocks. settings: of ModelConfig or RouterConfig, such as
-    `activation`, `norm`, `score`, `balance_loss`, `num_shared_experts`; UserError for those that cannot be.
+    mesh: of `luffy.join_world`. recipe: `luffy` sends as few rows as seats leave, which `luffy.seats.exchange` gives
+    the sequences of a batch; low bits with `luffy_max`. runtime: of another block of the same model, to share its
+    traffic meter and planner. layer: index of this block among the model's MoE blocks. settings: of ModelConfig or
+    RouterConfig, such as `activation`, `norm`, `score`, `balance_loss`, `num_shared_experts`; UserError for those that
+    cannot be.
     Weights come from (seed, layer, name): the same at every number of ranks.
     """
 
@@ -46,7 +56,7 @@ class MoEBlock(nn.Module):
         top_k: int = 2,
         *,
         mesh: Mesh,
-        recipe: str = "vanilla_dedup",
+        recipe: str = "luffy",
         layer: int = 0,
         runtime: Runtime | None = None,
         recompute: bool = False,
@@ -60,12 +70,66 @@ class MoEBlock(nn.Module):
             | {"num_experts": num_experts, "top_k": top_k} | settings
         )  # fmt: skip
         self.config, self.seed = config, seed
-        self.runtime = runtime or Runtime.create(Comm.create(mesh), get_recipe(recipe), config, recompute)
+        self.runtime = runtime or Runtime.create(Comm.create(mesh), recipe_of(recipe), config, recompute)
         self.norm = make_norm(config)
-        self.moe = MoELayer.build(config, self.runtime, layer)
+        self.moe = moe_layer(config, self.runtime, layer)
         self._stats: RouterStats | None = None
+        self._answers_logits = False
         self.reset_parameters()
         self.to(mesh.device)
+
+    @classmethod
+    def from_module(
+        cls,
+        module: nn.Module,
+        mesh: Mesh,
+        *,
+        recipe: str = "luffy",
+        layer: int = 0,
+        runtime: Runtime | None = None,
+        recompute: bool = False,
+        top_k: int | None = None,
+        **losses: float,
+    ) -> MoEBlock:
+        """A block that answers as `module` does, x -> the weighted sum of its experts (and shared experts), no norm
+        and no residual; this rank keeps its share of the experts. Every rank calls it with the same module.
+
+        module: gate, and experts in a list or stacked, under the names of Mixtral, Qwen, DeepSeek or plain w1, w2, w3
+        (luffy.model.taken). Where it answers with its router's logits as well, so does the block. top_k: where the
+        module does not say. losses: `balance_loss`, `z_loss`, `locality_loss`, `bias_update_rate`; 0 unless given.
+        Raises UserError for what cannot be taken, RanksDifferError where ranks hold different weights.
+        """
+        if unknown := sorted(set(losses) - set(_LOSSES)):
+            raise UserError(f"from_module: {unknown[0]}= is unknown; beside the block's options there are {_LOSSES}")
+        taken = take(module, RouterConfig(**dict.fromkeys(_LOSSES, 0.0) | losses), top_k)
+        experts, router = taken.experts, taken.router
+        first = experts.weights(0)[1]
+        config = ModelConfig(
+            name="own", hidden_size=experts.hidden_size, expert_hidden_size=first.shape[0], num_layers=layer + 1,
+            num_heads=1, norm="rmsnorm", activation="swiglu" if experts.gated else "gelu", router=router.config,
+        )  # fmt: skip
+        config.check_ranks(mesh.ep_size)
+        runtime = runtime or Runtime.create(Comm.create(mesh), recipe_of(recipe), config, recompute)
+        if runtime.planner is not None:
+            raise UserError(
+                f"--recipe {runtime.recipe.name} moves sequences behind layers, and a module of your own keeps its "
+                "residual; choose a recipe that leaves them, such as luffy or vanilla_dedup"
+            )
+        num = experts.num_experts // mesh.ep_size
+        w_in, w_out, b_in, b_out = experts.share(mesh.ep_rank * num, num)
+        assert w_in is not None and w_out is not None
+        train = experts.example.requires_grad
+        block = cls.__new__(cls)
+        nn.Module.__init__(block)
+        block.config, block.seed, block.runtime, block.norm = config, 0, runtime, nn.Identity()
+        block.moe = MoELayer(
+            runtime, layer, router=router, shared_experts=taken.shared, layer_of_moe=layer, residual=False,
+            experts=GroupedExperts.holding(w_in, w_out, b_in, b_out, taken.activation, train),
+        )  # fmt: skip
+        block._stats, block._answers_logits = None, taken.answers_logits
+        block.train(module.training).to(mesh.device)
+        check_model(block, mesh)
+        return block
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -91,8 +155,12 @@ class MoEBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor: ...
     @overload
     def forward(self, x: TokenBatch) -> TokenBatch: ...
-    def forward(self, x: Tensor | TokenBatch) -> Tensor | TokenBatch:
-        """[B, S, D] of this rank, or a TokenBatch. Every rank calls it, with an empty batch if it has none."""
+    def forward(self, x: Tensor | TokenBatch) -> Any:
+        """[B, S, D] of this rank, or [T, D] of one sequence, or a TokenBatch, to the same. Every rank calls it, with an
+        empty batch if it has none. With logits [T, E] beside it in the place of a module that answers so."""
+        if self.moe.layer_of_moe <= self.runtime.last_layer:
+            self.runtime.begin()  # another forward pass of the model
+        self.runtime.last_layer = self.moe.layer_of_moe
         if isinstance(x, TokenBatch):
             batch = self.moe(x, self.norm)
             self._stats = batch.router_stats[-1]
@@ -102,11 +170,12 @@ class MoEBlock(nn.Module):
                 f"--recipe {self.runtime.recipe.name} moves sequences: give the block a TokenBatch (luffy.data.batch), "
                 "or choose a recipe that leaves them, such as vanilla_dedup"
             )
-        mesh, (B, S, D) = self.runtime.comm.mesh, x.shape
+        mesh, (B, S, D) = self.runtime.comm.mesh, x.shape if x.dim() == 3 else (1, *x.shape)
         table = SequenceTable(np.full(B, S), np.full(B, mesh.ep_rank))
         batch = self.moe(TokenBatch(x.reshape(B * S, D), Layout(table, mesh.ep_rank, x.device)), self.norm)
         self._stats = batch.router_stats[-1]
-        return batch.hidden.view(B, S, D)
+        out = batch.hidden.view(x.shape)
+        return (out, self._stats.logits) if self._answers_logits else out
 
     def aux_loss(self) -> Tensor:
         """This rank's part of the losses that the settings ask for (`balance_loss`, `z_loss`, `locality_loss`), [].

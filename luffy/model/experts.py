@@ -94,6 +94,19 @@ class GroupedExperts(Experts):
         self.b_in = nn.Parameter(torch.empty(num_local, width)) if config.bias else None
         self.b_out = nn.Parameter(torch.empty(num_local, D)) if config.bias else None
 
+    @classmethod
+    def holding(
+        cls, w_in: Tensor, w_out: Tensor, b_in: Tensor | None, b_out: Tensor | None, activation: Activation, train: bool
+    ) -> GroupedExperts:
+        """Of weights that exist, in the shapes of `_own`. train: whether they ask for a gradient."""
+        experts = cls.__new__(cls)
+        Experts.__init__(experts)
+        experts.num_local, experts.activation = len(w_in), activation
+        for name, value in {"w_in": w_in, "w_out": w_out, "b_in": b_in, "b_out": b_out}.items():
+            parameter = None if value is None else nn.Parameter(value, requires_grad=train)
+            experts.register_parameter(name, parameter)
+        return experts
+
     def _own(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         return self.w_in, self.w_out, self.b_in, self.b_out
 

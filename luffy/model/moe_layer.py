@@ -1,10 +1,8 @@
 """The MoE layer on one screen: norm, route, dispatch, experts, combine.
 
-Every recipe is this one layer; what differs is the dispatcher (luffy.exchange.dispatcher), which luffy.compose puts
-together. What crosses the network is kept for the backward pass and never sent or decided again: under activation
-checkpointing (`recompute`) only local work (norm and experts) is computed a second time, from the rows already
-received. Recomputing the exchange would pay a slow link twice, and routing anew could choose differently.
-
+Every recipe is this one layer; what differs is the dispatcher (luffy.exchange.dispatcher), which luffy.compose makes.
+What crosses the network is kept for the backward pass and never sent or decided again: under activation checkpointing
+(`recompute`) only norm and experts are computed twice, from the rows already received: no link is paid twice.
 Where rows travel the layer yields (luffy.exchange.stage), so that another micro-batch may compute in the meantime.
 """
 
@@ -18,19 +16,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from luffy.compose import Runtime
-from luffy.config import ModelConfig
 from luffy.data.batch import TokenBatch
 from luffy.exchange.copies import ExpertMap, copy_keys
 from luffy.exchange.dispatcher import Forecast, Norm, Received, Tokens
 from luffy.exchange.guests import Departed
 from luffy.exchange.permute import pairs_by_expert
 from luffy.exchange.stage import Stage, finish
-from luffy.model.experts import Experts, GroupedExperts
+from luffy.model.experts import Experts
 from luffy.model.latent import LatentRows
-from luffy.model.layers import FeedForward
 from luffy.model.observe import observe
 from luffy.model.rank_state import mark_state
-from luffy.model.router import Router, RouterBase
+from luffy.model.router import RouterBase
 
 Predictor = Callable[[Tensor], Forecast]
 
@@ -39,11 +35,10 @@ class MoELayer(nn.Module):
     """TokenBatch -> TokenBatch with sum_k g_k E_k(norm(h)) (and the shared experts) added to the stream.
 
     The block lends its pre-norm (or identity where it norms afterwards). It is applied twice, at home for the router
-    and at the experts' rank for the rows, because what travels is the stream itself.
-
-    The parts are given: `build` makes those of a ModelConfig, luffy.hf those of another library's block. router: rows
-    to Routing and RouterStats. experts: this rank's share of them, `num_local` in the order of their ids. latent: where
-    rows are narrower than the stream. layer_of_moe: index of this layer among the model's MoE layers.
+    and at the experts' rank for the rows, because what travels is the stream itself. The parts are given, by
+    luffy.model.build or luffy.hf. router: rows to Routing and RouterStats. experts: this rank's share of them. latent:
+    where rows are narrower than the stream. layer_of_moe: index of this layer among the model's MoE layers. residual:
+    False leaves the stream out of the sum, for a model that adds it itself; sequences then stay where they are.
     """
 
     def __init__(
@@ -57,32 +52,16 @@ class MoELayer(nn.Module):
         latent: LatentRows | None = None,
         layer_of_moe: int = 0,
         causal: bool = True,
+        residual: bool = True,
     ) -> None:
         super().__init__()
-        self.runtime, self.layer, self.layer_of_moe = runtime, layer, layer_of_moe
+        self.runtime, self.layer, self.layer_of_moe, self.residual = runtime, layer, layer_of_moe, residual
         self.router, self.experts, self.shared_experts, self.latent = router, experts, shared_experts, latent
         may_drop = router.config.capacity_factor is not None
         self.dispatcher = runtime.dispatcher(layer, layer_of_moe, experts, causal=causal, may_drop=may_drop)
         self.register_buffer("slot_of_expert", torch.arange(router.config.num_experts))
         self.slot_of_expert: Tensor
         mark_state(self, runtime.comm.mesh)
-
-    @classmethod
-    def build(cls, config: ModelConfig, runtime: Runtime, layer: int) -> MoELayer:
-        """Layer `layer` of a model of `config`, its weights not yet initialised."""
-        ep_size = runtime.comm.mesh.ep_size
-        config.check_ranks(ep_size)
-        shared = config.num_shared_experts * config.expert_hidden_size
-        return cls(
-            runtime,
-            layer,
-            router=Router(config.router, config.hidden_size),
-            experts=GroupedExperts(config, config.router.num_experts // ep_size),
-            shared_experts=FeedForward(config, shared) if shared else None,
-            latent=LatentRows(config.hidden_size, config.latent_size) if config.latent_size else None,
-            layer_of_moe=sum(config.is_moe_layer(i) for i in range(layer)),
-            causal=config.causal,
-        )
 
     @property
     def expert_map(self) -> ExpertMap:
@@ -108,7 +87,7 @@ class MoELayer(nn.Module):
         normed = norm(batch.hidden)  # [T, D]
         routing, stats = self.router(normed, batch.layout, self.slot_of_expert)
         tokens = Tokens(
-            batch, normed, routing.topk_expert_ids, routing.topk_weights, self.expert_map, norm, base,
+            batch, normed, routing.topk_expert_ids, routing.topk_weights, self.expert_map, norm, base, self.residual,
             condenses=self.training and torch.is_grad_enabled(), departed=departed,
         )  # fmt: skip
         tokens = observe(tokens, predict_next, self.runtime)
@@ -116,8 +95,7 @@ class MoELayer(nn.Module):
         received = yield from self.dispatcher.dispatch(sent)
         if received.condensed is not None:
             stats = replace(stats, condensed_counts=received.condensed.counts())
-        partial = self._run_experts(received)
-        after = yield from self.dispatcher.combine(sent, received, partial)
+        after = yield from self.dispatcher.combine(sent, received, self._run_experts(received))
         after = after if self.latent is None else self.latent.widened(tokens, after)
         return replace(after, router_stats=(*batch.router_stats, stats))
 

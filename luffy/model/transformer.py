@@ -18,8 +18,9 @@ from luffy.data.batch import TokenBatch
 from luffy.exchange.dispatcher import Forecast
 from luffy.exchange.stage import Stage
 from luffy.model.attention import Attention, remember
+from luffy.model.build import moe_layer
 from luffy.model.layers import FeedForward, Linear, make_norm
-from luffy.model.moe_layer import MoELayer, Predictor
+from luffy.model.moe_layer import Predictor
 from luffy.model.ownership import expert_parameters
 from luffy.model.stack import IGNORE_INDEX, MicroBatch, ModelOutput, Stack, StackBlock, in_chunks, summed_cross_entropy
 
@@ -45,7 +46,7 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.ffn_norm = make_norm(config)
         self.no_norm = nn.Identity()
-        self.moe = MoELayer.build(config, runtime, layer) if config.is_moe_layer(layer) else None
+        self.moe = moe_layer(config, runtime, layer) if config.is_moe_layer(layer) else None
         self.ffn = None if self.moe is not None else FeedForward(config, config.dense_hidden_size)
 
     def predict(self, hidden: Tensor) -> Forecast:

@@ -149,7 +149,7 @@ class RoutingTrace:
                     raise UserError(f"trace {path} was written by another version of luffy; record it again")
                 names = ("lengths", "home_rank", "chosen", "foreseen")
                 steps = tuple(
-                    TraceStep(step, *(file[f"{name}.{i}"] for name in names), file.get(f"features.{i}"))
+                    TraceStep(step, **{name: file[f"{name}.{i}"] for name in names}, features=file.get(f"features.{i}"))
                     for i, step in enumerate(header["steps"])
                 )
                 sizes = {k: header[k] for k in ("num_experts", "top_k", "hidden_size", "row_num_bytes", "about")}

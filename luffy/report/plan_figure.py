@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -40,7 +41,7 @@ def build_figure(predictions: Sequence[Prediction], spec: str) -> Figure:
         if any(widths):
             axes.barh(names, widths, left=left, color=LINK_COLOURS[link], label=label)
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    beside = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+    beside: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
     for y, p in enumerate(shown):
         axes.annotate(format_seconds(p.exchange_seconds), (left[y], y), **beside)
     axes.invert_yaxis()

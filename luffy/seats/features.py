@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DIM = 256  # measured in docs/research/seats.md
+DIM = 256  # keeps what matters of token counts at 256 integers a token (docs/research/seats.md)
 NUM_DIRECTIONS = 1 << 16
 ONE = 1 << 8  # features are in units of 1 / ONE: they fit 16 bits
 _KEY = 0x5EA75

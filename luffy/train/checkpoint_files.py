@@ -163,7 +163,7 @@ def _copied(tensor: torch.Tensor) -> torch.Tensor:
     """torch's own way of staging, without its deep copy, which fails for some DTensors (torch 2.13)."""
     if not isinstance(tensor, DTensor):
         return tensor.detach().to("cpu", copy=True)
-    twin = tensor.detach()
+    twin: Any = tensor.detach()
     twin._local_tensor = tensor.to_local().detach().to("cpu", copy=True)
     return twin
 
@@ -190,7 +190,7 @@ class Reader(FileSystemReader):
         folder = Path(self.path)
         try:
             text = json.loads((folder / TENSORS).read_text(encoding="utf-8"))
-            tensors = {
+            tensors: dict[str, Any] = {
                 name: TensorStorageMetadata(
                     TensorProperties(dtype=_DTYPES[about["dtype"]]),
                     torch.Size(about["size"]),

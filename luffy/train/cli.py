@@ -224,9 +224,10 @@ def run_group(group: click.Group, program: str, speaker: str, arguments: list[st
     except click.ClickException as error:
         fail(error.format_message().replace("\n", " "), 2)
     except ModuleNotFoundError as error:
-        if error.name not in ("transformers", "peft"):
+        package = (error.name or "").partition(".")[0]
+        if package not in ("transformers", "peft"):
             raise
-        fail(f"this needs the package {error.name}, which is not installed: pip install 'luffy-moe[hf]'", 2)
+        fail(f"this needs the package {package}, which is not installed: pip install 'luffy-moe[hf]'", 2)
     except StoppedError as error:
         print(f"{speaker}: {error}", file=sys.stderr, flush=True)
         sys.exit(error.status)

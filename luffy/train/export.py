@@ -62,7 +62,8 @@ def export_safetensors(model: nn.Module, path: Path | str) -> None:
     if mesh.rank == 0:
         tensors |= {name: b.detach().to("cpu", copy=True) for name, b in stored_buffers(model).items()}
         config = getattr(model, "config", None)
-        metadata = {"luffy_config": json.dumps(config.to_dict())} if hasattr(config, "to_dict") else None
+        to_dict = getattr(config, "to_dict", None)
+        metadata = {"luffy_config": json.dumps(to_dict())} if to_dict is not None else None
         temporary = path.with_suffix(".tmp")
         try:
             save_file(tensors, temporary, metadata=metadata)

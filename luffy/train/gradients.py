@@ -41,7 +41,7 @@ class GradientSync:
         self.clock, self._marked = clock, False
         self._under_way: list[torch.futures.Future[Tensor]] = []
         self._last = False  # until a forward pass says that it is
-        self._summed: set[nn.Parameter | int] = set()  # experts, and buckets, since the last call or `finish`
+        self._summed: set[Tensor | int] = set()  # experts, and buckets, since the last call or `finish`
         self._holds_sums = False  # gradients, if there are any, include sums over ranks
         self._unsummed = False  # a backward pass came by that has not been summed
         self.module: nn.Module = model

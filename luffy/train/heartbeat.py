@@ -179,7 +179,7 @@ class Heartbeat:
 def watching(options: TrainOptions, mesh: Mesh) -> Iterator[None]:
     """Watch over this rank, and tell the others, while the block trains. All ranks enter it."""
     at_step(0)
-    store = dist.distributed_c10d._get_default_store()
+    store: Any = dist.distributed_c10d._get_default_store()  # torch's stubs lack `clone`
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
     connection = dist.PrefixStore(f"{PREFIX}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store.clone())

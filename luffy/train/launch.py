@@ -98,14 +98,16 @@ def join_world(
     timeout_seconds: float = 600.0,
     interface: str | None = None,
 ) -> Mesh:
-    """Initialise this rank from torchrun's environment and arrange the mesh."""
-    check_environment()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    """Initialise this rank from torchrun's environment, unless it is in a process group already; arrange the mesh."""
+    joined = dist.is_initialized()
+    if not joined:
+        check_environment()
+    local_rank = int(os.environ.get("LOCAL_RANK", dist.get_rank() if joined else 0))
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size() if joined else 1))
     lab = current_lab()
     if lab is not None:  # its nodes are one machine, so all of its ranks share these GPUs and cores
         local_rank, local_ranks = int(os.environ["RANK"]), lab.ranks
-    else:
+    elif not joined:
         choose_interface(interface)
     device, backend = choose_device(device, backend, local_ranks)
     if device == "cuda":

@@ -18,7 +18,7 @@ import torch
 from luffy.comm import Comm, Mesh
 from luffy.compose import Runtime
 from luffy.data import mask_for_mlm
-from luffy.data.loader import Sequence
+from luffy.data.loader import Sequence, SequenceLoader
 from luffy.lab.place import current_lab
 from luffy.model import ModelOutput, build_model
 from luffy.model.aux_loss import RouterTotals
@@ -46,6 +46,10 @@ from luffy.train.seating import StepReader
 
 class Steps:
     """One rank's part in the steps of a run. Make it on every rank of an initialised world."""
+
+    loader: SequenceLoader
+    valid_loader: SequenceLoader
+    vocabulary: str
 
     def __init__(self, options: TrainOptions, mesh: Mesh) -> None:
         self.options, self.mesh = options, mesh

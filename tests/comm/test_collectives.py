@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from luffy.comm import Comm, RowExchange, all_to_all_rows, arrive, build_mesh, depart
+from luffy.comm import Comm, RowExchange, all_to_all_rows, build_mesh
 from luffy.comm.clock import PhaseClock, boundary
 from luffy.comm.meter import by_direction
 from luffy.testing import run_ranks
@@ -187,21 +187,3 @@ def backward_job(rank: int) -> None:
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_gradients_travel_back(world: int) -> None:
     run_ranks(backward_job, world)
-
-
-def meanwhile_job(rank: int) -> list[str]:
-    comm = Comm.create(build_mesh(torch.device("cpu")))
-    done: list[str] = []
-    under_way = depart(
-        [torch.zeros(2, 1)],
-        RowExchange(comm, (1, 1), (1, 1)),
-        directions=("dispatch",),
-        backward_directions=("dispatch_backward",),
-        meanwhile=lambda: done.append("planned"),
-    )
-    arrive(under_way)
-    return done
-
-
-def test_host_work_runs_once_while_rows_travel() -> None:
-    assert run_ranks(meanwhile_job, 2) == [["planned"], ["planned"]]

@@ -192,7 +192,7 @@ def test_changing_tokens_leaves_labels_alone(make_split: MakeSplit) -> None:
 
 def test_the_index_stays_small_for_millions_of_documents() -> None:
     class Huge:
-        name, num_tokens, num_documents = "train", 0, 2_000_000
+        name, num_tokens, num_documents, shards = "train", 0, 2_000_000, ()
 
         def document_lengths(self) -> np.ndarray:
             return np.full(self.num_documents, 700)

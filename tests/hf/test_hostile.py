@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from luffy.data.formats import read_records
 from luffy.errors import UserError
 from luffy.hf.files import INDEX, Checkpoint
-from luffy.hf.text import read_lines
 
 
 @pytest.mark.parametrize("file", ["../secret.safetensors", "/etc/passwd", "sub/x.safetensors", "..", 5])
@@ -35,6 +35,6 @@ def test_an_index_names_files_of_its_own_folder_only(tmp_path: Path, file: objec
 def test_damaged_data_is_one_line(tmp_path: Path, name: str, content: bytes, words: str) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(UserError, match=rf"--data .*{name} is .*{words}") as caught:
-        list(read_lines(path))
+    with pytest.raises(UserError, match=rf"--data .*{name}.* is .*{words}") as caught:
+        list(read_records(path))
     assert "\n" not in str(caught.value)

@@ -9,7 +9,9 @@ import errno
 import os
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,17 +24,30 @@ FAST, SLOW = "200mbit", "50mbit"
 
 
 def near(rate: float, asked: str, links: float = 1.0) -> bool:
-    return 0.65 <= rate / (parse_rate(asked) * links) <= 1.15
+    return 0.65 <= rate / (parse_rate(asked) * links) < 1.3
+
+
+def looked_at(measure: Callable[[], Any], holds: Callable[[Any], bool]) -> Any:
+    """What is measured; looked at again, twice at most, where a busy machine has bent the clock."""
+    for _ in range(3):
+        found = measure()
+        if holds(found):
+            break
+    return found
 
 
 def measured(lab, flows, *asked: str) -> list[float]:
-    """Rates of flows that run at once; looked at again, twice at most, where a busy machine has bent the clock."""
+    """Rates of flows that run at once."""
     wanted = asked * len(flows) if len(asked) == 1 else asked
-    for _ in range(3):
-        rates = run_flows(lab, flows)
-        if all(near(rate, want) for rate, want in zip(rates, wanted, strict=True)):
-            break
-    return rates
+    return looked_at(
+        lambda: run_flows(lab, flows),
+        lambda rates: all(near(rate, want) for rate, want in zip(rates, wanted, strict=True)),
+    )
+
+
+def total(lab, flows, asked: str, links: float = 1.0) -> float:
+    """The sum of the rates of flows that run at once."""
+    return looked_at(lambda: sum(run_flows(lab, flows)), lambda rate: near(rate, asked, links))
 
 
 @pytest.mark.parametrize("asked", [FAST, SLOW])
@@ -46,8 +61,8 @@ def test_a_link_gives_its_rate_in_both_directions_at_once(network, asked):
 
 def test_receiving_is_limited_too(network):
     """Three senders to one rank share what that rank can take."""
-    rates = run_flows(network(ranks=4, link=SLOW), [(1, 0), (2, 0), (3, 0)])
-    assert near(sum(rates), SLOW), rates
+    rate = total(network(ranks=4, link=SLOW), [(1, 0), (2, 0), (3, 0)], SLOW)
+    assert near(rate, SLOW), rate
 
 
 def test_a_link_without_a_limit_is_faster(network):
@@ -68,16 +83,21 @@ def test_the_two_classes_of_link_are_told_apart(network):
 def test_the_ranks_of_a_node_share_a_card_or_have_their_own(network, nic, cards):
     lab = network(ranks=4, nodes=2, link=FAST, inter_link=SLOW, nic=nic)
     for flows in ([(0, 2), (1, 3)], [(2, 0), (3, 1)]):
-        rates = run_flows(lab, flows)
-        assert near(sum(rates), SLOW, cards), rates
+        rate = total(lab, flows, SLOW, cards)
+        assert near(rate, SLOW, cards), rate
 
 
 def test_the_probe_reports_each_class_per_link(network):
-    reports = measure(network(ranks=4, nodes=2, link=FAST, inter_link=SLOW))
-    assert list(reports) == ["intra_node", "inter_node"]
+    lab = network(ranks=4, nodes=2, link=FAST, inter_link=SLOW)
+
+    def near_all(reports: Any) -> bool:
+        return all(near(report.alone_bytes_per_second, asked) and near(report.together_bytes_per_second, asked)
+                   for report, asked in zip(reports.values(), (FAST, SLOW), strict=True))  # fmt: skip
+
+    reports = looked_at(lambda: measure(lab), near_all)
+    assert list(reports) == ["intra_node", "inter_node"] and near_all(reports), reports
     for report, asked in zip(reports.values(), (FAST, SLOW), strict=True):
         assert report.asked_bytes_per_second == parse_rate(asked)
-        assert near(report.alone_bytes_per_second, asked) and near(report.together_bytes_per_second, asked)
         assert 0 < report.latency_seconds < 0.05
     assert list(measure(network(ranks=2, nodes=2, link=FAST, inter_link=SLOW))) == ["inter_node"]
     assert measure(network(ranks=1)) == {}

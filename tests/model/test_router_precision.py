@@ -15,9 +15,9 @@ from luffy.config import RouterConfig
 from luffy.data.batch import Layout, SequenceTable
 from luffy.hf.families import FAMILIES
 from luffy.hf.loading import load
-from luffy.hf.parts import LibraryRouter
 from luffy.hf.saving import save_pretrained
 from luffy.model.layers import LayerNorm, RMSNorm
+from luffy.model.library import LibraryRouter
 from luffy.model.router import Router, RouterBase
 from luffy.testing import run_ranks
 from tests.hf.tiny import tiny_config, tiny_model, tiny_tokenizer

@@ -93,8 +93,7 @@ def _leak(rank: int, case: Case, changes: list[tuple[int, int] | None]) -> list[
 @pytest.mark.parametrize("recipe", ["luffy", "luffy_max"])
 def test_no_future_reaches_a_token_through_seats(recipe: str) -> None:
     """A seat follows from the whole sequence, its end included; no past state may move with it."""
-    made = replace(get_recipe(recipe), wire=f"{get_recipe(recipe).wire},local")
-    case = Case(shrunk("moe-gpt2-tiny"), 2, recipe=made, batch=8, seats="learnt")
+    case = Case(shrunk("moe-gpt2-tiny"), 2, recipe=get_recipe(recipe), batch=8, seats="learnt")
     changes = [None, (1, 5), (2, 9), (3, LENGTH - 1)]
     before, *after = run_ranks(_leak, 2, case, changes)[0]
     for change, states in zip(changes[1:], after, strict=True):
