@@ -59,7 +59,7 @@ class FoundExperts:
     def _matrix(self, expert: int, name: str) -> Tensor:
         if self.listed:
             part = _named(self.holder[expert], name)
-            return part.weight if isinstance(part, nn.Module) else part
+            return getattr(part, "weight", part)  # a module's, or the tensor itself
         return _named(self.holder, name)[expert]
 
     def _bias(self, expert: int, name: str) -> Tensor | None:
@@ -98,7 +98,7 @@ class FoundExperts:
     def share(self, first: int, num: int) -> list[Tensor | None]:
         """`weights` of experts first .. first + num, stacked, as new tensors."""
         own = [self.weights(e) for e in range(first, first + num)]
-        return [None if part[0] is None else torch.stack(part) for part in zip(*own, strict=True)]  # type: ignore[arg-type]
+        return [None if part[0] is None else torch.stack(part) for part in zip(*own, strict=True)]
 
 
 def _named(owner: Any, name: str) -> Any:
