@@ -18,6 +18,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from luffy.comm.ending import attached
+
 DIRECTIONS = (
     "dispatch",
     "combine",
@@ -64,7 +66,8 @@ class TrafficMeter:
     def watch(self, work: Any) -> None:
         """Note how long a collective over rows is under way, whoever waits for it."""
         begin = time.perf_counter()
-        work.get_future().add_done_callback(lambda _: self._under_way.append((begin, time.perf_counter())))
+        note = attached(lambda _: self._under_way.append((begin, time.perf_counter())))
+        work.get_future().add_done_callback(note)
 
     def take_under_way(self) -> float:
         """Seconds in which rows were under way since last taken, counted once where several were."""

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from luffy.comm.collectives import Comm, all_gather_flat
+from luffy.comm.ending import attached
 from luffy.kernels.wire_rows import decode_rows, encode_rows
 from luffy.wire_format import SUM_FORMATS, row_num_bytes
 
@@ -66,7 +67,7 @@ class GradientSums:
             value = done.value()[0]  # asked for even where it is `tensor` itself: this raises if the sum failed
             return value if sent is tensor else tensor.copy_(value)
 
-        return future.then(finish)
+        return future.then(attached(finish))
 
     # ---------------------------------------------------------------- int8
 
@@ -93,7 +94,7 @@ class GradientSums:
         else:
             self._asked.put(work)
         # `then`: an error that was set shows as itself only here, and not to DistributedDataParallel.
-        return future.then(lambda done: done.value())
+        return future.then(attached(lambda done: done.value()))
 
     def _sum(self, tensor: Tensor, rows: int) -> Tensor:
         n, flat = len(self.ranks), tensor.view(-1)

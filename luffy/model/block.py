@@ -31,7 +31,7 @@ from luffy.model.layers import make_norm
 from luffy.model.moe_layer import MoELayer
 from luffy.model.ownership import check_model, expert_parameters
 from luffy.model.router import RouterStats
-from luffy.model.taken import take
+from luffy.model.taken import give_back, take
 from luffy.recipes import recipe_of
 
 _LOSSES = ("balance_loss", "z_loss", "locality_loss", "bias_update_rate")
@@ -47,6 +47,8 @@ class MoEBlock(nn.Module):
     cannot be.
     Weights come from (seed, layer, name): the same at every number of ranks.
     """
+
+    _lies: bool | None  # how matrices lie in the module that the block was made from
 
     def __init__(
         self,
@@ -74,7 +76,7 @@ class MoEBlock(nn.Module):
         self.norm = make_norm(config)
         self.moe = moe_layer(config, self.runtime, layer)
         self._stats: RouterStats | None = None
-        self._answers_logits = False
+        self._answers_logits, self._lies = False, None
         self.reset_parameters()
         self.to(mesh.device)
 
@@ -127,10 +129,23 @@ class MoEBlock(nn.Module):
             runtime, layer, router=router, shared_experts=taken.shared, layer_of_moe=layer, residual=False,
             experts=GroupedExperts.holding(w_in, w_out, b_in, b_out, taken.activation, train),
         )  # fmt: skip
-        block._stats, block._answers_logits = None, taken.answers_logits
+        block._stats, block._answers_logits, block._lies = None, taken.answers_logits, experts.lies
         block.train(module.training).to(mesh.device)
         check_model(block, mesh)
         return block
+
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module) -> None:
+        """Write the weights, with the experts of all ranks, into a module such as this block was made from.
+
+        Every rank calls it, each with a module of its own. UserError for a block that `from_module` did not make.
+        """
+        if self._lies is None:
+            raise UserError("copy_to: this block was not made by MoEBlock.from_module; use luffy.save_weights")
+        comm, order = self.runtime.comm, self.moe.slot_of_expert
+        own = [None if p is None else p.detach() for p in self.moe.experts._own()]
+        weights = tuple(None if p is None else comm.all_gather_ep(p).flatten(0, 1)[order] for p in own)
+        give_back(module, self.moe.router, self.moe.shared_experts, weights, self._lies)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -95,6 +95,20 @@ class FoundExperts:
             )
         return torch.cat(ins, dim=1), out, b_in, None if b_out is None else b_out.detach()
 
+    def put(self, expert: int, w_in: Tensor, w_out: Tensor, b_in: Tensor | None, b_out: Tensor | None) -> None:
+        """Write one expert: what `weights` reads."""
+        *ins, out = ((m if self.lies else m.t()) for m in (self._matrix(expert, n).detach() for n in self.names))
+        widths = [m.shape[1] for m in ins]
+        out.copy_(w_out)
+        for m, part in zip(ins, w_in.split(widths, dim=1), strict=True):
+            m.copy_(part)
+        *b_ins, b = (self._bias(expert, n) for n in self.names)
+        for bias, part in zip(b_ins, () if b_in is None else b_in.split(widths), strict=b_in is not None):
+            if bias is not None:
+                bias.detach().copy_(part)
+        if b is not None and b_out is not None:
+            b.detach().copy_(b_out)
+
     def share(self, first: int, num: int) -> list[Tensor | None]:
         """`weights` of experts first .. first + num, stacked, as new tensors."""
         own = [self.weights(e) for e in range(first, first + num)]

@@ -45,7 +45,7 @@ class Taken:
 
 
 @dataclass(frozen=True)
-class _Parts:
+class Parts:
     gate: nn.Module | Tensor
     triple: bool  # the gate answers (logits, weights, ids), as those of transformers do
     experts: FoundExperts
@@ -71,7 +71,7 @@ def take(module: nn.Module, router: RouterConfig, top_k: int | None) -> Taken:
     except Exception as error:  # whatever a module's own code finds wrong
         raise refusal(module, f"it cannot be copied for a trial ({error})") from error
     _randomize(probe)
-    parts = _find(probe)
+    parts = find_parts(probe)
     E = parts.experts.num_experts
     K = top_k or _setting(probe, parts, _TOP_K)
     if K is None:
@@ -79,14 +79,14 @@ def take(module: nn.Module, router: RouterConfig, top_k: int | None) -> Taken:
     if not 1 <= K <= E:
         raise UserError(f"from_module: top_k={K}: give a whole number from 1 to the {E} experts")
     config = replace(router, num_experts=E, top_k=K)
-    config, lies, which, answers_logits = _tried(probe, parts, config)
-    own = _find(module)
-    activation = _activations(module, own)[which]
+    config, lies, activation, answers_logits = _tried(probe, parts, config)
+    own = find_parts(module)
+    activation = _activations(module, own)[activation]
     experts = replace(own.experts, lies=lies)
     return Taken(_router(module, own, config), experts, activation, own.shared, answers_logits)
 
 
-def _find(module: Any) -> _Parts:
+def find_parts(module: Any) -> Parts:
     """Parts by name; UserError where one is missing, or left over."""
     experts = find_experts(module)
     if isinstance(experts, str):
@@ -99,7 +99,30 @@ def _find(module: Any) -> _Parts:
     used |= {id(p) for p in ([gate] if isinstance(gate, Tensor) else gate.parameters())}
     if rest := [n for n, p in module.named_parameters() if id(p) not in used]:
         raise refusal(module, f"it has weights that are not known: {', '.join(rest[:4])}")
-    return _Parts(gate, triple, experts, shared)
+    return Parts(gate, triple, experts, shared)
+
+
+@torch.no_grad()
+def give_back(
+    module: nn.Module, router: RouterBase, shared: Any, weights: tuple[Tensor | None, ...], lies: bool
+) -> None:
+    """Write into `module`, of the build that was taken: its gate, shared experts, and experts [E, ..] as `_own` has."""
+    parts = find_parts(module)
+    experts = replace(parts.experts, lies=lies)
+    w_in, w_out, b_in, b_out = weights
+    assert w_in is not None and w_out is not None
+    if len(w_in) != experts.num_experts or w_out.shape[2] != experts.hidden_size:
+        raise UserError(f"copy_to: {type(module).__name__} is not of the size of the module that was taken")
+    for e in range(experts.num_experts):
+        experts.put(e, w_in[e], w_out[e], None if b_in is None else b_in[e], None if b_out is None else b_out[e])
+    if isinstance(parts.gate, Tensor):
+        weight = next(router.parameters())
+        parts.gate.detach().copy_(weight if parts.gate.shape == weight.shape else weight.t())
+    else:
+        assert isinstance(router, LibraryRouter)
+        parts.gate.load_state_dict(router.gate.state_dict())
+    if parts.shared is not None:
+        parts.shared.load_state_dict(shared.state_dict())
 
 
 def _gate(module: Any, experts: FoundExperts) -> tuple[nn.Module | Tensor, bool]:
@@ -125,7 +148,7 @@ def _gate(module: Any, experts: FoundExperts) -> tuple[nn.Module | Tensor, bool]
     return parameters[0], False
 
 
-def _setting(module: Any, parts: _Parts, names: tuple[str, ...]) -> int | None:
+def _setting(module: Any, parts: Parts, names: tuple[str, ...]) -> int | None:
     for owner in (module, parts.gate, getattr(module, "router", None), getattr(module, "config", None)):
         for name in names:
             value = getattr(owner, name, None)
@@ -134,7 +157,7 @@ def _setting(module: Any, parts: _Parts, names: tuple[str, ...]) -> int | None:
     return None
 
 
-def _router(module: nn.Module, parts: _Parts, config: RouterConfig) -> RouterBase:
+def _router(module: nn.Module, parts: Parts, config: RouterConfig) -> RouterBase:
     if parts.triple:
         bias = next((n for n, _ in parts.gate.named_buffers() if n == "e_score_correction_bias"), None)  # type: ignore[union-attr]
         if config.bias_update_rate > 0 and bias is None:
@@ -158,7 +181,7 @@ def _gated(act: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return act(gate) * up
 
 
-def _activations(module: Any, parts: _Parts) -> list[Activation]:
+def _activations(module: Any, parts: Parts) -> list[Activation]:
     """What may lie between an expert's two products: Luffy's own, the common ones, and the module's."""
     tanh = partial(F.gelu, approximate="tanh")
     known: list[Any] = [F.silu, F.gelu, tanh, F.relu]
@@ -185,7 +208,7 @@ def _randomize(probe: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _tried(probe: nn.Module, parts: _Parts, config: RouterConfig) -> tuple[RouterConfig, bool, int, bool]:
+def _tried(probe: nn.Module, parts: Parts, config: RouterConfig) -> tuple[RouterConfig, bool, int, bool]:
     """What agrees with the probe's answers: scores, how matrices lie, which of the activations; and whether it
     answers with logits."""
     T, D = _NUM_TOKENS, parts.experts.hidden_size

@@ -178,6 +178,12 @@ def same(rank: int) -> None:
             own = x.detach()[mine].clone().requires_grad_()
             found, part = expected(block, own)
             part.backward()
+            other = made(build)
+            for p in other.parameters():
+                nn.init.zeros_(p)
+            block.copy_to(other)
+            for name, value in before.items():
+                assert torch.equal(other.state_dict()[name], value), name
             label = (getattr(build, "__name__", build), recipe)
             close = (
                 {"rtol": 1e-6, "atol": 1e-7} if build is deepseek else {"rtol": 1e-10, "atol": 1e-10}
@@ -270,6 +276,8 @@ def refused(rank: int) -> None:
     block = luffy.MoEBlock.from_module(silent(), mesh, top_k=2, balance_loss=0.1)
     block(torch.randn(2, 3, D))
     assert float(block.aux_loss()) > 0
+    with pytest.raises(UserError, match="not made by"):
+        luffy.MoEBlock(D, W, E, mesh=mesh).copy_to(OldMixtral())
     bfloat = luffy.MoEBlock.from_module(made(qwen).bfloat16(), mesh)
     assert {p.dtype for p in bfloat.parameters()} == {torch.bfloat16}
     assert bfloat(torch.randn(6, D, dtype=torch.bfloat16)).shape == (6, D)

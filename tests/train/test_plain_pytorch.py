@@ -1,0 +1,116 @@
+"""Plain PyTorch: examples/plain_pytorch.py with and without Luffy; DDP and FSDP2 of the user's own around a block."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import luffy
+from luffy.comm import build_mesh
+from luffy.model import expert_parameters
+from luffy.testing import run_ranks
+from tests.model.test_from_module import D, Ungated, made, whole_experts
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "examples" / "plain_pytorch.py"
+
+
+def start(*command: str) -> subprocess.Popen[str]:
+    env = {n: v for n, v in os.environ.items() if n not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *command], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def losses(process: subprocess.Popen[str]) -> list[float]:
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return [float(x) for x in re.findall(r"loss ([0-9.]+)", out)]
+
+
+def test_the_example_gives_the_losses_of_the_original_code(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    options = [str(SCRIPT), "--dtype", "float64", "--out", str(tmp_path)]
+    original = start(*options)
+    spread = start("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, *options)
+    expected, found = losses(original), losses(spread)
+    assert len(expected) == 13 and expected[-2] < expected[0] - 1
+    assert found == pytest.approx(expected, abs=2e-9)
+    assert (tmp_path / "model.safetensors").exists() and (tmp_path / "checkpoint").is_dir()
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.moe, self.last = nn.Linear(D, D), made(Ungated), nn.Linear(D, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        return self.last(x + self.moe(x)).square().mean()
+
+
+def build() -> Net:
+    net = Net()
+    torch.manual_seed(5)
+    for linear in (net.first, net.last):
+        nn.init.normal_(linear.weight)
+        nn.init.normal_(linear.bias)
+    return net.double()
+
+
+def rows() -> Tensor:
+    return torch.randn(4, 3, D, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def wrapped(rank: int, kind: str) -> None:
+    mesh = build_mesh(torch.device("cpu"))
+    whole = build()
+    whole(rows()).backward()
+    net = build()
+    net.moe = block = luffy.MoEBlock.from_module(net.moe, mesh)
+    experts = expert_parameters(net)
+    # docs/own_model.md: the wrapper takes means over ranks, experts get sums, so these are divided here.
+    for name, p in net.named_parameters():
+        if name in experts:
+            p.register_hook(lambda grad: grad / mesh.world_size)
+    model: Any
+    if kind == "ddp":
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(net, list(experts))
+        model = DistributedDataParallel(net)
+    else:
+        ignored = {p for n, p in net.named_parameters() if n in experts}
+        model = fully_shard(net, mesh=mesh.world_mesh, ignored_params=ignored)
+    for _ in range(2):
+        model.zero_grad()
+        model(rows().chunk(2)[rank]).backward()
+    expected = {n: p.grad for n, p in whole.named_parameters() if not n.startswith("moe.")}
+    expected["moe.moe.router.weight"] = whole.moe.gate.weight.grad
+    found = {n: p.grad for n, p in net.named_parameters() if n not in experts}
+    assert found.keys() == expected.keys()
+    for name, grad in found.items():
+        full = grad.full_tensor() if isinstance(grad, DTensor) else grad
+        torch.testing.assert_close(full, expected[name], rtol=1e-10, atol=1e-12, msg=name)
+    for name, grad in whole_experts(whole.moe).items():
+        own = getattr(block.moe.experts, name).grad
+        assert not isinstance(own, DTensor)
+        torch.testing.assert_close(block.runtime.comm.all_gather_ep(own).flatten(0, 1), grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_data_parallelism_of_ones_own(kind: str) -> None:
+    run_ranks(wrapped, 2, kind)
