@@ -124,8 +124,8 @@ def plan(**values: Any) -> None:
 @click.option("--out", default="runs/demo", show_default=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--data", default="stdlib", show_default=True, help="File or folder of text, or stdlib (offline).")
 @click.option("--link", default="50mbit", show_default=True, help="Rate of emulated links, which need root; or none.")
-@click.option("--start-steps", default=100, show_default=True, help="Steps of the model that all recipes begin from.")
-@click.option("--steps", default=16, show_default=True, help="Steps of each recipe.")
+@click.option("--start-steps", default=80, show_default=True, help="Steps of the model that all recipes begin from.")
+@click.option("--steps", default=12, show_default=True, help="Steps of each recipe.")
 @click.option("--since", type=float, help="Count the time from here (seconds of the epoch; default: now).")
 def demo(out: Path, data: str, link: str, start_steps: int, steps: int, since: float | None) -> None:
     """Compare vanilla, luffy, luffy_paper and luffy_max on a small model, in about two minutes on two cores."""

@@ -7,6 +7,7 @@ import pytest
 
 from luffy.lab.namespace import missing_capabilities
 from luffy.report.verdict import sentence, verdicts
+from luffy.train import demo
 from luffy.train.cli import main
 from luffy.train.demo import RECIPES, last_line
 
@@ -45,6 +46,32 @@ def test_the_last_line_names_everything(tmp_path):
     )
     without = last_line(tmp_path, None, 5)
     assert "as fast" not in without and "speed not compared: emulated links need root" in without
+
+
+def test_without_links_the_demo_goes_on_and_a_failed_run_ends_it(tmp_path, monkeypatch, capsys):
+    called = []
+
+    def luffy(status, writes=False):
+        def run(arguments):
+            called.append(arguments[0])
+            if writes:
+                (tmp_path / "vanilla").mkdir()
+                (tmp_path / "vanilla" / "metrics.jsonl").write_text("{}")
+            return status
+
+        return run
+
+    missing = "luffy.lab.namespace.missing_capabilities"
+    monkeypatch.setattr(missing, lambda: ["CAP_NET_ADMIN"])
+    monkeypatch.setattr(demo, "_luffy", luffy(0))
+    assert not demo._in_lab(["compare"], "50mbit", tmp_path) and called == []  # no root
+    monkeypatch.setattr(missing, list)
+    monkeypatch.setattr(demo, "_luffy", luffy(2))
+    assert not demo._in_lab(["compare"], "50mbit", tmp_path) and called == ["lab"]  # root, and a kernel without links
+    assert "no emulated links on this machine" in capsys.readouterr().err
+    monkeypatch.setattr(demo, "_luffy", luffy(1, writes=True))
+    with pytest.raises(SystemExit, match="1"):  # the comparison had begun: that is no matter of links
+        demo._in_lab(["compare"], "50mbit", tmp_path)
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):
