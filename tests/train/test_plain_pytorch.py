@@ -54,6 +54,13 @@ def test_the_example_gives_the_losses_of_the_original_code(tmp_path: Path) -> No
     assert (tmp_path / "model.safetensors").exists() and (tmp_path / "checkpoint").is_dir()
 
 
+def test_the_documentation_quotes_the_example() -> None:
+    quoted = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "own_model.md").read_text("utf-8"), re.DOTALL)
+    assert quoted is not None
+    script = SCRIPT.read_text("utf-8")
+    assert [line for line in map(str.strip, quoted[1].splitlines()) if line != "..." and line not in script] == []
+
+
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
