@@ -57,10 +57,9 @@ class FoundExperts:
                     yield bias
 
     def _matrix(self, expert: int, name: str) -> Tensor:
-        if self.listed:
-            part = _named(self.holder[expert], name)
-            return part.weight if isinstance(part, nn.Module) else part
-        return _named(self.holder, name)[expert]
+        part: Any = _named(self.holder[expert] if self.listed else self.holder, name)
+        matrix: Tensor = (part.weight if isinstance(part, nn.Linear) else part) if self.listed else part[expert]
+        return matrix
 
     def _bias(self, expert: int, name: str) -> Tensor | None:
         if self.listed:
@@ -112,7 +111,7 @@ class FoundExperts:
     def share(self, first: int, num: int) -> list[Tensor | None]:
         """`weights` of experts first .. first + num, stacked, as new tensors."""
         own = [self.weights(e) for e in range(first, first + num)]
-        return [None if part[0] is None else torch.stack(part) for part in zip(*own, strict=True)]  # type: ignore[arg-type]
+        return [None if part[0] is None else torch.stack(part) for part in zip(*own, strict=True)]
 
 
 def _named(owner: Any, name: str) -> Any:
