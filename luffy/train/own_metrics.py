@@ -31,7 +31,7 @@ def metrics(model: nn.Module) -> dict[str, float]:
         raise UserError(f"metrics: {type(model).__name__} holds no luffy.MoEBlock")
     runtimes = list({id(layer.runtime): layer.runtime for layer in layers}.values())
     meters = list({id(rt.comm.meter): rt.comm.meter for rt in runtimes}.values())
-    sent = sum(meter.take() for meter in meters)
+    sent = np.sum([meter.take() for meter in meters], axis=0)
     rows = _rows(runtimes)
     ep_rank = runtimes[0].comm.mesh.ep_rank
     all_rows = sum(rows.values(), np.zeros_like(next(iter(rows.values()), np.zeros((1, 1), dtype=np.int64))))
