@@ -46,9 +46,9 @@ def command_line() -> str:
     parts = ["# Command line\n\nA mistake is one line that names the option, and exit status 2."]
     for name, command in cli.commands.items():
         context = click.Context(
-            command, info_name=name, parent=click.Context(cli, info_name="luffy"), max_content_width=100
+            command, info_name=name, parent=click.Context(cli, info_name="luffy"), max_content_width=76
         )
-        context.terminal_width = 100
+        context.terminal_width = 76
         context.meta[more] = True
         parts.append(f"## luffy {name}\n\n```text\n{command.get_help(context)}\n```")
     return "\n\n".join(parts) + "\n"

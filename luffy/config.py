@@ -87,6 +87,8 @@ class RouterConfig:
             NOT_NEGATIVE.check(option, value)
         POSITIVE.check("--capacity-factor", self.capacity_factor)  # None is dropless
         _one_of("--seat-loss-form", self.seat_loss_form, SEAT_LOSS_FORMS)
+        COUNT.check("--num-groups", self.num_groups)
+        COUNT.check("--top-k-groups", self.top_k_groups)
         if self.num_groups or self.top_k_groups:
             G, limit, E = self.num_groups, self.top_k_groups, self.num_experts
             _require(G >= 1 and E % G == 0, f"--num-groups {G} must divide --experts {E}; give it with --top-k-groups")

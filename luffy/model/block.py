@@ -103,8 +103,8 @@ class MoEBlock(nn.Module):
         """
         if unknown := sorted(set(losses) - set(_LOSSES)):
             raise UserError(f"from_module: {unknown[0]}= is unknown; beside the block's options there are {_LOSSES}")
-        none: dict[str, Any] = dict.fromkeys(_LOSSES, 0.0)
-        taken = take(module, RouterConfig(**none | losses), top_k)
+        given: dict[str, Any] = dict.fromkeys(_LOSSES, 0.0) | losses
+        taken = take(module, RouterConfig(**given), top_k)
         experts, router = taken.experts, taken.router
         first = experts.weights(0)[1]
         config = ModelConfig(

@@ -57,9 +57,10 @@ class FoundExperts:
                     yield bias
 
     def _matrix(self, expert: int, name: str) -> Tensor:
-        part: Any = _named(self.holder[expert] if self.listed else self.holder, name)
-        matrix: Tensor = (part.weight if isinstance(part, nn.Linear) else part) if self.listed else part[expert]
-        return matrix
+        if self.listed:
+            part = _named(self.holder[expert], name)
+            return getattr(part, "weight", part)  # a module's, or the tensor itself
+        return _named(self.holder, name)[expert]
 
     def _bias(self, expert: int, name: str) -> Tensor | None:
         if self.listed:

@@ -2,8 +2,7 @@
 
 Every recipe is this one layer; what differs is the dispatcher (luffy.exchange.dispatcher), which luffy.compose makes.
 What crosses the network is kept for the backward pass and never sent or decided again: under activation checkpointing
-(`recompute`) only local work (norm and experts) is computed twice, from the rows already received. Recomputing the
-exchange would pay a slow link twice, and routing anew could choose differently.
+(`recompute`) only norm and experts are computed twice, from the rows already received: no link is paid twice.
 Where rows travel the layer yields (luffy.exchange.stage), so that another micro-batch may compute in the meantime.
 """
 
@@ -38,8 +37,8 @@ class MoELayer(nn.Module):
     The block lends its pre-norm (or identity where it norms afterwards). It is applied twice, at home for the router
     and at the experts' rank for the rows, because what travels is the stream itself. The parts are given, by
     luffy.model.build or luffy.hf. router: rows to Routing and RouterStats. experts: this rank's share of them. latent:
-    where rows are narrower than the stream. layer_of_moe: index of this layer among the model's MoE layers.
-    residual: False for a model that adds the stream itself; its sequences stay where they are.
+    where rows are narrower than the stream. layer_of_moe: index of this layer among the model's MoE layers. residual:
+    False leaves the stream out of the sum, for a model that adds it itself; sequences then stay where they are.
     """
 
     def __init__(
@@ -56,8 +55,7 @@ class MoELayer(nn.Module):
         residual: bool = True,
     ) -> None:
         super().__init__()
-        self.residual = residual
-        self.runtime, self.layer, self.layer_of_moe = runtime, layer, layer_of_moe
+        self.runtime, self.layer, self.layer_of_moe, self.residual = runtime, layer, layer_of_moe, residual
         self.router, self.experts, self.shared_experts, self.latent = router, experts, shared_experts, latent
         may_drop = router.config.capacity_factor is not None
         self.dispatcher = runtime.dispatcher(layer, layer_of_moe, experts, causal=causal, may_drop=may_drop)
@@ -97,8 +95,7 @@ class MoELayer(nn.Module):
         received = yield from self.dispatcher.dispatch(sent)
         if received.condensed is not None:
             stats = replace(stats, condensed_counts=received.condensed.counts())
-        partial = self._run_experts(received)
-        after = yield from self.dispatcher.combine(sent, received, partial)
+        after = yield from self.dispatcher.combine(sent, received, self._run_experts(received))
         after = after if self.latent is None else self.latent.widened(tokens, after)
         return replace(after, router_stats=(*batch.router_stats, stats))
 

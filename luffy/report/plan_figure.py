@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.figure import Figure
 
 from luffy.plan.prediction import Prediction
+from luffy.recipes import RECIPES
 from luffy.report.style import LINK_COLOURS, legend_below, new_figure, tick_format, titles
 from luffy.report.units import format_bytes, format_seconds
 
@@ -16,10 +18,14 @@ ALWAYS = ("vanilla", "vanilla_dedup", "luffy", "luffy_max")
 
 
 def that_matter(predictions: Sequence[Prediction]) -> list[Prediction]:
-    """At most six, the fewest seconds first: those of ALWAYS and the best of the rest, none far off the scale."""
+    """At most six, the fewest seconds first: those of ALWAYS and the best of the rest, none far off the scale.
+
+    Of the rest, `auto` is left out, which is one of the others, and what condenses, which is counted as if it did not.
+    """
     base = next((p for p in predictions if p.recipe == "vanilla"), predictions[0])
     near = [p for p in predictions if sum(p.num_bytes) <= TALLEST * sum(base.num_bytes)]
-    rest = sorted((p for p in near if p.recipe not in ALWAYS), key=lambda p: p.exchange_seconds)
+    known = {name for name, recipe in RECIPES.items() if recipe.condense == "none" and not recipe.auto}
+    rest = sorted((p for p in near if p.recipe in known - set(ALWAYS)), key=lambda p: p.exchange_seconds)
     kept = [p for p in near if p.recipe in ALWAYS]
     return sorted([*kept, *rest[: MOST - len(kept)]], key=lambda p: p.exchange_seconds)
 
@@ -35,7 +41,7 @@ def build_figure(predictions: Sequence[Prediction], spec: str) -> Figure:
         if any(widths):
             axes.barh(names, widths, left=left, color=LINK_COLOURS[link], label=label)
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    beside = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+    beside: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
     for y, p in enumerate(shown):
         axes.annotate(format_seconds(p.exchange_seconds), (left[y], y), **beside)
     axes.invert_yaxis()

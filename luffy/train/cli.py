@@ -28,16 +28,16 @@ def cli() -> None:
 OFTEN = ("recipe", "model", "data", "out", "ranks", "steps", "batch_size", "lr", "device", "resume")
 
 
-@cli.command(cls=RunCommand, first=OFTEN)
+@cli.command(cls=RunCommand, first=OFTEN, short_help="Train a model.")
 @train_options
 def train(**values: Any) -> None:
-    """Train a model on --ranks local ranks, or join the world of torchrun."""
+    """Train a model: start --ranks ranks on this machine, or join the ranks that torchrun started."""
     from luffy.train.run import start
 
     start(TrainOptions(**values))
 
 
-@cli.command(cls=RunCommand, first=OFTEN[1:])
+@cli.command(cls=RunCommand, first=OFTEN[1:], short_help="Train with several recipes and compare them.")
 @click.option(
     "--recipes",
     required=True,
@@ -59,9 +59,9 @@ def compare(
     discard_checkpoints: bool,
     **values: Any,
 ) -> None:
-    """Train with several recipes on the same data and seed (--recipe is ignored), and compare them.
+    """Train with several recipes on the same data and seed, and compare them. --recipe is ignored.
 
-    With --resume, runs that are finished are taken as they are, and one that was stopped continues.
+    With --resume, finished runs are kept and a stopped run continues.
     """
     from luffy.train.compare import Comparison
 
@@ -76,34 +76,56 @@ def compare(
     ).run()
 
 
-@cli.command()
-@click.option("--trace", required=True, type=click.Path(path_type=Path), help="Trace file, folder of them, or a run.")
-@click.option("--topology", "spec", required=True, help="The cluster, such as 4x8:intra=200gbit,inter=25gbit.")
-@click.option("--recipes", default=",".join(RECIPES), show_default=True, help="Recipes, separated by commas.")
+@cli.command(short_help="Predict bytes and seconds on another cluster; give advice.")
 @click.option(
-    "--ep-size", type=int, help="Ranks that share experts; the rest are copies of the group (default: as many as can)."
+    "--trace", required=True, type=click.Path(path_type=Path), help="A run, its trace folder, or one trace file."
+)
+@click.option("--topology", "spec", required=True, help="The cluster, such as 4x8:intra=200gbit,inter=25gbit.")
+@click.option(
+    "--recipes",
+    default=",".join(sorted(RECIPES, key=lambda name: not name.startswith("vanilla"))),
+    show_default=True,
+    help="Recipes, separated by commas.",
+)
+@click.option(
+    "--ep-size",
+    type=int,
+    help="Ranks that share experts; the others are copies of that group (default: as many as possible).",
 )
 @click.option("--wire", help="Format of rows, as in luffy train (default: each recipe's).")
-@click.option("--layout", type=click.Choice(["packed", "padded"]), default="packed", show_default=True)
-@click.option("--compute-seconds", type=float, help="Seconds a step computes on one rank: adds the step's time.")
 @click.option(
-    "--expert-flops", default=1e14, show_default=True, help="Operations per second of a rank's experts (for shadows)."
+    "--layout",
+    type=click.Choice(["packed", "padded"]),
+    default="packed",
+    show_default=True,
+    help="Attention over packed or padded batches.",
+)
+@click.option("--compute-seconds", type=float, help="Seconds of computation in a step; with it, step times are shown.")
+@click.option(
+    "--expert-flops",
+    default=1e14,
+    show_default=True,
+    help="Floating-point operations per second of a rank (for fastermoe).",
 )
 @click.option("--json", "target", type=click.Path(path_type=Path), help="Write the numbers here.")
 @click.option("--figure", type=click.Path(path_type=Path), help="Draw them here (PNG).")
 def plan(**values: Any) -> None:
-    """Predict the bytes and seconds of every recipe on a cluster that you need not have, from recorded routing."""
+    """Predict what every recipe sends on a cluster that you do not have, and say which one to take.
+
+    The routing comes from a run with --trace-every 10. Bytes are counted by replaying it; seconds are predicted from
+    the rates that --topology gives.
+    """
     from luffy.train.plan import run_plan
 
     run_plan(**values)
 
 
-@cli.command()
+@cli.command(short_help="Compare four recipes on a small model, in two minutes.")
 @click.option("--out", default="runs/demo", show_default=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--data", default="stdlib", show_default=True, help="File or folder of text, or stdlib (offline).")
 @click.option("--link", default="50mbit", show_default=True, help="Rate of emulated links, which need root; or none.")
 @click.option("--start-steps", default=100, show_default=True, help="Steps of the model that all recipes begin from.")
-@click.option("--steps", default=20, show_default=True, help="Steps of each recipe.")
+@click.option("--steps", default=16, show_default=True, help="Steps of each recipe.")
 @click.option("--since", type=float, help="Count the time from here (seconds of the epoch; default: now).")
 def demo(out: Path, data: str, link: str, start_steps: int, steps: int, since: float | None) -> None:
     """Compare vanilla, luffy, luffy_paper and luffy_max on a small model, in about two minutes on two cores."""
@@ -132,26 +154,30 @@ def models() -> None:
         )
 
 
-@cli.command()
+@cli.command(short_help="Write the HTML report of a run again.")
 @click.argument("run", type=click.Path(path_type=Path))
 def report(run: Path) -> None:
-    """Write the HTML report of the run, or of the comparison, in folder RUN again."""
+    """Write the HTML report again. RUN is the folder of a run or of a comparison."""
     from luffy.report.compare import COMPARE_FILE, write_compare_report
     from luffy.report.html import write_run_report
 
     click.echo(write_compare_report(run) if (run / COMPARE_FILE).exists() else write_run_report(run))
 
 
-@cli.command(cls=RunCommand, first=("model", "data", *(name for name in OFTEN[3:] if name != "device"), "lora"))
+@cli.command(
+    cls=RunCommand,
+    first=("model", "data", *(name for name in OFTEN[3:] if name != "device"), "lora"),
+    short_help="Fine-tune a Hugging Face MoE model.",
+)
 @options_of(FinetuneOptions, SHOWN)
 def finetune(**values: Any) -> None:
-    """Fine-tune a Hugging Face MoE model from a folder, and write one (OUT/model)."""
+    """Fine-tune a Hugging Face MoE model. The result, OUT/model, opens in plain transformers."""
     from luffy.hf.finetune import start
 
     start(FinetuneOptions(**values))
 
 
-@cli.command()
+@cli.command(short_help="Make an MoE model of a dense one.")
 @click.option("--model", required=True, type=click.Path(path_type=Path), help="Folder of a dense Llama or Qwen3 model.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the MoE model.")
 @click.option("--experts", default=8, show_default=True, help="Copies of each feed-forward.")
@@ -160,16 +186,16 @@ def finetune(**values: Any) -> None:
 @click.option("--seed", default=0, show_default=True, help="Seed of the routers' weights.")
 @click.option("--overwrite", is_flag=True, help="Replace what is in --out.")
 def upcycle(**values: Any) -> None:
-    """Make a Mixture-of-Experts of a dense model: every expert a copy of its feed-forward, the same loss at first."""
+    """Make a Mixture-of-Experts of a dense model. Every expert is a copy of its feed-forward: the loss is the same."""
     from luffy.hf.upcycle import upcycle as run
 
     run(**values)
 
 
-@cli.command()
-@click.option("--ranks", type=click.IntRange(1), help="Measure links between so many (default: one a GPU, or a core).")
+@cli.command(short_help="Show versions, GPUs, measured links, models that fit.")
+@click.option("--ranks", type=click.IntRange(1), help="Ranks to measure links between (default: one per GPU or core).")
 def doctor(ranks: int | None) -> None:
-    """Say what is installed, what this machine has, what links between its ranks give, and which models fit."""
+    """Show what is installed, what this machine has, how fast its links are, and which models fit."""
     from luffy.train.doctor import diagnose
 
     diagnose(ranks)

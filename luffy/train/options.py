@@ -31,11 +31,11 @@ def option_name(f: Field[Any]) -> str:
 RANGES = {
     **dict.fromkeys(
         ("ranks", "steps", "batch_size", "accumulate", "eval_batches", "auto_every", "ep_size", "ranks_per_node",
-         "sequence_length", "vocab_size"), AT_LEAST_ONE,
+         "sequence_length", "vocab_size", "min_ranks", "topics"), AT_LEAST_ONE,
     ),
     **dict.fromkeys(
         ("eval_every", "checkpoint_every", "rehome_every", "trace_every", "keep_checkpoints", "condense_warmup",
-         "warmup_steps"), COUNT,
+         "warmup_steps", "seat_loss_warmup", "max_restarts", "skip_bad_steps"), COUNT,
     ),
     **dict.fromkeys(("lr", "weight_decay", "clip_norm"), NOT_NEGATIVE),
     **dict.fromkeys(("min_lr", "condense_until"), SHARE),
@@ -224,8 +224,8 @@ class TrainOptions:
         )
         _require(not (self.resume and self.overwrite), "--resume and --overwrite exclude each other")
         _require(
-            self.min_ranks is None or 1 <= self.min_ranks <= self.ranks,
-            f"--min-ranks {self.min_ranks} must be at least 1 and at most --ranks {self.ranks}",
+            self.min_ranks is None or self.min_ranks <= self.ranks,
+            f"--min-ranks {self.min_ranks} must be at most --ranks {self.ranks}",
         )
         keep_run_apart(self.out, {name: getattr(self, name[2:].replace("-", "_")) for name in self.INPUTS}, ("--data",))
         from luffy.compose import check  # with torch, which the command line does without
@@ -267,7 +267,7 @@ class TrainOptions:
         if self.topics is not None:
             E = config.router.num_experts
             _require(
-                self.topics >= 1 and E % self.topics == 0,
+                E % self.topics == 0,
                 f"--topics {self.topics} must divide the {E} experts of a layer",
             )
 

@@ -211,7 +211,7 @@ def run_plan(
     recorded = load_trace(trace)
     group = group_of(topology, recorded.num_experts, ep_size)
     predictions = predict_recipes(recorded, group, chosen, layout == "padded", expert_flops)
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, width=max(110, Console().width))  # a narrow terminal wraps, and cuts no number
     counted = counted_steps(recorded.steps)
     tokens = sum(int(s.lengths.sum()) for s in counted) // len(counted)
     console.print(

@@ -79,6 +79,7 @@ def near(one: Path, other: Path) -> None:
         assert float(off.max()) < 5e-3 and float((off > 1e-5).float().mean()) < 0.02, name
 
 
+@pytest.mark.slow
 def test_the_example_under_torchrun(folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(ROOT / "examples" / "hf_trainer.py"), "--model", str(folder / "mixtral"), "--out", str(tmp_path)]

@@ -24,7 +24,7 @@ FAST, SLOW = "200mbit", "50mbit"
 
 
 def near(rate: float, asked: str, links: float = 1.0) -> bool:
-    return 0.65 <= rate / (parse_rate(asked) * links) <= 1.15
+    return 0.65 <= rate / (parse_rate(asked) * links) < 1.3
 
 
 def looked_at(measure: Callable[[], Any], holds: Callable[[Any], bool]) -> Any:

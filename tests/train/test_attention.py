@@ -101,11 +101,11 @@ def test_nothing_is_measured_where_it_would_change_nothing(small):
     def weighs(ep_size=2, **changes):
         return plans_weigh_attention(TrainOptions(**small(**changes)), ep_size)
 
-    assert weighs(recipe="luffy") and weighs(recipe="luffy_paper", layout="padded")
-    assert not weighs(recipe="vanilla_dedup")
+    assert weighs(recipe="luffy_paper") and weighs(recipe="luffy_paper", layout="padded")
+    assert not weighs(recipe="vanilla_dedup") and not weighs(recipe="luffy")  # plan nothing in a layer
     assert not weighs(recipe="netmoe")  # keeps the number of sequences on each rank
-    assert not weighs(recipe="luffy", sequence_mode="fixed")  # equal lengths
-    assert not weighs(recipe="luffy", ep_size=1)
+    assert not weighs(recipe="luffy_paper", sequence_mode="fixed")  # equal lengths
+    assert not weighs(recipe="luffy_paper", ep_size=1)
 
 
 def test_it_can_be_turned_off(small):

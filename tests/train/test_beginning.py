@@ -181,7 +181,7 @@ def test_resume_with_other_options(small, tmp_path, capfd):
         "clip_norm": (0.0, "--clip-norm was 1, is 0"), "min_lr": (0.2, "--min-lr was 0.1, is 0.2"),
         "dtype": ("bfloat16", "--dtype was float32, is bfloat16"), "steps": (4, "--steps was 3, is 4"),
         "recipe": ("luffy", "--recipe was vanilla_dedup, is luffy"), "eval_batches": (2, "--eval-batches was 1, is 2"),
-        "gradient_dtype": ("bfloat16", "--gradient-dtype was model, is bfloat16"),
+        "gradient_dtype": ("bfloat16", "--gradient-dtype was None, is bfloat16"),
     }  # fmt: skip
     again = replace(first, resume=True, **{name: value for name, (value, _) in said.items()})
     capfd.readouterr()

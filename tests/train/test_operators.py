@@ -139,7 +139,7 @@ def test_overwrite_removes_the_old_run_and_nothing_else(small, tmp_path):
         (out / name).write_text("{}")
     with pytest.raises(UserError, match="already holds a run"):
         claim_out(TrainOptions(**small()))
-    with pytest.raises(UserError, match=r"--overwrite would remove --start-weights .*model.safetensors"):
+    with pytest.raises(UserError, match=r"--start-weights .*model.safetensors; choose another --out"):
         claim_out(TrainOptions(**small(overwrite=True, start_weights=str(out / "model.safetensors"))))
     claim_out(TrainOptions(**small(overwrite=True)))
     assert sorted(p.name for p in out.iterdir()) == ["lock.json", "mine", "own.txt"]
