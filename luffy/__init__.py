@@ -19,10 +19,11 @@ _HOMES = {
     "save_weights": "train.own_state",
     "load_weights": "train.own_state",
     "metrics": "train.own_metrics",
+    "use_mesh": "comm.mesh",
 }
 __all__ = [
     "GradientSync", "LossFreeBias", "MoEBlock", "__version__", "join_world", "load_checkpoint", "load_weights",
-    "metrics", "save_checkpoint", "save_weights",
+    "metrics", "save_checkpoint", "save_weights", "use_mesh",
 ]  # fmt: skip
 
 

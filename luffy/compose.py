@@ -100,6 +100,9 @@ class Runtime:
         self, layer: int, layer_of_moe: int, experts: Experts, *, causal: bool, may_drop: bool
     ) -> Dispatcher:
         """For layer `layer`, the `layer_of_moe`-th MoE layer of its model. may_drop: its router has a capacity."""
+        if self.condense is not None:  # a model of one's own makes its layers one by one
+            known = self.condense.thresholds
+            known += [self.condense.scheme.level] * (layer_of_moe + 1 - len(known))
         spec = WireSpec() if self.recipe.auto else self.recipe.wire_spec  # of auto a permission
         transport = Transport(self._rounding_alike(spec), self.draws, layer)
         self.transports.append(transport)

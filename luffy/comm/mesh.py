@@ -91,22 +91,43 @@ def build_mesh(device: torch.device, ep_size: int | None = None, ranks_per_node:
     `ep_size` None puts the whole world in one EP group; it must divide the world. `ranks_per_node` None takes
     torchrun's LOCAL_WORLD_SIZE, or one node for all.
     """
-    world_size, rank = dist.get_world_size(), dist.get_rank()
+    world_size = dist.get_world_size()
     ep_size = world_size if ep_size is None else ep_size
     if ep_size < 1 or world_size % ep_size:
         raise UserError(f"--ep-size {ep_size} does not divide the {world_size} ranks")
     AT_LEAST_ONE.check("--ranks-per-node", ranks_per_node)
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    ranks_per_node = ranks_per_node or local
-    dp_size = world_size // ep_size
-    device_mesh = init_device_mesh(device.type, (dp_size, ep_size), mesh_dim_names=("dp", "ep"))
+    shape = (world_size // ep_size, ep_size)
+    return _arranged(device, init_device_mesh(device.type, shape, mesh_dim_names=("dp", "ep")), ranks_per_node)
+
+
+def use_mesh(device_mesh: DeviceMesh) -> Mesh:
+    """The Mesh of a DeviceMesh [dp, ep] that a program has made itself, over all ranks; its groups are used, none made.
+
+    Whatever the two are called, experts are split over the last one. UserError where ranks are arranged otherwise.
+    """
+    if device_mesh.ndim != 2 or device_mesh.mesh.flatten().tolist() != list(range(dist.get_world_size())):
+        raise UserError(
+            f"use_mesh: {device_mesh} is not all ranks in order as (data parallel, expert parallel); make one with "
+            'init_device_mesh(device, (dp, ep), mesh_dim_names=("dp", "ep")), dp may be 1'
+        )
+    device = torch.device(device_mesh.device_type)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _arranged(device, device_mesh, None)
+
+
+def _arranged(device: torch.device, device_mesh: DeviceMesh, ranks_per_node: int | None) -> Mesh:
+    """device_mesh: dp x ep."""
+    rank, (dp_size, ep_size) = dist.get_rank(), device_mesh.shape
+    world_size = dp_size * ep_size
+    ranks_per_node = ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     return Mesh(
         device=device,
         device_mesh=device_mesh,
         world_mesh=init_device_mesh(device.type, (world_size,)),
         world_group=_world_group(),
-        ep_group=device_mesh.get_group("ep"),
-        dp_group=device_mesh.get_group("dp"),
+        ep_group=device_mesh.get_group(1),
+        dp_group=device_mesh.get_group(0),
         rank=rank,
         world_size=world_size,
         ep_rank=rank % ep_size,

@@ -32,7 +32,7 @@ from luffy.model.moe_layer import MoELayer
 from luffy.model.ownership import check_model, expert_parameters
 from luffy.model.router import RouterStats
 from luffy.model.taken import give_back, take
-from luffy.recipes import recipe_of
+from luffy.recipes import Recipe, recipe_of
 
 _LOSSES = ("balance_loss", "z_loss", "locality_loss", "bias_update_rate")
 
@@ -58,7 +58,7 @@ class MoEBlock(nn.Module):
         top_k: int = 2,
         *,
         mesh: Mesh,
-        recipe: str = "luffy",
+        recipe: str | Recipe = "luffy",
         layer: int = 0,
         runtime: Runtime | None = None,
         recompute: bool = False,
@@ -86,7 +86,7 @@ class MoEBlock(nn.Module):
         module: nn.Module,
         mesh: Mesh,
         *,
-        recipe: str = "luffy",
+        recipe: str | Recipe = "luffy",
         layer: int = 0,
         runtime: Runtime | None = None,
         recompute: bool = False,

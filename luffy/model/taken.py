@@ -79,9 +79,9 @@ def take(module: nn.Module, router: RouterConfig, top_k: int | None) -> Taken:
     if not 1 <= K <= E:
         raise UserError(f"from_module: top_k={K}: give a whole number from 1 to the {E} experts")
     config = replace(router, num_experts=E, top_k=K)
-    config, lies, activation, answers_logits = _tried(probe, parts, config)
+    config, lies, which, answers_logits = _tried(probe, parts, config)
     own = find_parts(module)
-    activation = _activations(module, own)[activation]
+    activation = _activations(module, own)[which]
     experts = replace(own.experts, lies=lies)
     return Taken(_router(module, own, config), experts, activation, own.shared, answers_logits)
 

@@ -80,7 +80,7 @@ def run_script(rank: int, source: str) -> str:
 
 
 def test_the_script_of_the_documentation_trains() -> None:
-    match = re.search(r"```python\n(.*?)```", DOC.read_text(encoding="utf-8"), re.DOTALL)
+    match = re.search(r"```python\n(import inspect.*?)```", DOC.read_text(encoding="utf-8"), re.DOTALL)
     assert match is not None
     printed = run_ranks(run_script, 2, match[1])
     losses = [float(x) for x in re.findall(r"loss ([0-9.]+)", printed[0])]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeConfig, Qwe
 import luffy
 from luffy.comm import build_mesh
 from luffy.errors import UserError
+from luffy.recipes import get_recipe
 from luffy.testing import run_ranks
 
 D, W, E, K = 16, 24, 4, 2
@@ -295,3 +297,18 @@ def unlike(rank: int) -> None:
 
 def test_ranks_with_other_weights_are_refused() -> None:
     run_ranks(unlike, 2)
+
+
+def condensing_layers(rank: int) -> None:
+    """Blocks that share the runtime of the first one, which knew of one layer; in training, tokens are condensed."""
+    mesh, runtime, x = build_mesh(torch.device("cpu")), None, rows(4)
+    recipe = replace(get_recipe("vanilla_dedup"), condense="paper")
+    for layer in range(3):
+        block = luffy.MoEBlock.from_module(made(Ungated), mesh, recipe=recipe, layer=layer, runtime=runtime)
+        runtime = block.runtime
+        x = block(x)
+    assert x.isfinite().all()
+
+
+def test_layers_made_one_by_one_may_condense() -> None:
+    run_ranks(condensing_layers, 2)

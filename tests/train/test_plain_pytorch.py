@@ -12,13 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import luffy
 from luffy.comm import build_mesh
+from luffy.errors import UserError
 from luffy.model import expert_parameters
 from luffy.testing import run_ranks
 from tests.model.test_from_module import D, Ungated, made, whole_experts
@@ -52,6 +55,13 @@ def test_the_example_gives_the_losses_of_the_original_code(tmp_path: Path) -> No
     assert len(expected) == 13 and expected[-2] < expected[0] - 1
     assert found == pytest.approx(expected, abs=2e-9)
     assert (tmp_path / "model.safetensors").exists() and (tmp_path / "checkpoint").is_dir()
+
+
+def test_the_documentation_quotes_the_example() -> None:
+    quoted = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "own_model.md").read_text("utf-8"), re.DOTALL)
+    assert quoted is not None
+    script = SCRIPT.read_text("utf-8")
+    assert [line for line in map(str.strip, quoted[1].splitlines()) if line != "..." and line not in script] == []
 
 
 class Net(nn.Module):
@@ -114,3 +124,30 @@ def wrapped(rank: int, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_data_parallelism_of_ones_own(kind: str) -> None:
     run_ranks(wrapped, 2, kind)
+
+
+def in_a_users_mesh(rank: int) -> None:
+    """A mesh that the program made, under names of its own; no group beyond its own."""
+    theirs = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "experts"))
+    before = len(dist.distributed_c10d._world.pg_map)
+    mesh = luffy.use_mesh(theirs)
+    assert len(dist.distributed_c10d._world.pg_map) == before
+    assert mesh.ep_group is theirs.get_group("experts") and mesh.dp_group is theirs.get_group("replicas")
+    assert (mesh.dp_rank, mesh.ep_rank) == tuple(theirs.get_coordinate() or ())
+    whole, net = build(), build()
+    whole(rows()).backward()
+    net.moe = block = luffy.MoEBlock.from_module(net.moe, mesh)
+    sync = luffy.GradientSync(net, block.runtime.comm)
+    (sync(rows()[rank : rank + 1]) / 4).backward()
+    sync.finish()
+    torch.testing.assert_close(net.first.weight.grad, whole.first.weight.grad, rtol=1e-10, atol=1e-12)
+    for name, grad in whole_experts(whole.moe).items():
+        own = getattr(block.moe.experts, name).grad
+        torch.testing.assert_close(block.runtime.comm.all_gather_ep(own).flatten(0, 1), grad, rtol=1e-10, atol=1e-12)
+    for other in (mesh.world_mesh, init_device_mesh("cpu", (2, 2, 1))):
+        with pytest.raises(UserError, match="not all ranks in order"):
+            luffy.use_mesh(other)
+
+
+def test_experts_are_a_dimension_of_the_users_mesh() -> None:
+    run_ranks(in_a_users_mesh, 4)
