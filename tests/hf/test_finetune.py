@@ -157,6 +157,7 @@ def test_a_run_its_resumption_and_what_it_leaves(folder: Path) -> None:
     assert all(torch.equal(one[n], other[n]) for n in other)
 
 
+@pytest.mark.slow
 def test_sharded_dense_weights_train_resume_and_leave_the_same(folder: Path) -> None:
     names = ("kept", "cut", "kept_lora", "cut_lora")
     lora: dict[str, Any] = {"lora": 3, "lr": 3e-2, "steps": 3}

@@ -138,6 +138,7 @@ def test_a_folder_is_opened_again_before_it_gets_its_name(tmp_path: Path, verifi
     run_ranks(checked, 2, tmp_path)
 
 
+@pytest.mark.slow
 def test_what_a_fresh_process_finds(tmp_path: Path, verified: bool) -> None:
     """Of a folder without its head, transformers makes one up, and says so; the judge listens."""
     model: Any = tiny_model(tiny_config("olmoe"), torch.float32)

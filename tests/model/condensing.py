@@ -119,7 +119,11 @@ def check_condensed_exact(case: Case, results: list[dict[str, Any]]) -> float:
         Condensing(leader_table(s, case.config.router.num_experts), scheme.representative == "centroid",
                    scheme.compensate) for s in layers
     ]  # fmt: skip
-    expected = oracle_step(case.config, tensors(results[0]["initial"]), case.data()[0], condensing=told)
+    data = case.data()[0]
+    if case.seats:  # tokens are numbered as ranks hold them
+        batch, seating = case.seat(data)
+        data = [[batch[i] for i in np.argsort(seating.rank, kind="stable")]]
+    expected = oracle_step(case.config, tensors(results[0]["initial"]), data, condensing=told)
     loss = results[0]["loss"][0]
     assert abs(loss - expected.loss) <= TOLERANCE * abs(expected.loss)
     error, name = largest_error(tensors(results[0]["gradients"]), expected.gradients)

@@ -52,13 +52,14 @@ def test_logits_and_weights_are_wide(name: str) -> None:
     router = own(name) if name in ("softmax", "sigmoid") else gate_of(name)
     x = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(2)).bfloat16()
     layout = Layout(SequenceTable(np.array([ROWS]), np.array([0])), 0, x.device)
+    slots = torch.arange(router.config.num_experts)
     wide_logits, wide_scores, wide_ids = router.choose(x.float())
-    wide_weights = router(x.float(), layout)[0].topk_weights
+    wide_weights = router(x.float(), layout, slots)[0].topk_weights
     assert wide_logits.dtype == torch.float32 == wide_weights.dtype
 
     def same(case: RouterBase) -> None:
         logits, scores, ids = case.choose(x)
-        weights = case(x, layout)[0].topk_weights
+        weights = case(x, layout, slots)[0].topk_weights
         for a, b in ((logits, wide_logits), (scores, wide_scores), (ids, wide_ids), (weights, wide_weights)):
             assert a.dtype == b.dtype and torch.allclose(a, b, rtol=1e-6, atol=1e-7)
 

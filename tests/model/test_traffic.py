@@ -59,8 +59,8 @@ def test_a_training_step(preset: str, recipe: str, ep_size: int, recompute: bool
     expected.all_gather(everyone, case.micro_batches * (1 + per_rank) * FLOAT)
     expected.all_reduce(everyone, 2 * FLOAT)
     for output in oracle_step(config, tensors(initial), case.data()[0]).outputs:
-        # By layer: choices and probabilities of each expert; z, entropy, dropped, rows (2), condensed (5).
-        expected.all_reduce(everyone, config.num_moe_layers * (2 * config.router.num_experts + 10) * FLOAT)
+        # By layer: choices and probabilities of each expert; z, entropy, dropped, condensed (2).
+        expected.all_reduce(everyone, config.num_moe_layers * (2 * config.router.num_experts + 5) * FLOAT)
         for layer in output.layers:
             routings = [ids_of(layer.served[r * per_rank : (r + 1) * per_rank], config.router.top_k) for r in everyone]
             for first in range(0, WORLD, ep_size):

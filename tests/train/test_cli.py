@@ -63,6 +63,7 @@ def test_mistakes_that_only_the_ranks_can_see_are_one_line_too(capfd, tmp_path, 
     assert "--data" in line and "empty" in line
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_never_killed(small, as_arguments, tmp_path, capfd):
     settings = small(ranks=2, steps=30, checkpoint_every=4, seed=3)
     process = start(as_arguments(settings))

@@ -25,6 +25,7 @@ class _Page(HTMLParser):
         self.cells.append(data)
 
 
+@pytest.mark.slow
 def test_compare_runs_each_recipe_and_reports_their_ratios(small, as_arguments, capfd):
     settings = small(ranks=2, steps=3, checkpoint_every=0, resume=True)
     names = ["vanilla", "vanilla_dedup", "netmoe"]

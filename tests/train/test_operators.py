@@ -26,6 +26,7 @@ from luffy.train.metrics import read_metrics
 from luffy.train.suspects import Report, accused, verdict
 
 
+@pytest.mark.slow
 def test_a_local_run_listens_on_the_loopback_alone_locks_its_folder_and_ends_with_its_launcher(small, as_arguments):
     settings = small(ranks=2, steps=100000, checkpoint_every=2)
     temporary = tempfile.TemporaryDirectory(prefix="t-", dir="/tmp")
@@ -58,6 +59,7 @@ def test_a_local_run_listens_on_the_loopback_alone_locks_its_folder_and_ends_wit
     assert again.returncode == 2 and "already holds a run" in again.stderr.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_lost_rank_is_replaced_and_the_end_is_the_same_to_the_bit(small, as_arguments, tmp_path):
     settings = small(ranks=2, steps=40, checkpoint_every=4, max_restarts=1)
     process = start(as_arguments(settings))

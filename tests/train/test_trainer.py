@@ -59,6 +59,7 @@ def test_resume_continues_exactly_and_at_other_numbers_of_ranks(small, tmp_path)
         assert other == pytest.approx(whole, rel=1e-10)
 
 
+@pytest.mark.slow
 def test_the_mesh_and_the_number_of_ranks_do_not_change_the_run(small, tmp_path):
     def run(world, **changes):
         return _run(
