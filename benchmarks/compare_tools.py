@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from luffy.report import style
 from luffy.report.compare_figures import legend, look, short
 from luffy.report.compare_table import Table, as_text
+from luffy.signals import handled
 from luffy.train.metrics import describe_machine, write_json_atomic
 
 LUFFY = [sys.executable, "-m", "luffy.train.cli"]
@@ -117,20 +118,16 @@ def run_cell(cell: Cell, s: Settings) -> list[dict[str, Any]] | None:
 
 def run_for(command: list[str], seconds: float) -> int | None:
     """The exit status of a command, or None if it had to be stopped after `seconds`. It never outlives this process."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with subprocess.Popen(command) as process:
-            try:
-                return process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGTERM)
-                process.wait()
-                return None
-            except BaseException:
-                process.send_signal(signal.SIGTERM)
-                raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with handled([signal.SIGTERM], signal.default_int_handler), subprocess.Popen(command) as process:
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+            return None
+        except BaseException:
+            process.send_signal(signal.SIGTERM)
+            raise
 
 
 Cells = dict[str, list[dict[str, Any]]]

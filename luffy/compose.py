@@ -83,13 +83,18 @@ class Runtime:
             nodes = [mesh.node_of_rank[r] for r in mesh.ep_ranks]
             topology = Topology(mesh.ep_size, nodes.count(nodes[0]), 1e10, 1e9)
         runtime = cls(comm, PhaseClock(mesh.device), recipe, topology, Draws(mesh.rank), recompute)
-        if recipe.moves:
-            runtime.planner = Planner(comm, recipe.placement, topology, attention or AttentionCost(config.hidden_size))
-        if (scheme := parse_condense(recipe.condense)) is not None:
-            runtime.condense = CondenseState(scheme, [scheme.level] * config.num_moe_layers)
-        if recipe.residency != "static" and mesh.ep_size > 1:
-            runtime.residency = ResidencyState(topology)
+        runtime._share(attention or AttentionCost(config.hidden_size), hosts=mesh.ep_size > 1)
         return runtime
+
+    def _share(self, attention: AttentionCost, *, hosts: bool) -> None:
+        """Set what the recipe has layers share. hosts: whether there are other ranks' experts to hold."""
+        recipe = self.recipe
+        if recipe.moves:
+            self.planner = Planner(self.comm, recipe.placement, self.topology, attention)
+        if (scheme := parse_condense(recipe.condense)) is not None:
+            self.condense = CondenseState(scheme)
+        if recipe.residency != "static" and hosts:
+            self.residency = ResidencyState(self.topology)
 
     @property
     def looks_ahead(self) -> bool:
@@ -100,7 +105,7 @@ class Runtime:
         self, layer: int, layer_of_moe: int, experts: Experts, *, causal: bool, may_drop: bool
     ) -> Dispatcher:
         """For layer `layer`, the `layer_of_moe`-th MoE layer of its model. may_drop: its router has a capacity."""
-        if self.condense is not None:  # a model of one's own makes its layers one by one
+        if self.condense is not None:
             known = self.condense.thresholds
             known += [self.condense.scheme.level] * (layer_of_moe + 1 - len(known))
         spec = WireSpec() if self.recipe.auto else self.recipe.wire_spec  # of auto a permission
@@ -172,11 +177,6 @@ def check(recipe: Recipe, config: ModelConfig) -> None:
     nobody: Comm = None  # type: ignore[assignment]  # dispatchers ask nothing of it when they are made
     topology = Topology(1, 1, 1.0, 1.0)
     runtime = Runtime(nobody, PhaseClock(torch.device("cpu")), recipe, topology, Draws(0))
-    if recipe.moves:
-        runtime.planner = Planner(nobody, recipe.placement, topology, AttentionCost(config.hidden_size))
-    if (scheme := parse_condense(recipe.condense)) is not None:
-        runtime.condense = CondenseState(scheme)
-    if recipe.residency != "static":
-        runtime.residency = ResidencyState(topology)
+    runtime._share(AttentionCost(config.hidden_size), hosts=True)
     no_experts: Experts = None  # type: ignore[assignment]
     runtime.dispatcher(0, 0, no_experts, causal=config.causal, may_drop=False)

@@ -22,6 +22,7 @@ from types import FrameType
 from luffy.errors import UserError
 from luffy.lab.namespace import die_with_parent, enter
 from luffy.lab.place import VARIABLE, Lab, current_lab, process_identity
+from luffy.signals import handled
 
 POLL_SECONDS = 0.05
 # A command that is asked to stop has a step to finish and a checkpoint to write first.
@@ -48,23 +49,15 @@ def stopped_by_signals() -> Iterator[None]:
     def stop(number: int, _: FrameType | None) -> None:
         raise Stopped(number)
 
-    before = {number: signal.signal(number, stop) for number in SIGNALS}
-    try:
+    with handled(SIGNALS, stop):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Finish this block whatever signals arrive."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
-    try:
+    with handled(SIGNALS, signal.SIG_IGN):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _environment(pid: int) -> dict[str, str]:

@@ -214,7 +214,7 @@ class Steps:
         """All micro-batches of a step; this rank's share of its loss, []. Notes in `done` what they say besides."""
         seated, recorder = done.seated, self.runtime.recorder
         assert seated is not None
-        recording = any(part.records(self.step) for part in self.parts if hasattr(part, "records"))
+        recording = any(part.records(self.step) for part in self.parts)
         done.plain = not recording
         A, turns = len(seated.micro_batches), 1 if recording else self.turns
         token_loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)

@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Any
 
 from luffy.errors import StoppedError, UserError
+from luffy.signals import handled
 from luffy.train.scratch import LOOPBACK, Scratch
 from luffy.train.suspects import Report, verdict
 
@@ -54,12 +55,8 @@ class Requests:
         if threading.current_thread() is not threading.main_thread():
             yield  # only a main thread may
             return
-        before = {number: signal.signal(number, self.note) for number in REQUESTS}
-        try:
+        with handled(REQUESTS, self.note):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 @dataclass

@@ -1,8 +1,5 @@
 """The decision what to condense: in torch against loops over plain numpy, fused (interpreted) against torch."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +12,7 @@ from luffy.plan.condensation import cosines, representatives, similarity_edges
 from luffy.testing.alike import AlikeLayer, alike_layer
 
 from .deciding import LENGTHS, ROUTINGS, THRESHOLDS
+from .interpreted import interpret
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -75,12 +73,5 @@ def test_tokens_in_time_are_the_order_of_moments():
 
 @pytest.mark.slow
 def test_the_kernels_decide_as_torch_does():
-    """In a process of its own, since Triton reads the switch when it is imported."""
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.deciding"], env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    condensed = done.stdout.split("condensed alike:")[1].split()
+    condensed = interpret("deciding", timeout=900).split("condensed alike:")[1].split()
     assert [int(n) > least for n, least in zip(condensed, (500, 100, 30, 5000), strict=True)] == [True] * 4, condensed

@@ -1,9 +1,5 @@
 """The kernels of a MoE layer (interpreted) against their references; what they compute, against plain autograd."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -13,18 +9,12 @@ from luffy.kernels.rows import gather_rows, sum_rows
 from luffy.kernels.sort import sort_by_group
 from luffy.model.experts import GroupedExperts
 
+from .interpreted import interpret
 from .layered import choices
 
 
 def test_the_kernels_agree_with_their_references_in_tritons_interpreter():
-    """In a process of its own, since Triton reads the switch when it is imported."""
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.kernels.layered"], env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "agree" in done.stdout
+    assert "agree" in interpret("layered")
 
 
 def test_gathering_and_adding_are_each_others_gradient():

@@ -1,26 +1,16 @@
 """Coded rows in one pass: the kernels (interpreted) against their references, and what random rounding promises."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from luffy.kernels.wire_rows import LARGEST, add_rows, decode_rows, encode_rows
 
+from .interpreted import interpret
 from .wired import hard_rows
 
 
 def test_the_kernels_agree_with_their_references_in_tritons_interpreter():
-    """In a process of its own, since Triton reads the switch when it is imported."""
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.kernels.wired"], env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "cases agree" in done.stdout
+    assert "cases agree" in interpret("wired")
 
 
 @pytest.mark.parametrize("name", LARGEST)

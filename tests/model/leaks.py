@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from luffy.data.batch import TokenBatch
+from luffy.data.loader import Sequence
 from luffy.model import ModelOutput
 from luffy.testing import random_sequences
 from luffy.train.batching import make_micro_batch
@@ -15,6 +16,16 @@ from .cases import Case, build, watch_block
 from .placing import Trial, place
 
 LENGTH = 12
+
+
+def _sequences(case: Case, change: tuple[int, int] | None) -> list[Sequence]:
+    """The case's sequences, one token changed at (sequence, place); None: none."""
+    sequences = random_sequences(case.batch, case.config.vocab_size, seed=11, lengths="equal", longest=LENGTH)
+    if change is not None:
+        sequence, where = change
+        tokens = sequences[sequence].tokens
+        tokens[where] = (tokens[where] + 41) % case.config.vocab_size
+    return sequences
 
 
 def states_and_outputs(case: Case, changes: list[tuple[int, int] | None]) -> list[tuple[np.ndarray, ModelOutput]]:
@@ -28,11 +39,7 @@ def states_and_outputs(case: Case, changes: list[tuple[int, int] | None]) -> lis
     watch_block(model.blocks[-1], lambda _, after: last.append(after))
     results = []
     for change in changes:
-        sequences = random_sequences(case.batch, case.config.vocab_size, seed=11, lengths="equal", longest=LENGTH)
-        if change is not None:
-            sequence, where = change
-            tokens = sequences[sequence].tokens
-            tokens[where] = (tokens[where] + 41) % case.config.vocab_size
+        sequences = _sequences(case, change)
         home = tuple(i % comm.mesh.world_size for i in range(case.batch))
         last.clear()
         out = model(place(Trial(sequences, home, padded=case.padded), comm))
@@ -50,11 +57,7 @@ def seated_states(case: Case, changes: list[tuple[int, int] | None]) -> list[np.
     watch_block(model.blocks[-1], lambda _, after: last.append(after))
     results = []
     for change in changes:
-        sequences = random_sequences(case.batch, case.config.vocab_size, seed=11, lengths="equal", longest=LENGTH)
-        if change is not None:
-            tokens = sequences[change[0]].tokens
-            tokens[change[1]] = (tokens[change[1]] + 41) % case.config.vocab_size
-        batch, seating = case.seat([sequences])
+        batch, seating = case.seat([_sequences(case, change)])
         own = seating.of(comm.mesh.rank, 0)
         last.clear()
         model(make_micro_batch([batch[i] for i in own], 0, table_of(batch, seating, case.seat_layout), comm))

@@ -43,6 +43,10 @@ class Part(Protocol):
 
     name: str
 
+    def records(self, step: int) -> bool:
+        """Whether the micro-batches of this step are to be recorded, for `Done.traced`."""
+        ...
+
     def before(self, step: int) -> None: ...
 
     def after(self, step: int, done: Done) -> None: ...
@@ -57,7 +61,10 @@ class Part(Protocol):
 
 
 class Stateless:
-    """A part that keeps nothing and has nothing to do before a step."""
+    """A part that records nothing, keeps nothing and has nothing to do, but for what its subclass says."""
+
+    def records(self, step: int) -> bool:
+        return False
 
     def before(self, step: int) -> None:
         pass

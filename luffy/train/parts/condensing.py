@@ -7,10 +7,10 @@ from typing import Any
 
 from luffy.exchange.condense import CondenseState
 from luffy.plan.condensation import paper_threshold
-from luffy.train.parts import Done
+from luffy.train.parts import Done, Stateless
 
 
-class Condensing:
+class Condensing(Stateless):
     """Sets `state` before each step. warmup: steps before condensation begins; until: share of the run's `steps` after
     which it ends."""
 

@@ -12,13 +12,13 @@ from luffy.comm import Comm
 from luffy.seats.topic import TopicSeats
 from luffy.seats.topics import NUM_FITTED, Topics
 from luffy.train.measure import LOAD_EVERY
-from luffy.train.parts import Done
+from luffy.train.parts import Done, Stateless
 from luffy.train.seating import StepReader
 
 TOPICS_FILE = "topics.npz"  # in a run's folder, beside model.safetensors
 
 
-class TopicKeeping:
+class TopicKeeping(Stateless):
     """Finds the topics of `seats` before the first step: those of the checkpoint; of the model that the run starts
     from; regrouped to this run's number; else fitted to the first sequences of the order."""
 

@@ -22,7 +22,6 @@ class Tracing(Stateless):
         self.padded, self.about = padded, about
 
     def records(self, step: int) -> bool:
-        """Whether the micro-batches of step `step`, counted from 0, are to be recorded."""
         return bool(self.every) and (step + 1) % self.every == 0
 
     def after(self, step: int, done: Done) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from luffy.comm import Comm
-from luffy.train.parts import Done
+from luffy.train.parts import Done, Stateless
 
 FIRST = 24  # steps before the first look: seats have been learnt by then
 TURN = 4  # steps of a turn, of which the first does not count
@@ -57,7 +57,7 @@ def _difference(mode: Mode, other: Mode) -> tuple[bool, bool, str]:
     return mode.seated != other.seated, mode.overlap != other.overlap, mode.wire if mode.wire != other.wire else ""
 
 
-class Tuning:
+class Tuning(Stateless):
     """use(mode): run the next steps so. wires: formats that the user allows, "model" among them. every: most steps
     between looks."""
 
