@@ -31,6 +31,7 @@ def test_an_index_names_files_of_its_own_folder_only(tmp_path: Path, file: objec
         ("plain.jsonl.gz", b'{"text": "no gzip"}\n', "damaged gzip"),
         ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 1000)[:-20], "damaged gzip"),
     ],
+    ids=["latin", "plain", "cut"],  # compressed bytes hold the time: as names they would differ from run to run
 )
 def test_damaged_data_is_one_line(tmp_path: Path, name: str, content: bytes, words: str) -> None:
     path = tmp_path / name
