@@ -36,6 +36,11 @@ def last_step(out: str | Path) -> int:
     return records[-1]["step"] if records else 0
 
 
+def losses(out: str | Path) -> list[float]:
+    """The loss of each step in a run's record."""
+    return [record["loss"] for record in read_metrics(Path(out, "metrics.jsonl"))]
+
+
 def wait_for_step(out: str | Path, step: int, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
@@ -46,7 +51,7 @@ def wait_for_step(out: str | Path, step: int, process: subprocess.Popen[str]) ->
     raise AssertionError(process.communicate()[1])
 
 
-def wait_until(what: Callable[[], Any], seconds: float) -> None:
+def wait_until(what: Callable[[], Any], seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline, "waited in vain"

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import collections
 import functools
-import json
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -87,14 +85,10 @@ def start_lab(needs_lab: None) -> Iterator[Callable[..., subprocess.Popen[str]]]
 
 
 @pytest.fixture
-def tiny(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> list[str]:
+def tiny(corpus: dict[str, str], tmp_path: Path) -> list[str]:
     """Options of a training of a few steps that takes seconds."""
-    folder = tmp_path_factory.mktemp("corpus")
-    sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:40]
-    lines = [json.dumps({"text": p.read_text(encoding="utf-8", errors="ignore")[:2000]}) for p in sources]
-    (folder / "code.jsonl").write_text("\n".join(lines), encoding="utf-8")
     settings = {
-        "data": folder / "code.jsonl", "cache-dir": folder / "cache", "out": tmp_path / "run", "device": "cpu",
+        "data": corpus["data"], "cache-dir": corpus["cache_dir"], "out": tmp_path / "run", "device": "cpu",
         "vocab-size": 300, "layers": 2, "hidden-size": 32, "heads": 2, "experts": 4, "expert-hidden-size": 32,
         "sequence-length": 32, "batch-size": 8, "eval-every": 0, "eval-batches": 1, "checkpoint-every": 0,
     }  # fmt: skip

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,18 +14,12 @@ import pytest
 from luffy.lab.namespace import inside
 from luffy.lab.place import VARIABLE
 from luffy.lab.processes import _environment, processes_of_labs
+from luffy.testing.processes import last_step, wait_for_step, wait_until
 from luffy.train.metrics import read_metrics
 
 LINKS = ["--ranks", "2", "--link", "200mbit"]
 # `sh` starts a child and waits for it: the lab knows the one and has to find the other.
 SLEEPERS = ["--", "sh", "-c", "sleep 1000 & wait"]
-
-
-def wait_until(what: Callable[[], object], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 def processes_of(lab: subprocess.Popen[str]) -> list[int]:
@@ -172,8 +165,7 @@ def test_a_training_runs_behind_the_links_and_its_summary_says_so(start_lab, tin
 @pytest.mark.slow
 def test_a_training_ends_with_its_lab_whatever_ends_it(start_lab, tiny, tmp_path):
     lab = start_lab(*LINKS, "--", "luffy", "train", *tiny, "--steps", "100000")
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    wait_until(lambda: lab.poll() is not None or (metrics.exists() and len(read_metrics(metrics)) >= 2), 120)
+    wait_for_step(tmp_path / "run", 2, lab)
     namespaces = namespaces_of(lab)
     assert namespaces <= held_namespaces()
     lab.kill()
@@ -185,8 +177,7 @@ def test_a_training_ends_with_its_lab_whatever_ends_it(start_lab, tiny, tmp_path
 @pytest.mark.slow
 def test_a_training_whose_rank_dies_ends_with_one_line(start_lab, tiny, tmp_path):
     lab = start_lab(*LINKS, "--", "luffy", "train", *tiny, "--steps", "100000")
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    wait_until(lambda: lab.poll() is not None or (metrics.exists() and len(read_metrics(metrics)) >= 2), 120)
+    wait_for_step(tmp_path / "run", 2, lab)
     namespaces = namespaces_of(lab)
     ranks = [pid for pid in processes_of(lab) if os.readlink(f"/proc/{pid}/ns/net") in namespaces]
     assert len(ranks) == 2
@@ -230,8 +221,7 @@ def test_a_training_may_also_be_started_once_on_every_rank(start_lab, tiny, tmp_
 def test_a_cut_link_is_named_in_one_line_and_a_restart_continues(start_lab, tiny, tmp_path):
     more = ["--steps", "60", "--timeout-seconds", "5", "--max-restarts", "3", "--checkpoint-every", "2"]
     lab = start_lab(*LINKS, "--", "luffy", "train", *tiny, *more)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    wait_until(lambda: lab.poll() is not None or (metrics.exists() and len(read_metrics(metrics)) >= 5), 120)
+    wait_for_step(tmp_path / "run", 5, lab)
     ranks = sorted(pid for pid in processes_of(lab) if os.readlink(f"/proc/{pid}/ns/net") in namespaces_of(lab))
     network = os.open(f"/proc/{ranks[1]}/ns/net", os.O_RDONLY)
     log = tmp_path / "run" / "logs" / "rank-0.log"
@@ -249,4 +239,4 @@ def test_a_cut_link_is_named_in_one_line_and_a_restart_continues(start_lab, tiny
     (line,) = [line for line in err.splitlines() if "is late" in line]
     assert line.startswith(f"luffy: rank 1 on {os.uname().nodename} is late: ") and "step " in line
     assert "restart 1 of 3, on 2 ranks, from step-" in err
-    assert len(read_metrics(metrics)) == 60
+    assert last_step(tmp_path / "run") == 60

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from luffy.comm import Comm
 from luffy.data.batch import TokenBatch
 from luffy.data.loader import Sequence
-from luffy.model import ModelOutput
+from luffy.model import ModelOutput, Transformer
 from luffy.testing import random_sequences
 from luffy.train.batching import make_micro_batch
 from luffy.train.seating import table_of
@@ -28,15 +29,21 @@ def _sequences(case: Case, change: tuple[int, int] | None) -> list[Sequence]:
     return sequences
 
 
+def _watched(case: Case) -> tuple[Transformer, Comm, list[TokenBatch]]:
+    """A case's model, its links, and a list to which each forward pass adds what left the last block."""
+    model, comm = build(case)
+    last: list[TokenBatch] = []
+    watch_block(model.blocks[-1], lambda _, after: last.append(after))
+    return model, comm, last
+
+
 def states_and_outputs(case: Case, changes: list[tuple[int, int] | None]) -> list[tuple[np.ndarray, ModelOutput]]:
     """For each (sequence, place) whose token changes (None: none): the last states, [sequences, LENGTH, D], and what
     the model put out.
 
     Logits are a function of a token's own last state. Sequences may have moved, so states go by global token id.
     """
-    model, comm = build(case)
-    last: list[TokenBatch] = []
-    watch_block(model.blocks[-1], lambda _, after: last.append(after))
+    model, comm, last = _watched(case)
     results = []
     for change in changes:
         sequences = _sequences(case, change)
@@ -52,9 +59,7 @@ def states_and_outputs(case: Case, changes: list[tuple[int, int] | None]) -> lis
 @torch.no_grad()
 def seated_states(case: Case, changes: list[tuple[int, int] | None]) -> list[np.ndarray]:
     """The last states [sequences, LENGTH, D] in reading order, for each change, where sequences take seats anew."""
-    model, comm = build(case)
-    last: list[TokenBatch] = []
-    watch_block(model.blocks[-1], lambda _, after: last.append(after))
+    model, comm, last = _watched(case)
     results = []
     for change in changes:
         batch, seating = case.seat([_sequences(case, change)])

@@ -7,7 +7,6 @@ import math
 import os
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -23,16 +22,12 @@ VOCAB_SIZE, STEPS = 300, 6
 
 
 @pytest.fixture(scope="module")
-def common(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def common(corpus: dict[str, str]) -> list[str]:
     """Options of every run here, with a small corpus. Without auxiliary losses: each system has its own."""
-    folder = tmp_path_factory.mktemp("corpus")
-    sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:60]
-    lines = [json.dumps({"text": p.read_text(encoding="utf-8", errors="ignore")[:2500]}) for p in sources]
-    (folder / "code.jsonl").write_text("\n".join(lines), encoding="utf-8")
     shape = "--layers 2 --hidden-size 32 --heads 2 --experts 4 --expert-hidden-size 48 --sequence-length 48"
     rest = f"--device cpu --vocab-size {VOCAB_SIZE} --batch-size 8 --steps {STEPS} --ranks 2 --lr 3e-3 --warmup-steps 1"
     losses = "--balance-loss 0 --z-loss 0 --eval-every 0 --eval-batches 2"
-    where = ["--data", str(folder / "code.jsonl"), "--cache-dir", str(folder / "cache")]
+    where = ["--data", corpus["data"], "--cache-dir", corpus["cache_dir"]]
     return [*f"{shape} {rest} {losses}".split(), *where]
 
 

@@ -52,7 +52,7 @@ def test_a_comparison_of_bare_runs_has_no_empty_pictures(tmp_path: Path) -> None
     assert len(Page(write_compare_report(folder).read_text()).images) == 4
 
 
-def test_matrices_are_means_of_a_step_without_what_stays(tmp_path: Path) -> None:
+def test_matrices_are_means_of_a_step_without_what_stays() -> None:
     summary = {"label": "a", "traffic": {"steps": 4, "bytes": [[99, 8], [4, 99]]}}
     np.testing.assert_array_equal(matrix_of(summary), [[0, 2], [1, 0]])
     assert matrix_of({"traffic": {"steps": 0, "bytes": [[0, 0], [0, 0]]}}) is None

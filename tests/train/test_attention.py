@@ -1,7 +1,6 @@
 """The cost of attention in a run: one for all ranks, in its files, and the same again after a resume."""
 
 import json
-import math
 import shutil
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from luffy.comm import Comm, build_mesh
 from luffy.model.profile import AttentionProfile, Sample
 from luffy.plan.cost import AttentionCost, CostFit
 from luffy.testing import run_ranks
+from luffy.testing.processes import losses
 from luffy.train.attention import AttentionFit, agree, plans_weigh_attention
 from luffy.train.checkpoint_files import dump_meta, read_meta
 from luffy.train.metrics import read_metrics
@@ -69,7 +69,7 @@ def test_a_resumed_run_plans_with_the_same_cost_and_repeats_its_losses_exactly(s
     shutil.copytree(settings["out"], again)
     shutil.rmtree(again / "checkpoints" / "step-00000006")
     resumed = run_ranks(_train, 2, TrainOptions(**(settings | {"out": str(again), "resume": True})))
-    assert [r["loss"] for r in read_metrics(again / "metrics.jsonl")] == [r["loss"] for r in whole]
+    assert losses(again) == [r["loss"] for r in whole]
     # A second measurement would never agree to the last bit.
     assert len(set(costs + resumed)) == 1 and costs[0].hidden_size == 32
     fits = [
@@ -93,8 +93,7 @@ def test_a_resumed_run_plans_with_the_same_cost_and_repeats_its_losses_exactly(s
     shutil.rmtree(again / "checkpoints" / "step-00000006")
     first, second = run_ranks(_train, 2, options)
     assert first == second and first.flops_per_second != 123.0
-    losses = [r["loss"] for r in read_metrics(again / "metrics.jsonl")]
-    assert all(math.isclose(a, r["loss"], rel_tol=1e-10) for a, r in zip(losses, whole, strict=True))
+    assert losses(again) == pytest.approx([r["loss"] for r in whole], rel=1e-10)
 
 
 def test_nothing_is_measured_where_it_would_change_nothing(small):

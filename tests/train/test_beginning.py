@@ -93,7 +93,7 @@ def test_code_and_mesh():
         assert "--ep-size is 2 on rank 0 and 1 on rank 1" in line
 
 
-def _weights(rank, folder):
+def _weights(rank):
     mesh = build_mesh(torch.device("cpu"), 2)
     comm, lines = Comm.create(mesh), {}
 
@@ -128,8 +128,8 @@ def _weights(rank, folder):
     return lines
 
 
-def test_weights_and_settings_of_models(tmp_path):
-    found = run_ranks(_weights, 4, tmp_path)
+def test_weights_and_settings_of_models():
+    found = run_ranks(_weights, 4)
     assert all(other == found[0] for other in found[1:])
     lines = found[0]
     assert "different weights" in lines["seed"] and "map." in lines["seed"] and "on rank 3" in lines["seed"]

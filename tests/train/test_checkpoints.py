@@ -12,6 +12,7 @@ import torch
 from luffy.comm import build_mesh
 from luffy.errors import UserError
 from luffy.testing import run_ranks
+from luffy.testing.processes import losses
 from luffy.train.checkpoint_files import META, TENSORS, dump_meta, fingerprint, list_checkpoints, read_meta
 from luffy.train.metrics import read_metrics
 from luffy.train.options import TrainOptions
@@ -24,10 +25,6 @@ def _train(rank, options):
     except UserError as error:
         return str(error)
     return None
-
-
-def _losses(out):
-    return [r["loss"] for r in read_metrics(Path(out) / "metrics.jsonl")]
 
 
 def _flip(path):
@@ -59,14 +56,14 @@ DAMAGES = {
 def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_continues_to_the_same_bits(small, tmp_path):
     settings = small(keep_checkpoints=5, steps=7)
     run_ranks(_train, 2, TrainOptions(**settings))
-    whole = _losses(settings["out"])
+    whole = losses(settings["out"])
     shutil.rmtree(Path(settings["out"], "checkpoints", "step-00000007"))
     for name, damage in DAMAGES.items():
         out = tmp_path / name
         shutil.copytree(settings["out"], out)
         damage(out / "checkpoints" / "step-00000006")
         assert run_ranks(_train, 2, TrainOptions(**settings | {"out": str(out), "resume": True})) == [None, None]
-        assert _losses(out) == whole, name
+        assert losses(out) == whole, name
         kept = sorted(p.name for p in (out / "checkpoints").iterdir())
         assert kept == ["damaged-step-00000006", "step-00000003", "step-00000006", "step-00000007"], name
     # Where none is whole, nothing is begun anew, and nothing is lost.
@@ -75,7 +72,7 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_continues_to_the_s
     answers = run_ranks(_train, 2, TrainOptions(**settings | {"out": str(out), "resume": True}))
     assert all("every checkpoint in" in a and "step-00000003 (__0_0.distcp is not" in a for a in answers)
     assert all("\n" not in a for a in answers)
-    assert _losses(out) == whole and len(list((out / "checkpoints").iterdir())) == 3
+    assert losses(out) == whole and len(list((out / "checkpoints").iterdir())) == 3
 
 
 class _Bomb:
@@ -119,7 +116,7 @@ def test_reading_a_checkpoint_runs_nothing_that_is_in_it(small, tmp_path):
     assert not (tmp_path / "metadata").exists() and not (tmp_path / "data").exists()
 
 
-def test_a_step_that_is_not_finite_is_in_no_checkpoint(small, tmp_path):
+def test_a_step_that_is_not_finite_is_in_no_checkpoint(small):
     settings = small(dtype="float32", checkpoint_every=1, steps=4, lr=1e30, warmup_steps=1, keep_checkpoints=9)
     answers = run_ranks(_train, 2, TrainOptions(**settings))
     assert all(a is not None and a.startswith("step ") and "not finite" in a for a in answers), answers

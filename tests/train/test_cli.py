@@ -30,7 +30,7 @@ def _mistake(capfd, *arguments, after_progress=False):
     return lines[-1]
 
 
-def test_a_mistake_names_the_option_and_the_mend(capfd, tmp_path, small, as_arguments):
+def test_a_mistake_names_the_option_and_the_mend(capfd, tmp_path):
     out = ["--out", str(tmp_path / "run")]
     empty = tmp_path / "empty.txt"
     empty.write_text("")

@@ -17,12 +17,12 @@ from luffy.testing.processes import (
     alive,
     family,
     listening,
+    losses,
     ranks_of,
     start,
     wait_for_step,
     wait_until,
 )
-from luffy.train.metrics import read_metrics
 from luffy.train.suspects import Report, accused, verdict
 
 
@@ -70,8 +70,7 @@ def test_a_lost_rank_is_replaced_and_the_end_is_the_same_to_the_bit(small, as_ar
     assert "rank 1 was ended by signal 9" in err and "restart 1 of 1, on 2 ranks, from step-" in err
     whole = settings | {"out": str(tmp_path / "whole"), "checkpoint_every": 0, "async_checkpoints": False}
     subprocess.run([*LUFFY, "train", *as_arguments(whole)], check=True, capture_output=True)
-    losses = [[r["loss"] for r in read_metrics(Path(s["out"], "metrics.jsonl"))] for s in (settings, whole)]
-    assert losses[0] == losses[1] and len(losses[0]) == 40
+    assert losses(settings["out"]) == losses(whole["out"]) and len(losses(whole["out"])) == 40
 
 
 def test_a_rank_that_stops_is_named_in_one_line_soon_after_the_timeout(small, as_arguments):

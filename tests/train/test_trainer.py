@@ -14,6 +14,7 @@ from luffy.errors import UserError
 from luffy.plan.replay import spread_evenly
 from luffy.plan.trace import RoutingTrace
 from luffy.testing import run_ranks
+from luffy.testing.processes import losses
 from luffy.train.export import load_safetensors
 from luffy.train.metrics import read_metrics
 from luffy.train.options import TrainOptions
@@ -28,14 +29,10 @@ def _train(rank, options):
     return {n: p.detach().sum().item() for n, p in trainer.model.named_parameters()}
 
 
-def _losses(out):
-    return [r["loss"] for r in read_metrics(Path(out) / "metrics.jsonl")]
-
-
 def _run(settings, world):
     options = TrainOptions(**settings)
     run_ranks(_train, world, options)
-    return _losses(options.out)
+    return losses(options.out)
 
 
 def _copy_with_checkpoint(out, target, step):

@@ -1,7 +1,6 @@
 """Coded rows over a run: random rounding repeats itself after a resume, a value that is not finite stops the run."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ import torch
 from luffy.comm import build_mesh
 from luffy.errors import UserError
 from luffy.testing import run_ranks
-from luffy.train.metrics import read_metrics
+from luffy.testing.processes import losses
 from luffy.train.options import TrainOptions
 from luffy.train.trainer import Trainer
 
@@ -22,12 +21,12 @@ def test_a_resumed_run_draws_the_same_numbers(small, tmp_path):
     settings = small(recipe="luffy", wire="int4-sr", accumulate=2, rehome_every=2, steps=4,
                      checkpoint_every=2, keep_checkpoints=5)  # fmt: skip
     run_ranks(_train, 2, TrainOptions(**settings))
-    whole = [r["loss"] for r in read_metrics(Path(settings["out"], "metrics.jsonl"))]
+    whole = losses(settings["out"])
     again = tmp_path / "again"
     shutil.copytree(settings["out"], again)
     shutil.rmtree(again / "checkpoints" / "step-00000004")
     run_ranks(_train, 2, TrainOptions(**(settings | {"out": str(again), "resume": True})))
-    assert [r["loss"] for r in read_metrics(again / "metrics.jsonl")] == whole
+    assert losses(again) == whole
     assert len(set(whole)) == 4
 
 
