@@ -21,7 +21,7 @@ WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n 
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo docs soak test test-slow test-all test-multigpu check format clean bench-cpu bench-gpu bench-multigpu
+.PHONY: help venv demo docs soak wheel test test-slow test-all test-multigpu check format clean bench-cpu bench-gpu bench-multigpu
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -84,6 +84,12 @@ bench-multigpu: $(STAMP)  ## all recipes with a GPU a rank, over NVLink and over
 docs: $(STAMP)  ## build the documentation as a site in runs/site; warnings and broken links are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 	@echo "site: runs/site/index.html"
+
+# Pythons that `make wheel` tries, each in a fresh environment.
+PYTHONS ?= $(PYTHON)
+
+wheel:  ## build the wheel, install it without extras into a fresh environment, and train with it
+	.ci/wheel "$(TORCH)" $(PYTHONS)
 
 check: $(STAMP)  ## lint, check the format, check the types
 	$(BIN)/ruff check .

@@ -12,17 +12,12 @@ import os
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
 import luffy
-from luffy.seats.exchange import exchange
-from luffy.seats.features import features_of
-from luffy.seats.seater import LearntSeats
-from luffy.seats.sharing import learn_together
 
 WIDTH, LENGTH, BATCH, STEPS = 64, 64, 16, 12  # BATCH: sequences of all ranks
 
@@ -97,16 +92,6 @@ def spread_experts(model, mesh):
     return runtime
 
 
-def learn_seats(seats, step, runtime, input_ids):
-    """Tell the predictor of seats which ranks the sequences of this step sent rows to."""
-    rows = torch.stack([rows for _, rows in runtime.observed]).sum(0).cpu().numpy()
-    ids = input_ids.cpu().numpy()
-    seats.seen.observe(features_of(list(ids)), np.full(len(ids), LENGTH), rows)
-    runtime.observed = None
-    if step % 5 == 0:
-        learn_together(seats.predictor, seats.seen, runtime.comm)
-
-
 def batch_of(text, step):
     """The sequences of a step, the same in every process."""
     order = torch.Generator().manual_seed(step)
@@ -147,7 +132,7 @@ def main():
     if mesh:
         runtime = spread_experts(model, mesh)
         comm = runtime.comm
-        sync, seats = luffy.GradientSync(model, comm), LearntSeats(mesh.ep_size)
+        sync, seats = luffy.GradientSync(model, comm), luffy.Seats(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     text = torch.tensor(list((inspect.getsource(argparse) + inspect.getsource(inspect)).encode()))
 
@@ -156,15 +141,15 @@ def main():
         num_labels = labels.numel()  # of all ranks
         if mesh:
             ids, labels = (t.chunk(mesh.world_size)[rank] for t in (ids, labels))  # a loader of each rank reads its own
-            seated = exchange(comm, seats, ids, labels=labels)  # the sequences whose experts are here
+            seated = seats.take(ids, labels=labels)  # the sequences whose experts are here
             ids, labels = seated.input_ids, seated.labels
-            runtime.observed = []
         loss = (sync if mesh else model)(ids, labels) / num_labels
         loss.backward()
         if mesh:
             sync.finish()  # gradients are sums over ranks
-            learn_seats(seats, step, runtime, ids)
         optimizer.step()
+        if mesh:
+            seats.step()  # learns which sequences want which rank
         optimizer.zero_grad()
         total = comm.all_reduce(loss.detach().clone()) if mesh else loss.detach()
         numbers = luffy.metrics(model) if mesh else {}

@@ -73,9 +73,15 @@ def rank_of(module: str) -> int:
     return RANKS.get(".".join(parts), RANKS[parts[0]])
 
 
+def _asks_type_checking(node: ast.If) -> bool:
+    return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
 def violations(source: str, module: str, is_package: bool = False) -> list[str]:
     """What a module of the package `luffy` does against the rules."""
     tree = ast.parse(source, filename=module)
+    if module == "luffy":  # what only type checkers read takes no time
+        tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and _asks_type_checking(node))]
     imports = list(imported_names(tree, module, is_package))
     part = module.split(".")[1] if "." in module else None
     if part is not None and part not in RANKS:

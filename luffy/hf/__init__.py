@@ -4,7 +4,16 @@ Names are imported when they are first used, so that a command line that needs n
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from luffy.hf.adapters import save_adapter
+    from luffy.hf.causal_lm import CausalLM
+    from luffy.hf.families import FAMILIES, Family, family_of, register
+    from luffy.hf.loading import load
+    from luffy.hf.model import ParallelModel, parallelize
+    from luffy.hf.saving import save_pretrained
+    from luffy.hf.trainer import trainer_of
 
 _HOMES = {
     "CausalLM": "causal_lm",
@@ -19,7 +28,10 @@ _HOMES = {
     "save_pretrained": "saving",
     "trainer_of": "trainer",
 }
-__all__ = sorted(_HOMES)
+__all__ = [
+    "FAMILIES", "CausalLM", "Family", "ParallelModel", "family_of", "load", "parallelize", "register",
+    "save_adapter", "save_pretrained", "trainer_of",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -19,12 +19,15 @@ from luffy.hf.model import ParallelModel
 from luffy.hf.saving import save_pretrained
 from luffy.model.transformer import IGNORE_INDEX
 from luffy.train.gradients import GradientSync
+from luffy.train.own_seats import Seats
 
 
 class CausalLM(nn.Module):
     """`forward(input_ids, attention_mask, labels, position_ids)` of a ParallelModel; every rank calls it at once.
 
     The loss is this rank's share: summed over ranks, it is the mean over all labels, and so are gradients summed.
+    With a recipe that learns seats, rows that train go to the ranks whose experts they want; `seats.step()` ends a
+    step.
     """
 
     # What transformers.Trainer looks at: count the labels of all micro-batches and ranks, those that are predicted.
@@ -34,6 +37,8 @@ class CausalLM(nn.Module):
         super().__init__()
         self.parallel = parallel
         self.sync = GradientSync(parallel, parallel.runtime.comm)
+        learns = parallel.runtime.recipe.seats == "learnt" and parallel.runtime.comm.mesh.world_size > 1
+        self.seats = Seats(parallel) if learns else None
         self._last = True
 
     @property
@@ -71,9 +76,14 @@ class CausalLM(nn.Module):
         odd = [name for name, value in others.items() if value is not None and name not in _OF_NO_CONCERN]
         if odd:
             raise UserError(f"{odd[0]}: a model whose experts are spread over ranks takes {', '.join(_TAKEN)}")
-        batch = self.parallel.batch(input_ids, attention_mask, labels, position_ids)
+        trains = labels is not None and self.training and torch.is_grad_enabled()
         loss = logits = None
-        if labels is not None and self.training and torch.is_grad_enabled():
+        if trains and self.seats is not None and not return_logits:
+            at = self.seats.take(input_ids, labels, attention_mask, position_ids)
+            batch = self.parallel.batch(at.input_ids, at.attention_mask, at.labels, at.position_ids)
+        else:
+            batch = self.parallel.batch(input_ids, attention_mask, labels, position_ids)
+        if trains:
             step_labels = batch.step_labels if num_items_in_batch is None else int(num_items_in_batch)
             batch = replace(batch, step_labels=step_labels, step_tokens=batch.num_tokens * micro_batches)
             loss = self.sync(batch, last=self._last).loss

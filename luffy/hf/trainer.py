@@ -33,6 +33,7 @@ from luffy.train.checkpoint import (
     training_state,
 )
 
+SEATS = "seats.pt"  # in a checkpoint: what is known of which sequences want which rank
 STATE = "luffy"  # in a checkpoint: weights as they are trained, and the optimizer's moments
 T = TypeVar("T")
 
@@ -99,6 +100,8 @@ class _ParallelTrainer:
         loss: Tensor = super().training_step(*arguments, **options)  # type: ignore[misc]
         if self.accelerator.sync_gradients:
             self.model.sync.finish()
+            if self.model.seats is not None:
+                self.model.seats.step()
         return loss * self.args.world_size  # the mean over ranks is what is shown
 
     def _clip_grad_norm(self, model: Any) -> Tensor:
@@ -143,8 +146,15 @@ class _ParallelTrainer:
         mesh, folder = self._parallel.runtime.comm.mesh, Path(output_dir) / STATE
         writer = CheckpointWriter(folder, mesh, keep=1, background=False)
         writer.save(self.state.global_step, self._tensors(), {"groups": groups})
-        schedule = self.lr_scheduler.state_dict()
-        everyone(mesh, lambda: torch.save(schedule, Path(output_dir) / "scheduler.pt"), only_first=True)
+        kept = {"scheduler.pt": self.lr_scheduler.state_dict()}
+        if self.model.seats is not None:
+            kept[SEATS] = self.model.seats.state_dict()
+
+        def write() -> None:
+            for name, state in kept.items():
+                torch.save(state, Path(output_dir) / name)
+
+        everyone(mesh, write, only_first=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Nothing yet: weights come with the optimizer's state."""
@@ -163,6 +173,8 @@ class _ParallelTrainer:
         for group, saved in zip(self.optimizer.param_groups, read_meta(found)["groups"], strict=True):
             group |= {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+        if self.model.seats is not None and (seats := Path(checkpoint) / SEATS).exists():
+            self.model.seats.load_state_dict(torch.load(seats, weights_only=True))
 
     def _load_best_model(self) -> None:
         best = Path(self.state.best_model_checkpoint)

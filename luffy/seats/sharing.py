@@ -8,6 +8,16 @@ from luffy.comm import Comm
 from luffy.seats.features import DIM
 from luffy.seats.predictor import RowPredictor
 
+EVERY = 50  # steps between refreshes
+FIRST = (10, 20, 30)  # steps before the first ones: routers move fast in the beginning
+OBSERVE_EVERY = 2  # steps
+
+
+def refreshes_after(step: int) -> bool:
+    """Whether step `step`, counted from 0, is followed by a refresh."""
+    done = step + 1
+    return done in FIRST or done % EVERY == 0
+
 
 def learn_together(predictor: RowPredictor, seen: RowPredictor, comm: Comm, direction: str = "control") -> bool:
     """Refresh `predictor`, alike on all ranks, with `seen`: what this rank has observed since the last time.

@@ -202,7 +202,7 @@ def phase(
             nonlocal name, last_done, last_total
             name, last_done, last_total = description or name, done, total
             if pacer.due(done / total if total else None):
-                _print_plain(console, f"{name}: {fraction()}")
+                _print_plain(console, f"{name}: {fraction()}" if last_done or last_total else name)
 
         yield log
     amount = f" {fraction()}" if last_done else ""

@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -72,10 +73,7 @@ class Attempt:
     port: int
     requests: Requests
     processes: list[Any] = field(default_factory=list)
-
-    @property
-    def folder(self) -> Path:
-        return self.scratch.folder / f"{self.port}-{self.number}"
+    folder: Path = field(init=False)
 
     def environment(self, rank: int) -> dict[str, str]:
         """As torchrun would set it."""
@@ -93,7 +91,7 @@ class Attempt:
 
     def run(self) -> None:
         """Start the ranks and wait for all. Raises UserError, StoppedError, RanksLostError or RuntimeError."""
-        self.folder.mkdir()
+        self.folder = Path(tempfile.mkdtemp(dir=self.scratch.folder))  # ports come again, folders must not
         context = multiprocessing.get_context("forkserver")
         surroundings = dict(os.environ)
         try:

@@ -310,7 +310,7 @@ def test_a_phase_reports_with_and_without_a_total(terminal: bool) -> None:
     text = out.getvalue()
     assert "tokenise: 100/100 done in 2.00 s" in text
     if not terminal:
-        assert text.splitlines()[:3] == ["reading files: 0", "reading files: 50/100", "tokenising: 100/100"]
+        assert text.splitlines()[:3] == ["reading files", "reading files: 50/100", "tokenising: 100/100"]
 
 
 # ---------------------------------------------------------------- units

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from torch.distributed import distributed_c10d
@@ -13,8 +14,9 @@ from luffy.errors import StoppedError
 from luffy.train import stopping
 from luffy.train.options import TrainOptions
 from luffy.train.restart import Restarts
+from luffy.train.scratch import get_scratch
 from luffy.train.stragglers import WINDOW, Stragglers, busy_seconds
-from luffy.train.supervise import Requests
+from luffy.train.supervise import Attempt, Requests
 from luffy.train.whereabouts import whereabouts
 
 
@@ -113,3 +115,13 @@ def test_a_second_ctrl_c_means_at_once_and_a_second_sigterm_does_not():
     assert not impatient.at_once
     impatient.note(signal.SIGINT, None)
     assert impatient.at_once
+
+
+def _ends_at_once(work, args, folder, launcher):
+    assert not list(Path(folder).iterdir())
+    Path(folder, "was-here").touch()
+
+
+def test_a_port_that_comes_again_is_no_matter():
+    for _ in range(2):
+        Attempt(_ends_at_once, None, (), 1, 0, get_scratch(), 4711, Requests()).run()

@@ -16,19 +16,9 @@ from luffy.compose import Runtime
 from luffy.data.batch import Layout
 from luffy.seats.features import features_of
 from luffy.seats.seater import LearntSeats
-from luffy.seats.sharing import learn_together
+from luffy.seats.sharing import OBSERVE_EVERY, learn_together, refreshes_after
 from luffy.train.parts import Done, Stateless
 from luffy.train.seating import StepReader
-
-EVERY = 50  # steps between refreshes
-FIRST = (10, 20, 30)  # steps before the first ones: routers move fast in the beginning
-OBSERVE_EVERY = 2  # steps
-
-
-def refreshes_after(step: int) -> bool:
-    """Whether step `step`, counted from 0, is followed by a refresh."""
-    done = step + 1
-    return done in FIRST or done % EVERY == 0
 
 
 class SeatLearning(Stateless):
