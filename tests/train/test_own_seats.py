@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import luffy
 from luffy.comm import Comm, build_mesh
 from luffy.errors import UserError
-from luffy.hf import parallelize
+from luffy.hf import CausalLM, parallelize
+from luffy.seats.features import DIM
 from luffy.testing import run_ranks
 from luffy.testing.oracle_tools import relative_error
 from tests.hf.tiny import tiny_config, tiny_model
@@ -119,6 +120,35 @@ def packed_and_padded(rank: int) -> None:
     assert model.runtime.observed is None
 
 
+def under_a_trainer(rank: int) -> None:
+    """As a Trainer calls it: rows that train sit where the predictor says, with the same loss and gradients."""
+    mesh = build_mesh(torch.device("cpu"))
+    model = CausalLM(parallelize(tiny_model(tiny_config("mixtral")), mesh)).train()
+    ids = torch.randint(0, 40, (4, 9), generator=torch.Generator().manual_seed(rank))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    found = []
+    seats = model.seats
+    assert seats is not None
+    for model.seats in (None, seats):
+        model.zero_grad()
+        loss = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+        loss.backward()
+        model.sync.finish()
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        found.append((model.sync.comm.all_reduce(loss.detach().clone()), gradients, luffy.metrics(model)["rows_home"]))
+        draws = torch.Generator().manual_seed(1)
+        random = torch.randint(-(1 << 14), 1 << 14, (1 + DIM, 2), generator=draws)
+        seats.seats.predictor.coefficients = random.numpy()
+    (plain, expected, before), (loss, gradients, after) = found
+    assert before != after  # some rows did sit elsewhere
+    assert relative_error(loss, plain) < 1e-12
+    for a, b in zip(expected, gradients, strict=True):
+        assert relative_error(b, a) < 1e-10
+    with torch.no_grad():
+        assert model.eval()(ids).logits.shape == (4, 9, model.config.vocab_size)  # of this rank's own rows
+
+
 def refused(rank: int) -> None:
     mesh = build_mesh(torch.device("cpu"))
     with pytest.raises(UserError, match="Seats: Linear holds no"):
@@ -136,4 +166,5 @@ def refused(rank: int) -> None:
 
 def test_rows_of_a_library_model_and_what_is_refused() -> None:
     run_ranks(packed_and_padded, 2)
+    run_ranks(under_a_trainer, 2)
     run_ranks(refused, 2)
