@@ -24,8 +24,9 @@ from luffy.ranges import AT_LEAST_ONE
 class Mesh:
     """The ranks of one job as seen from one of them.
 
-    `device_mesh` is dp x ep, `world_mesh` all ranks in a row. `node_of_rank[r]` is the node of world rank r.
-    `ep_ranks` are the world ranks of this EP group, in order.
+    `device_mesh` is dp x ep, `world_mesh` all ranks in a row. The world is that of this mesh: of `use_mesh` it may be a
+    part of the job's ranks, and `rank` counts within it. `node_of_rank[r]` is the node of world rank r. `ep_ranks` are
+    the world ranks of this EP group, in order. `writes`: this rank is the one of the whole job that writes files.
     """
 
     device: torch.device
@@ -41,6 +42,7 @@ class Mesh:
     dp_rank: int
     dp_size: int
     node_of_rank: tuple[int, ...]
+    writes: bool
 
     @property
     def ep_ranks(self) -> list[int]:
@@ -101,14 +103,18 @@ def build_mesh(device: torch.device, ep_size: int | None = None, ranks_per_node:
 
 
 def use_mesh(device_mesh: DeviceMesh) -> Mesh:
-    """The Mesh of a DeviceMesh [dp, ep] that a program has made itself, over all ranks; its groups are used, none made.
+    """The Mesh of a DeviceMesh [dp, ep] that a program has made itself; its groups are used.
 
-    Whatever the two are called, experts are split over the last one. UserError where ranks are arranged otherwise.
+    Whatever the two are called, experts are split over the last one. It may be a part of a larger mesh, such as
+    `mesh["dp", "ep"]` of a mesh (dp, ep, tp) with tensor parallelism: ranks that differ in `tp` alone hold the same
+    experts, and see the same rows. Then one group is made, of the ranks of this part. UserError where ranks are
+    arranged otherwise.
     """
-    if device_mesh.ndim != 2 or device_mesh.mesh.flatten().tolist() != list(range(dist.get_world_size())):
+    ranks = device_mesh.mesh.flatten().tolist()
+    if device_mesh.ndim != 2 or ranks != sorted(ranks):
         raise UserError(
-            f"use_mesh: {device_mesh} is not all ranks in order as (data parallel, expert parallel); make one with "
-            'init_device_mesh(device, (dp, ep), mesh_dim_names=("dp", "ep")), dp may be 1'
+            f"use_mesh: {device_mesh} is not ranks in order as (data parallel, expert parallel); make one with "
+            'init_device_mesh(device, (dp, ep), mesh_dim_names=("dp", "ep")), dp may be 1, or take two of a larger one'
         )
     device = torch.device(device_mesh.device_type)
     if device.type == "cuda":
@@ -118,14 +124,20 @@ def use_mesh(device_mesh: DeviceMesh) -> Mesh:
 
 def _arranged(device: torch.device, device_mesh: DeviceMesh, ranks_per_node: int | None) -> Mesh:
     """device_mesh: dp x ep."""
-    rank, (dp_size, ep_size) = dist.get_rank(), device_mesh.shape
-    world_size = dp_size * ep_size
-    ranks_per_node = ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    dp_size, ep_size = device_mesh.shape
+    ranks, world_size = device_mesh.mesh.flatten().tolist(), dp_size * ep_size
+    rank, job_size = ranks.index(dist.get_rank()), dist.get_world_size()
+    ranks_per_node = ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", job_size))
+    if world_size == job_size:
+        world_mesh, world_group = init_device_mesh(device.type, (world_size,)), _world_group()
+    else:
+        world_mesh = device_mesh._flatten()
+        world_group = world_mesh.get_group()
     return Mesh(
         device=device,
         device_mesh=device_mesh,
-        world_mesh=init_device_mesh(device.type, (world_size,)),
-        world_group=_world_group(),
+        world_mesh=world_mesh,
+        world_group=world_group,
         ep_group=device_mesh.get_group(1),
         dp_group=device_mesh.get_group(0),
         rank=rank,
@@ -134,5 +146,6 @@ def _arranged(device: torch.device, device_mesh: DeviceMesh, ranks_per_node: int
         ep_size=ep_size,
         dp_rank=rank // ep_size,
         dp_size=dp_size,
-        node_of_rank=tuple(r // ranks_per_node for r in range(world_size)),
+        node_of_rank=tuple(r // ranks_per_node for r in ranks),
+        writes=dist.get_rank() == 0,
     )

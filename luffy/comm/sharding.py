@@ -30,10 +30,31 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from luffy.comm.collectives import Comm, all_gather_flat, reduce_scatter_flat
+from luffy.errors import UserError
 
 
 def is_sharded(parameter: Tensor) -> bool:
     return isinstance(parameter, DTensor)
+
+
+def is_split_apart(parameter: Tensor, comm: Comm) -> bool:
+    """Whether a parameter is split over ranks of which this mesh has one alone, as by tensor parallelism: then every
+    rank of the mesh has the same part, and gradients of it are summed as those of any replicated weight.
+
+    Raises UserError where it is split over some of the mesh's ranks only, whose gradients nobody could sum.
+    """
+    if not isinstance(parameter, DTensor):
+        return False
+    there = set(parameter.device_mesh.mesh.flatten().tolist())
+    here = set(comm.mesh.world_mesh.mesh.flatten().tolist())
+    if here <= there:
+        return False
+    if len(here & there) > 1:
+        raise UserError(
+            f"a weight {list(parameter.shape)} is split over {sorted(there)}, some of the {len(here)} ranks of "
+            "luffy's mesh; let your own wrapper sum the gradients (docs/own_model.md)"
+        )
+    return True
 
 
 def local_part(tensor: Tensor) -> Tensor:

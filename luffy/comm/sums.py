@@ -47,7 +47,8 @@ class GradientSums:
         self._asked: queue.SimpleQueue[Callable[[], None]] | None = None
         if form == "int8":
             backend = dist.get_backend(group)
-            self.group = dist.new_group(self.ranks, backend=backend, use_local_synchronization=True)
+            ranks_of_job = dist.get_process_group_ranks(group)
+            self.group = dist.new_group(ranks_of_job, backend=backend, use_local_synchronization=True)
             if comm.mesh.device.type == "cuda":
                 self._stream = torch.cuda.Stream(comm.mesh.device)
             if backend != "nccl":

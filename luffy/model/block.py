@@ -171,6 +171,7 @@ class MoEBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor: ...
     @overload
     def forward(self, x: TokenBatch) -> TokenBatch: ...
+    @torch.compiler.disable  # rows are counted on the host: torch.compile goes on behind the block
     def forward(self, x: Tensor | TokenBatch) -> Any:
         """[B, S, D] of this rank, or [T, D] of one sequence, or a TokenBatch, to the same. Every rank calls it, with an
         empty batch if it has none. With logits [T, E] beside it in the place of a module that answers so."""
@@ -193,6 +194,7 @@ class MoEBlock(nn.Module):
         out = batch.hidden.view(x.shape)
         return (out, self._stats.logits) if self._answers_logits else out
 
+    @torch.compiler.disable
     def aux_loss(self) -> Tensor:
         """This rank's part of the losses that the settings ask for (`balance_loss`, `z_loss`, `locality_loss`), [].
 

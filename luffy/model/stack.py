@@ -111,6 +111,7 @@ class Stack(nn.Module):
     def moe_layers(self) -> list[MoELayer]:
         return [m for m in self.modules() if isinstance(m, MoELayer)]
 
+    @torch.compiler.disable
     def forward(self, *micros: MicroBatch) -> ModelOutput | tuple[ModelOutput, ...]:
         """The output of one micro-batch; a tuple for several, which take turns (luffy.exchange.stage)."""
         self.begin()

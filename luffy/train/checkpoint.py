@@ -81,7 +81,7 @@ def prepare_optimizer(optimizer: torch.optim.Optimizer) -> None:
 def everyone(mesh: Mesh, action: Callable[[], Any], only_first: bool = False) -> Any:
     """Run `action` (on rank 0 alone, or on all) and let every rank raise if one of them failed."""
     outcome: list[Any] = [None, None]
-    if mesh.rank == 0 or not only_first:
+    if mesh.writes or not only_first:
         try:
             outcome[0] = action()
         except UserError as error:
@@ -90,7 +90,7 @@ def everyone(mesh: Mesh, action: Callable[[], Any], only_first: bool = False) ->
         dist.broadcast_object_list(outcome, src=0)
         errors = [outcome[1]]
     else:
-        errors = [None] * mesh.world_size
+        errors = [None] * dist.get_world_size()
         dist.all_gather_object(errors, outcome[1])
     for message in errors:
         if message is not None:

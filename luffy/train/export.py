@@ -14,6 +14,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from luffy.comm import Mesh
 from luffy.errors import UserError
@@ -50,16 +51,16 @@ def export_safetensors(model: nn.Module, path: Path | str) -> None:
     tensors: dict[str, Tensor] = {}
     experts = expert_parameters(model)
     for name, p in model.named_parameters():
-        full = p.detach()
+        full = p.full_tensor().detach() if isinstance(p, DTensor) else p.detach()
         if (layer := experts.get(name)) is not None:
             if mesh.ep_size > 1:
                 parts = [torch.empty_like(full) for _ in range(mesh.ep_size)]
                 dist.all_gather(parts, full.contiguous(), group=mesh.ep_group)
                 full = torch.cat(parts)
             full = full[layer.slot_of_expert]
-        if mesh.rank == 0:
+        if mesh.writes:
             tensors[name] = full.to("cpu", copy=True).contiguous()
-    if mesh.rank == 0:
+    if mesh.writes:
         tensors |= {name: b.detach().to("cpu", copy=True) for name, b in stored_buffers(model).items()}
         config = getattr(model, "config", None)
         to_dict = getattr(config, "to_dict", None)
@@ -99,6 +100,10 @@ def load_safetensors(model: nn.Module, path: Path | str, option: str = "--start-
                         f"{option} {path}: {name} is {stored.get_shape()}, and {shape} in this model; give the "
                         "model options it was trained with"
                     )
+                if isinstance(target, DTensor):
+                    whole = stored[:].to(target.device, target.dtype)
+                    target.copy_(distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None))
+                    continue
                 if layer is None:
                     target.copy_(stored[:] if shape else file.get_tensor(name))
                     continue

@@ -1,6 +1,7 @@
 """Gradients between ranks: what is replicated is summed over the world, experts over their copies.
 
-Sharded weights (luffy.comm.sharding) have been summed by the backward pass itself.
+Sharded weights (luffy.comm.sharding) have been summed by the backward pass itself. Of weights that tensor parallelism
+splits over ranks outside this mesh, every rank sums its part with those who have the same part.
 
 Replicated parameters go through DistributedDataParallel: buckets, overlapped with the backward pass. Its hook sums
 instead of averaging, because the loss is already divided by the labels of all ranks. Experts of an EP group received
@@ -12,17 +13,18 @@ on the wire while they are summed (luffy.comm.sums).
 import contextlib
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from luffy.comm import Comm
 from luffy.comm.alike import check_alike, code_facts
 from luffy.comm.clock import PhaseClock
-from luffy.comm.sharding import is_sharded, local_part
+from luffy.comm.sharding import is_sharded, is_split_apart, local_part
 from luffy.comm.sums import GradientSums
 from luffy.errors import UserError
 from luffy.model import check_model, expert_parameters
@@ -56,6 +58,8 @@ class GradientSync:
         apart |= {n for n, p in every_name if is_sharded(p)} | set(expert_parameters(model, remove_duplicate=False))
         self._replicated = [p for n, p in model.named_parameters() if n not in apart and p.requires_grad]
         self._copied_experts = [p for _, p in experts if p.requires_grad] if mesh.dp_size > 1 else []
+        split = [p for _, p in model.named_parameters() if p.requires_grad and is_split_apart(p, comm)]
+        self._split_apart = split if mesh.world_size > 1 else []
         if mesh.world_size > 1 and self._replicated:
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(apart))
             with warnings.catch_warnings():
@@ -70,11 +74,16 @@ class GradientSync:
                 )
             sums = GradientSums(comm, mesh.world_group, range(mesh.world_size), form)
             self.module.register_comm_hook(sums, self._sum_bucket)
-        if self._copied_experts:
-            self._expert_sums = GradientSums(comm, mesh.dp_group, mesh.dp_ranks, form)
-            for p in self._copied_experts:
-                p.register_post_accumulate_grad_hook(self._sum_expert)
-        for p in (self._replicated if self.module is not model else self._copied_experts)[:1]:
+        self._sums_of: dict[Tensor, GradientSums] = {}
+        for group, ranks, parameters in (
+            (mesh.dp_group, mesh.dp_ranks, self._copied_experts),
+            (mesh.world_group, list(range(mesh.world_size)), self._split_apart),
+        ):
+            if parameters:
+                self._sums_of |= dict.fromkeys(parameters, GradientSums(comm, group, ranks, form))
+        for p in self._sums_of:
+            p.register_post_accumulate_grad_hook(self._sum_alone)
+        for p in (self._replicated if self.module is not model else list(self._sums_of))[:1]:
             p.register_post_accumulate_grad_hook(self._note_backward)
 
     def _note_backward(self, parameter: Tensor) -> None:
@@ -103,7 +112,8 @@ class GradientSync:
         self._summed.clear()
         self._holds_sums = False
         mesh = self.comm.mesh
-        for first, parameters in ((mesh.rank == 0, self._replicated), (mesh.dp_rank == 0, self._copied_experts)):
+        replicated = [*self._replicated, *self._split_apart]
+        for first, parameters in ((mesh.rank == 0, replicated), (mesh.dp_rank == 0, self._copied_experts)):
             for p in parameters:
                 if p.grad is not None and not first:
                     p.grad.zero_()
@@ -124,7 +134,8 @@ class GradientSync:
             clock = self.clock
             torch.autograd.Variable._execution_engine.queue_callback(lambda: clock.switch("gradients"))
 
-    def _sum_expert(self, parameter: Tensor) -> None:
+    def _sum_alone(self, parameter: Tensor) -> None:
+        """A tensor that is a bucket of its own: stacked experts, or a part of a split weight."""
         if not self._last:
             return
         grad = parameter.grad
@@ -136,7 +147,7 @@ class GradientSync:
             )
         self._summed.add(parameter)
         self._holds_sums = True
-        self._under_way.append(self._expert_sums.start(grad))
+        self._under_way.append(self._sums_of[parameter].start(local_part(grad)))
 
     def _wait(self) -> None:
         for future in self._under_way:
@@ -171,11 +182,15 @@ class GradientSync:
         replicated: list[Tensor] = []
         experts: list[Tensor] = []
         sharded: list[Tensor] = []
+        split: list[DTensor] = []
         for name, p in self.model.named_parameters():
             if not p.requires_grad:
                 continue
             if p.grad is None:
                 raise RuntimeError(f"{name} received no gradient")
+            if isinstance(p.grad, DTensor) and is_split_apart(p, self.comm):
+                split.append(p.grad)
+                continue
             (experts if name in stacked else sharded if is_sharded(p) else replicated).append(local_part(p.grad))
         squares = torch.zeros((), device=self.comm.mesh.device)
         if replicated:
@@ -184,9 +199,12 @@ class GradientSync:
             squares = squares + self.comm.all_reduce_ep(torch.stack(torch._foreach_norm(experts)).square().sum())
         if sharded:
             squares = squares + self.comm.all_reduce(torch.stack(torch._foreach_norm(sharded)).square().sum())
+        for grad in split:
+            squares = squares + cast(DTensor, torch.linalg.vector_norm(grad)).full_tensor().square()
         norm = squares.sqrt()
         if max_norm > 0:
-            torch._foreach_mul_(replicated + experts + sharded, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+            every = replicated + experts + sharded + [local_part(grad) for grad in split]
+            torch._foreach_mul_(every, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
 

@@ -16,11 +16,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import luffy
-from luffy.comm import build_mesh
+from luffy.comm import Comm, build_mesh
+from luffy.comm.sharding import is_split_apart
 from luffy.errors import UserError
 from luffy.model import expert_parameters
 from luffy.testing import run_ranks
@@ -145,9 +147,105 @@ def in_a_users_mesh(rank: int) -> None:
         own = getattr(block.moe.experts, name).grad
         torch.testing.assert_close(block.runtime.comm.all_gather_ep(own).flatten(0, 1), grad, rtol=1e-10, atol=1e-12)
     for other in (mesh.world_mesh, init_device_mesh("cpu", (2, 2, 1))):
-        with pytest.raises(UserError, match="not all ranks in order"):
+        with pytest.raises(UserError, match="is not ranks in order"):
             luffy.use_mesh(other)
 
 
 def test_experts_are_a_dimension_of_the_users_mesh() -> None:
     run_ranks(in_a_users_mesh, 4)
+
+
+class Attending(nn.Module):
+    """One head-wise linear map in and out, as tensor parallelism splits attention; then a MoE layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.norm, self.up, self.down = nn.LayerNorm(D), nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
+        self.moe: nn.Module = made(Ungated)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.down(torch.tanh(self.up(self.norm(x))))
+        return (x + self.moe(x)).square().sum()
+
+
+def beside_tensor_parallelism(rank: int, folder: str) -> None:
+    """(ep, tp) = (2, 2): the maps are split over tp, experts over ep; loss, gradients, norm, file as of one process."""
+    theirs = init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("dp", "ep", "tp"))
+    mesh = luffy.use_mesh(theirs["dp", "ep"])
+    assert (mesh.world_size, mesh.ep_size, mesh.rank) == (2, 2, rank // 2) and mesh.node_of_rank == (0, 0)
+    whole, net = Attending().double(), Attending().double()
+    loss = whole(rows())
+    loss.backward()
+    parallelize_module(net, theirs["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    net.moe = block = luffy.MoEBlock.from_module(net.moe, mesh)
+    comm = block.runtime.comm
+    for form in ("model", "int8"):
+        sync = luffy.GradientSync(net, comm, form)
+        half = sync(rows().chunk(2)[mesh.rank])
+        half.backward()
+        sync.finish()
+        assert comm.all_reduce(half.detach().clone()).item() == pytest.approx(loss.item(), rel=1e-12)
+        exact = 1e-10 if form == "model" else 0.05
+        for name in ("norm.weight", "up.weight", "up.bias", "down.weight", "down.bias"):
+            grad, expected = net.get_parameter(name).grad, whole.get_parameter(name).grad
+            assert grad is not None and expected is not None
+            found = grad.full_tensor() if isinstance(grad, DTensor) else grad
+            assert (found - expected).norm() <= exact * expected.norm(), name
+        if form == "model":
+            for name, expected in whole_experts(whole.moe).items():
+                own = getattr(block.moe.experts, name).grad
+                torch.testing.assert_close(comm.all_gather_ep(own).flatten(0, 1), expected, rtol=1e-10, atol=1e-12)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in whole.parameters() if p.grad is not None])
+            assert sync.clip(0).item() == pytest.approx(norm.item(), rel=1e-10)
+        net.zero_grad()
+        net = build_again(net, theirs, mesh) if form == "model" else net
+        comm = net.moe.runtime.comm  # type: ignore[union-attr,assignment]
+    path = Path(folder, "weights.safetensors")
+    luffy.save_weights(path, net)
+    other = build_again(net, theirs, mesh)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.zero_()
+    dist.barrier()
+    luffy.load_weights(path, other)
+    for (name, a), b in zip(net.named_parameters(), other.parameters(), strict=True):
+        a, b = (t.full_tensor() if isinstance(t, DTensor) else t for t in (a.detach(), b.detach()))
+        assert torch.equal(a, b), name
+    half_split = distribute_tensor(torch.ones(4, 4), theirs["tp"])
+    with pytest.raises(UserError, match="some of the 4 ranks"):
+        is_split_apart(half_split, Comm.create(build_mesh(torch.device("cpu"))))
+
+
+def build_again(net: nn.Module, theirs: Any, mesh: Any) -> nn.Module:
+    fresh = Attending().double()
+    parallelize_module(fresh, theirs["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    fresh.moe = luffy.MoEBlock.from_module(fresh.moe, mesh)
+    return fresh
+
+
+def test_tensor_parallelism_of_ones_own(tmp_path: Path) -> None:
+    run_ranks(beside_tensor_parallelism, 4, str(tmp_path))
+
+
+def compiled(rank: int) -> None:
+    """torch.compile of a whole model: what is around the block is compiled, the block runs as it is."""
+    mesh = build_mesh(torch.device("cpu"))
+    plain, net = build(), build()
+    plain.moe, net.moe = (luffy.MoEBlock.from_module(n.moe, mesh) for n in (plain, net))
+    quick = torch.compile(net, backend="aot_eager")
+    first, second = (luffy.GradientSync(m, n.moe.runtime.comm) for m, n in ((plain, plain), (quick, net)))  # type: ignore
+    torch._dynamo.utils.counters.clear()
+    for some in (rows(), rows()[rank:], rows()[:1]):
+        for sync in (first, second):
+            sync.model.zero_grad()
+            sync(some).backward()
+            sync.finish()
+        for (name, a), b in zip(plain.named_parameters(), net.parameters(), strict=True):
+            torch.testing.assert_close(b.grad, a.grad, rtol=1e-12, atol=1e-12, msg=name)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2  # before the block and behind it
+
+
+@pytest.mark.slow
+def test_compiled_around_a_block() -> None:
+    run_ranks(compiled, 2)
