@@ -106,6 +106,10 @@ class FinetuneOptions(TrainOptions):
             frozen_patterns(self.freeze)
         super().__post_init__()
 
+    @property
+    def starts_trained(self) -> bool:
+        return True
+
     def model_config(self) -> ModelConfig:
         """The model in the folder, as planner and checkpoints know it; UserError for one that cannot be trained."""
         try:

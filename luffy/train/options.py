@@ -300,6 +300,11 @@ class TrainOptions:
         """How gradients are written while ranks sum them."""
         return self.get_recipe().gradient_dtype if self.gradient_dtype is None else self.gradient_dtype
 
+    @property
+    def starts_trained(self) -> bool:
+        """Whether routers have learnt before step 0."""
+        return self.start_weights is not None
+
     def get_rehome_every(self) -> int:
         """Steps between re-homings of experts; 0 is never. Experts of topics stay where they are."""
         if self.seats == "topic":

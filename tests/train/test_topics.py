@@ -50,6 +50,21 @@ def test_a_model_of_four_topics_is_the_same_on_any_number_of_ranks_and_goes_on_a
     assert about["options"]["seats"] == "topic"
 
 
+def test_learnt_seats_pull_once_they_are_known(small, tmp_path, capfd):
+    settings = small(recipe="luffy", steps=13, checkpoint_every=0, batch_size=16)
+    plain = run(settings | {"out": str(tmp_path / "plain"), "export": True}, 2)
+    taught = run(settings | {"out": str(tmp_path / "taught"), "seats": "learnt", "seat_loss": 0.5}, 2)
+    assert taught[-1]["seats"]["moved_share"] > 0
+    same = [a["loss"] == pytest.approx(b["loss"], rel=1e-10) for a, b in zip(plain, taught, strict=True)]
+    assert same == [True] * 11 + [False] * 2  # the first pull is the one of step 11; it shows in the loss of step 12
+
+    # Topics that are fitted anew for a trained model stand with experts that their sequences never chose.
+    capfd.readouterr()
+    trained = settings | {"steps": 1, "seats": "topic", "start_weights": str(tmp_path / "plain" / "model.safetensors")}
+    run(trained, 1)
+    assert "--seats topic: no topics.npz lies beside the trained weights" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [

@@ -33,7 +33,7 @@ def choose_parts(trainer: Steps) -> list[Any]:
         parts.append(
             TopicKeeping(
                 topical, trainer.reader, trainer.comm, trainer.loader, trainer.config.vocab_size, trainer.out,
-                o.start_weights,
+                o.start_weights, trained=o.starts_trained,
             )
         )  # fmt: skip
     if learnt is not None:
@@ -46,7 +46,7 @@ def choose_parts(trainer: Steps) -> list[Any]:
         parts.append(
             Placing(
                 model, trainer.optimizer, trainer.read_micro_batch, every=every, steps=o.steps,
-                trained=o.start_weights is not None, padded=padded, num_micro_batches=o.num_micro_batches,
+                trained=o.starts_trained, padded=padded, num_micro_batches=o.num_micro_batches,
                 sequences_each=o.batch_size // (o.num_micro_batches * mesh.dp_size), seats=learnt,
                 reader=trainer.reader,
             )

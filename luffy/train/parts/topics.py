@@ -13,6 +13,7 @@ from luffy.seats.topic import TopicSeats
 from luffy.seats.topics import NUM_FITTED, Topics
 from luffy.train.measure import LOAD_EVERY
 from luffy.train.parts import Done, Stateless
+from luffy.train.ranklog import tell
 from luffy.train.seating import StepReader
 
 TOPICS_FILE = "topics.npz"  # in a run's folder, beside model.safetensors
@@ -25,9 +26,9 @@ class TopicKeeping(Stateless):
     name = "topics"
 
     def __init__(self, seats: TopicSeats, reader: StepReader, comm: Comm, loader: Any, vocab_size: int, out: Path,
-                 start_weights: str | None) -> None:  # fmt: skip
+                 start_weights: str | None, trained: bool = False) -> None:  # fmt: skip
         self.seats, self.reader, self.comm, self.loader = seats, reader, comm, loader
-        self.vocab_size, self.out, self.start_weights = vocab_size, out, start_weights
+        self.vocab_size, self.out, self.start_weights, self.trained = vocab_size, out, start_weights, trained
 
     def before(self, step: int) -> None:
         if self.seats.topics is not None:
@@ -44,6 +45,11 @@ class TopicKeeping(Stateless):
         if kept is None and self.start_weights is not None:
             beside = Path(self.start_weights).parent / TOPICS_FILE
             kept = Topics.load(beside) if beside.is_file() else None
+        if kept is None and self.trained and self.comm.mesh.rank == 0:
+            tell(
+                f"--seats topic: no {TOPICS_FILE} lies beside the trained weights: topics are fitted anew, and sit with "
+                "experts that their sequences may never have chosen; --seats learnt keeps what routers have learnt"
+            )
         per_batch = self.loader.global_batch_size
         batches = range(min(-(-NUM_FITTED // per_batch), max(1, getattr(self.loader, "num_full_batches", 1))))
         wanted = self.seats.num_topics
