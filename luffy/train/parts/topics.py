@@ -47,7 +47,7 @@ class TopicKeeping(Stateless):
             kept = Topics.load(beside) if beside.is_file() else None
         if kept is None and self.trained and self.comm.mesh.rank == 0:
             tell(
-                f"--seats topic: no {TOPICS_FILE} lies beside the trained weights: topics are fitted anew, and sit with "
+                f"--seats topic: no {TOPICS_FILE} lies beside the trained weights: topics are fitted anew, beside "
                 "experts that their sequences may never have chosen; --seats learnt keeps what routers have learnt"
             )
         per_batch = self.loader.global_batch_size
