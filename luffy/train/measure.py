@@ -37,6 +37,7 @@ class Measure:
         routers: RouterTotals | None,
         in_full: bool,
         forward_again: Callable[[], None],
+        seated: SeatedStep,
     ) -> dict[str, Any]:
         """The record of step `number`, counted from 1. token_loss []: this rank's share; norm []: of all gradients.
 
@@ -50,7 +51,8 @@ class Measure:
         # What was under way and not waited for; the phase includes packing rows, so this is what was hidden at least.
         under_way = self.comm.meter.take_under_way()
         hidden = max(0.0, under_way - seconds["exchange"])
-        mine = np.concatenate([[seconds[p] for p in PHASES], [under_way, hidden], counts.reshape(-1)])
+        times = [under_way, hidden, seated.seconds, seated.exposed_seconds]
+        mine = np.concatenate([[seconds[p] for p in PHASES], times, counts.reshape(-1)])
         notes = self.ops.notes(seconds)
         packed = torch.cat([token_loss[None], torch.from_numpy(np.concatenate([mine, notes])).to(mesh.device)])
         # The sum's own bytes belong to the next step: its counts are already on their way.
@@ -59,10 +61,10 @@ class Measure:
         told = self.ops.read(every[-len(notes) :], seconds)
         if not self.ops.guard.passes(number, values[0], grad_norm, forward_again):
             told["skipped"] = self.ops.guard.skipped
-        n = 1 + len(PHASES)
-        means = [v / mesh.world_size for v in values[1 : n + 2]]
+        n = 1 + len(PHASES) + len(times)
+        means = [v / mesh.world_size for v in values[1:n]]
         shape = (len(DIRECTIONS), len(LINK_CLASSES))
-        traffic = np.array(values[n + 2 :]).round().astype(np.int64).reshape(shape)
+        traffic = np.array(values[n:]).round().astype(np.int64).reshape(shape)
         record: dict[str, Any] = {
             "loss": values[0],
             "grad_norm": grad_norm,
@@ -71,19 +73,15 @@ class Measure:
             "seconds_split": dict(zip(PHASES, means, strict=False)),
             **told,
         }
-        if means[-2] > 0:
-            record["exchange_under_way_seconds"], record["exchange_hidden_seconds"] = means[-2:]
+        if means[-4] > 0:
+            record["exchange_under_way_seconds"], record["exchange_hidden_seconds"] = means[-4:-2]
         if routers is not None:
             record |= routers.to_record(in_full)
-        return record | self._rows(in_full) | self._residency() | self.plans(show=True)
-
-    def seats(self, seated: SeatedStep, record: dict[str, Any]) -> dict[str, Any]:
-        """What seats came to; nothing where sequences are computed where they were read."""
-        if seated.seating is None:
-            return {}
-        times = {"seconds": seated.seconds, "exposed_seconds": seated.exposed_seconds}
-        seats = {"rows_at_home": record.get("rows_at_home"), "moved_share": seated.moved_share}
-        return {"seats": seats | over_ranks(self.comm, times, {})}
+        record |= self._rows(in_full) | self._residency() | self.plans(show=True)
+        if seated.seating is not None:
+            seats = {"rows_at_home": record.get("rows_at_home"), "moved_share": seated.moved_share}
+            record["seats"] = seats | {"seconds": means[-2], "exposed_seconds": means[-1]}
+        return record
 
     def _rows(self, in_full: bool) -> dict[str, Any]:
         """Rows of the first EP group's micro-batches: share that stays on its rank, and how uneven the rest is."""

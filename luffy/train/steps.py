@@ -194,7 +194,7 @@ class Steps:
         norm = self.sync.clip(self.options.clip_norm)
         lr = self.learning_rate(step + 1)
         in_full = (step + 1) % LOAD_EVERY == 0 or step + 1 == self.options.steps
-        totals = self.measure.step(step + 1, token_loss, norm, done.routers, in_full, self._forward_again)
+        totals = self.measure.step(step + 1, token_loss, norm, done.routers, in_full, self._forward_again, done.seated)
         done.skipped = "skipped" in totals
         if done.skipped:
             self.memory = memory
@@ -205,7 +205,7 @@ class Steps:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         done.record |= {"step": self.step, **totals, "lr": lr, "seconds": time.perf_counter() - begin}
-        done.record |= {"tokens": done.seated.table.num_tokens} | self.measure.seats(done.seated, totals)
+        done.record |= {"tokens": done.seated.table.num_tokens}
         for part in self.parts:
             part.after(step, done)
         return done.record
