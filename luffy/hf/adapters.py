@@ -130,7 +130,7 @@ def _begin_adapter(
     generator: torch.Generator,
 ) -> None:
     """As PEFT begins one: A uniform, B zero. Every rank draws for all experts and keeps its own."""
-    width_in, width_out = experts.widths(name)
+    width_in, width_out = experts.factor_widths(name)
     total = len(slot_of_expert)
     bound = 1 / math.sqrt(width_in)  # kaiming_uniform_ with a = sqrt(5)
     a = torch.empty(total, rank, width_in).uniform_(-bound, bound, generator=generator)

@@ -38,9 +38,10 @@ from luffy.train.memory import Need
 def read_config(folder: Path | str) -> Any:
     """The library's configuration of a folder; UserError where there is none that it knows.
 
-    Of MXFP4 and fp8 weights, which are dequantised as they are read, it says nothing any more.
+    Of MXFP4 and fp8 weights, which are dequantised as they are read, it says nothing any more. Of a model that also
+    sees it is the language model's.
     """
-    from transformers import AutoConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     path = Path(folder) / "config.json"
     try:
@@ -53,6 +54,13 @@ def read_config(folder: Path | str) -> Any:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except ValueError as error:
         raise UserError(f"--model: transformers does not know model_type {model_type!r} of {path}") from error
+    language = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if language is not None and isinstance(getattr(config, "text_config", None), language.config_class):
+        text, whole = config.text_config, config
+        text.dtype = text.dtype or whole.dtype
+        if (quantized := getattr(whole, "quantization_config", None)) is not None:
+            text.quantization_config = quantized
+        config = text
     if method_of(config) in METHODS:
         config.dequantized_from = method_of(config)
         del config.quantization_config

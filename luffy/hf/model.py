@@ -34,7 +34,7 @@ from luffy.hf.attention import Frames, check_attention, mixer_of
 from luffy.hf.batches import make_batch
 from luffy.hf.dense import DenseUnits
 from luffy.hf.describe import describe
-from luffy.hf.families import Family, family_of
+from luffy.hf.families import Family, embedding_factor, family_of, halves_of, logits_divisor
 from luffy.hf.parts import LibraryExperts, lent
 from luffy.model.aux_loss import AuxLoss
 from luffy.model.library import LibraryRouter, SharedExperts, call_in
@@ -88,6 +88,8 @@ class ParallelModel(Stack):
         """A parameter's name as the library has it: without what `parallelize` and PEFT put around modules."""
         family, name = self.family, _PREFIX.sub("", name).replace(".base_layer.", ".")
         name = name.replace(".router.gate.", f".{family.gate}.")
+        if family.bias_buffer is not None:
+            name = name.replace(f".router.{family.bias_buffer}", f".{family.bias_buffer}")
         name = name.replace(".shared_experts.module.", f".{family.shared}.")
         return name.replace(".shared_experts.gate.", f".{family.shared_gate}.")
 
@@ -117,8 +119,11 @@ class ParallelModel(Stack):
     def embed(self, micro: MicroBatch) -> Tensor:
         embedding = self.causal_lm.get_input_embeddings()
         if self.units is not None:
-            return self.units.embed(embedding, micro.tokens)
-        return embedding(micro.tokens).to(self.stream_dtype)
+            rows = self.units.embed(embedding, micro.tokens)
+        else:
+            rows = embedding(micro.tokens).to(self.stream_dtype)
+        factor = embedding_factor(self.causal_lm)
+        return rows if factor == 1 else rows * factor
 
     def stack(self, micro: MicroBatch, hidden: Tensor) -> list[StackBlock]:
         lm, longest = self.causal_lm, int(micro.layout.table.lengths.max(initial=0))
@@ -151,7 +156,9 @@ class ParallelModel(Stack):
     def _head(self, hidden: Tensor) -> Tensor:
         lm = self.causal_lm
         hidden = call_in(hidden.dtype, lm.model.norm, hidden)
-        return call_in(hidden.dtype, lm.get_output_embeddings(), hidden)
+        logits = call_in(hidden.dtype, lm.get_output_embeddings(), hidden)
+        divisor = logits_divisor(lm)
+        return logits if divisor == 1 else logits / divisor
 
     def _library_balance(self, stats: tuple[RouterStats, ...], aux: AuxLoss, num_tokens: int) -> Tensor:
         """This rank's part of the library's `load_balancing_loss_func`, over the tokens of all ranks.
@@ -171,6 +178,7 @@ class LibraryBlock:
     def __init__(self, model: ParallelModel, layer: Any, index: int, frames: Frames) -> None:
         self.model, self.layer, self.index, self.frames = model, layer, index, frames
         self.block, self.norm = model.block(layer), lent(layer.post_attention_layernorm)
+        self.attention, self.feed_forward = halves_of(layer)
 
     @property
     def moe(self) -> MoELayer | None:
@@ -189,18 +197,23 @@ class LibraryBlock:
 
         def attend(x: Tensor) -> Tensor:
             normed = call_in(x.dtype, layer.input_layernorm, x)
-            return x + self.frames.attend(mixer_of(layer), self.index, normed, layout)
+            answer = self.frames.attend(mixer_of(layer), self.index, normed, layout)
+            return self.attention.start(x, normed) + self.attention.scaled(answer)
 
         if rt.recompute and torch.is_grad_enabled():
             hidden = checkpoint(attend, hidden, use_reentrant=False)
         else:
             hidden = attend(hidden)
         batch = batch.with_hidden(boundary(hidden, rt.clock, "attention", "other"))
-        if self.moe is not None:
-            batch = yield from self.moe.stages(batch, self.norm, predict_next, departed)
+        half, x = self.feed_forward, batch.hidden
+        if self.moe is not None:  # its scale is in the weights
+            norm, kept = self.norm, half.kept
+            if kept is not None:  # what travels has its norm already
+                batch, norm = batch.with_hidden(half.start(x, norm(x))), lambda rows: rows / kept
+            batch = yield from self.moe.stages(batch, norm, predict_next, departed)
         else:
-            x = batch.hidden
-            batch = batch.with_hidden(x + call_in(x.dtype, self.block, self.norm(x)))
+            normed = self.norm(x)
+            batch = batch.with_hidden(half.start(x, normed) + half.scaled(call_in(x.dtype, self.block, normed)))
         return batch if unit is None else batch.with_hidden(unit.leave(batch.hidden))
 
 
@@ -251,6 +264,11 @@ def parallelize(
     if described.router.bias_update_rate > 0 and family.bias_buffer is None:
         raise UserError(f"--bias-update-rate: the gate of {family.model_type} has no bias for the choice")
     recipe = recipe_of(recipe)
+    if family.weighs_input and recipe.condense != "none":
+        raise UserError(
+            f"--recipe {recipe.name}: {family.model_type} weighs what its experts are given, so that one answer cannot "
+            "serve several tokens; use a recipe without condensation (--condense none)"
+        )
     if recompute is None:
         recompute = any(getattr(m, "gradient_checkpointing", False) for m in lm.modules())
     runtime = Runtime.create(Comm.create(mesh), recipe, described, recompute, topology)
@@ -262,13 +280,15 @@ def parallelize(
         shared = None
         if family.shared is not None:
             gate = None if family.shared_gate is None else getattr(block, family.shared_gate)
-            shared = SharedExperts(getattr(block, family.shared), gate)
+            shared = SharedExperts(getattr(block, family.shared), gate, halves_of(layer)[1].scale)
         adapters = take_adapters(block)
-        activate = family.activate(block)
+        activate, scale = family.activate(block), halves_of(layer)[1].scale
+        buffer = family.bias_buffer
+        bias = block._buffers.get(buffer) if buffer is not None else None
         replacement = MoELayer(
             runtime,
             i,
-            router=LibraryRouter(getattr(block, family.gate), described.router, family.bias_buffer),
+            router=LibraryRouter(getattr(block, family.gate), described.router, buffer, bias, scale),
             experts=LibraryExperts(block.experts, family, activate, num_local, mesh.ep_rank * num_local, adapters),
             shared_experts=shared,
             layer_of_moe=moe,

@@ -45,6 +45,10 @@ CASES = [
     # PEFT knows the usual list as the stacked experts', with twice the rank for gate and up together.
     Case("list", "deepseek_v3", "luffy", {"target_modules": ["o_proj", "gate_proj", "up_proj", "down_proj"]}),
     Case("router_and_dora_free", "qwen3_moe", "vanilla", {"target_parameters": ["mlp.gate.weight", STACKED[0]]}),
+    Case("weighed_input", "llama4_text", "vanilla_dedup",
+         {"target_parameters": [s.replace("mlp", "feed_forward") for s in STACKED]}),
+    Case("scaled", "granitemoe", "luffy",
+         {"target_parameters": ["block_sparse_moe.router.weight", "block_sparse_moe.experts.down_proj"]}),
     Case("dora", "qwen3_moe", "luffy", {"use_dora": True}),
 ]  # fmt: skip
 
