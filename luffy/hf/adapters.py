@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Collection
+import shutil
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,11 +82,13 @@ def adapt(
     seed: int = 0,
     on: Collection[str] = ("attention",),
     dora: bool = False,
+    tokens: Sequence[int] = (),
 ) -> None:
     """Put LoRA adapters of `rank` on `on` (luffy.hf.targets) of a parallel model, float32 at least; freeze all else.
 
     The same as PEFT would make of target_modules and target_parameters. dora: split the weights of attention in
-    magnitude and direction. For adapters of another kind make a PEFT model first and give that to `parallelize`.
+    magnitude and direction. tokens: ids whose rows in embedding and head are trained as well. For adapters of another
+    kind make a PEFT model first and give that to `parallelize`.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -97,6 +100,7 @@ def adapt(
         lora_alpha=alpha,
         target_modules=list(family.attention) if "attention" in on else [],
         target_parameters=["router.gate.weight"] if "router" in on else None,
+        trainable_token_indices=_rows_of(parallel, tokens),
         use_dora=dora,
         task_type="CAUSAL_LM",
     )
@@ -118,6 +122,15 @@ def adapt(
     parameters = [f"{block}.experts.{name}" for name in STACKED] if "experts" in on else []
     parameters += [f"{block}.{family.gate}.weight"] if "router" in on else []
     made.peft_config["default"].target_parameters = parameters or None
+
+
+def _rows_of(parallel: ParallelModel, tokens: Sequence[int]) -> dict[str, list[int]] | None:
+    """What PEFT calls them: rows of the embedding, and of the head where that is another weight."""
+    lm = parallel.causal_lm
+    ends = [lm.get_input_embeddings(), lm.get_output_embeddings()]
+    ends = ends[:1] if ends[0].weight is ends[1].weight else ends
+    names = {id(module): name.rpartition(".")[2] for name, module in lm.named_modules()}
+    return {names[id(end)]: list(tokens) for end in ends} if tokens else None
 
 
 def _begin_adapter(
@@ -184,6 +197,8 @@ def save_adapter(parallel: ParallelModel, folder: Path | str) -> None:
             tensors = {name: value.to("cpu", copy=True).contiguous() for name, value in state.items()}
             save_file(tensors, Path(folder) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
             config.save_pretrained(str(folder))
+            if parallel.tokenizer is not None:
+                shutil.copytree(parallel.tokenizer, folder, dirs_exist_ok=True)
         except (OSError, SafetensorError) as error:
             raise UserError(f"--out: {folder} not written: {error}") from error
 

@@ -26,6 +26,7 @@ from luffy.hf.hub import local_model
 from luffy.hf.model import ParallelModel, parallelize
 from luffy.hf.placing import source_of
 from luffy.hf.quantized import METHODS, method_of
+from luffy.hf.vocabulary import of_vocabulary, with_mean_rows
 from luffy.model.moe_layer import MoELayer
 from luffy.model.ownership import check_model, expert_parameters
 from luffy.model.router import wide
@@ -73,12 +74,14 @@ def load(
     recipe: str | Recipe = "luffy",
     *,
     dtype: torch.dtype | None = None,
+    vocab_size: int | None = None,
     **options: Any,
 ) -> ParallelModel:
     """The causal LM of `folder`, spread over `mesh`; every rank calls it, and all raise UserError if one cannot read.
 
     folder: or its name on the hub. mesh: None: all ranks that torchrun or accelerate launched, all one expert-parallel
-    group. dtype: of the weights, None: as the folder says. options: of `parallelize`.
+    group. dtype: of the weights, None: as the folder says. vocab_size: if larger than the folder's, embedding and head
+    get rows for new tokens, each the mean of the others. options: of `parallelize`.
     """
     from transformers import AutoModelForCausalLM
 
@@ -88,6 +91,9 @@ def load(
     if (method := vars(config).pop("dequantized_from", None)) is not None and mesh.rank == 0:
         click.echo(f"--model {folder}: its {method} weights are read as the numbers that they stand for", err=True)
     family = options.get("family") or family_of(config)
+    grows = vocab_size is not None and vocab_size > config.vocab_size
+    if grows:
+        config.vocab_size = vocab_size
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype or stored)
@@ -96,7 +102,7 @@ def load(
     weights = sum(local_part(p).nbytes for p in parallel.parameters())
     Need({f"for weights in {dtype or stored}": weights}).check(mesh.device, "--dtype or --dense sharded")
     _materialise(parallel, mesh.device)
-    everyone(mesh, lambda: fill(parallel, Checkpoint(folder)))
+    everyone(mesh, lambda: fill(parallel, Checkpoint(folder), grows))
     check_model(parallel, mesh)
     return parallel
 
@@ -128,13 +134,16 @@ def _materialise(parallel: ParallelModel, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def fill(parallel: ParallelModel, checkpoint: Checkpoint) -> None:
-    """Read every parameter and buffer of this rank. Raises UserError naming the tensor that does not fit."""
+def fill(parallel: ParallelModel, checkpoint: Checkpoint, grows: bool = False) -> None:
+    """Read every parameter and buffer of this rank. Raises UserError naming the tensor that does not fit.
+
+    grows: the vocabulary may be larger than the checkpoint's.
+    """
     lm, family, where = parallel.causal_lm, parallel.family, checkpoint.entries
     blocks = sparse_blocks(parallel)
     tied = tied_names(lm)
     used: set[str] = set()
-    stacked = expert_parameters(parallel)
+    stacked, growing = expert_parameters(parallel), of_vocabulary(lm) if grows else set()
     own = {name: b for name, b in parallel.named_buffers() if is_stored(parallel, name)}
     for name, target in [*parallel.named_parameters(), *own.items()]:
         library = parallel.library_name(name)
@@ -146,12 +155,18 @@ def fill(parallel: ParallelModel, checkpoint: Checkpoint) -> None:
                 raise UserError(f"--model: {key} is missing in {checkpoint.folder}{_alike(key, where)}")
         used.update(keys)
         if name not in stacked:
-            if is_sharded(target):
+            if is_sharded(target) and id(target) not in growing:
                 _check_shape(keys[0], where[keys[0]].shape, target.shape)
                 local_part(target).copy_(checkpoint.read(keys[0], *rows_of(target, parallel.runtime.comm)))
                 continue
             value = checkpoint.read(keys[0])
+            if id(target) in growing:
+                value = with_mean_rows(value, target.shape[0])
             _check_shape(keys[0], tuple(value.shape), target.shape)
+            if is_sharded(target):
+                begin, end = rows_of(target, parallel.runtime.comm)
+                local_part(target).copy_(value[begin:end])
+                continue
             if name in own and value.dtype != target.dtype:
                 target.data = target.data.to(wide(value.dtype))  # a bias of the choice: see RouterBase
             target.copy_(value)

@@ -12,7 +12,7 @@ process would compute, and gradients are *summed* over ranks too (luffy.train.gr
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -70,6 +70,7 @@ class ParallelModel(Stack):
         # Of the folder that it was loaded from, if any: where it is, and what its weights are stored as.
         self.folder: Path | None = None
         self.stored_dtype: torch.dtype | None = None
+        self.tokenizer: Path | None = None  # folder of a tokenizer that takes the place of the folder's own
         self.units: DenseUnits | None = None  # of dense weights that are sharded
 
     @property
@@ -99,10 +100,16 @@ class ParallelModel(Stack):
         return make_batch(self.runtime.comm, input_ids, attention_mask, labels, position_ids, padded)
 
     def adapt(
-        self, rank: int, alpha: int = 16, seed: int = 0, on: Collection[str] = ("attention",), dora: bool = False
+        self,
+        rank: int,
+        alpha: int = 16,
+        seed: int = 0,
+        on: Collection[str] = ("attention",),
+        dora: bool = False,
+        tokens: Sequence[int] = (),
     ) -> None:
         """LoRA adapters on attention, experts, router; all else frozen: see luffy.hf.adapters.adapt."""
-        adapt(self, rank, alpha, seed, on, dora)
+        adapt(self, rank, alpha, seed, on, dora, tokens)
 
     def shard_dense(self) -> None:
         """Keep only this rank's part of the dense weights, from now on: see luffy.hf.dense. Before an optimizer."""
