@@ -12,7 +12,7 @@ import copy
 import math
 import re
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from luffy.comm.sharding import is_sharded, whole
+from luffy.comm.sharding import whole
 from luffy.errors import UserError
 from luffy.hf.parts import LibraryExperts
 from luffy.hf.targets import check_targets
@@ -153,18 +153,6 @@ def _begin_adapter(
     experts.add_adapter(ExpertAdapter(name, a[mine], b, scaling), experts.device)
 
 
-def adapter_state(parallel: ParallelModel, of: Callable[[Tensor], Tensor] = Tensor.detach) -> dict[str, Tensor]:
-    """What the adapter trains, whole, under PEFT's names and in its shapes; all ranks call it.
-
-    of: makes of a parameter what is wanted, itself or its gradient.
-    """
-    return _experts_state(parallel, of) | {
-        _library_path(parallel, name): of(whole(p) if is_sharded(p) else p)
-        for name, p in _others(parallel)
-        if p.requires_grad
-    }
-
-
 def _others(parallel: ParallelModel) -> list[tuple[str, nn.Parameter]]:
     """Parameters that PEFT may want to save, but for the experts'."""
     kinds = (".lora_", ".modules_to_save.", ".token_adapter.")
@@ -180,14 +168,12 @@ def save_adapter(parallel: ParallelModel, folder: Path | str) -> None:
     library: Any = parallel.library
     adapter = library.active_adapter
     others = {name: whole(p).detach() for name, p in _others(parallel)}
-    state = {
-        name.replace(f".{adapter}.", "."): value for name, value in _experts_state(parallel, Tensor.detach).items()
-    }
+    state = {name.replace(f".{adapter}.", "."): value for name, value in _experts_state(parallel).items()}
 
     def write() -> None:
         # PEFT picks and names what it knows, by the modules that it finds: under their names here.
         known = get_peft_model_state_dict(library, others, adapter_name=adapter, save_embedding_layers=False)
-        state.update({_library_path(parallel, name): value for name, value in known.items()})
+        state.update({parallel.library_path(name): value for name, value in known.items()})
         config = copy.deepcopy(library.peft_config[adapter])
         config.inference_mode = True
         if parallel.folder is not None:
@@ -205,22 +191,16 @@ def save_adapter(parallel: ParallelModel, folder: Path | str) -> None:
     everyone(parallel.runtime.comm.mesh, write, only_first=True)
 
 
-def _experts_state(parallel: ParallelModel, of: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+def _experts_state(parallel: ParallelModel) -> dict[str, Tensor]:
     """The factors of all experts as PEFT has them in its model."""
     library: Any = parallel.library
     state = {}
     for name, p in library.named_parameters():
         factor = _FACTOR.search(name)
         if factor is not None:
-            key, value = _whole_factor(parallel, name, factor[1], factor[2], of(p), library.active_adapter)
+            key, value = _whole_factor(parallel, name, factor[1], factor[2], p.detach(), library.active_adapter)
             state[key] = value
     return state
-
-
-def _library_path(parallel: ParallelModel, name: str) -> str:
-    family = parallel.family
-    name = name.replace(".router.gate.", f".{family.gate}.").replace(".shared_experts.module.", f".{family.shared}.")
-    return name.replace(".shared_experts.gate.", f".{family.shared_gate}.")
 
 
 def _whole_factor(

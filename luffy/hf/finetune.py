@@ -83,7 +83,7 @@ class FineTuner(Trainer):
         if self.new_ids:
             parallel.tokenizer = self.out / "tokenizer"
         if o.lora:
-            parallel.adapt(o.lora, o.lora_alpha, o.seed, o.lora_targets, o.dora, self.new_ids)
+            parallel.adapt(o.lora, alpha=o.lora_alpha, seed=o.seed, on=o.lora_targets, dora=o.dora, tokens=self.new_ids)
         if o.freeze is not None:
             freeze(parallel, o.freeze)
         self.comm = parallel.runtime.comm

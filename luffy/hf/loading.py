@@ -16,7 +16,7 @@ import click
 import torch
 from torch import Tensor, nn
 
-from luffy.comm import Mesh
+from luffy.comm import Comm, Mesh
 from luffy.comm.mesh import mesh_of_world
 from luffy.comm.sharding import is_sharded, local_part, rows_of
 from luffy.errors import UserError
@@ -24,7 +24,7 @@ from luffy.hf.families import family_of
 from luffy.hf.files import Checkpoint
 from luffy.hf.hub import local_model
 from luffy.hf.model import ParallelModel, parallelize
-from luffy.hf.placing import source_of
+from luffy.hf.placing import Source, source_of
 from luffy.hf.quantized import METHODS, method_of
 from luffy.hf.vocabulary import of_vocabulary, with_mean_rows
 from luffy.model.moe_layer import MoELayer
@@ -146,42 +146,19 @@ def fill(parallel: ParallelModel, checkpoint: Checkpoint, grows: bool = False) -
     stacked, growing = expert_parameters(parallel), of_vocabulary(lm) if grows else set()
     own = {name: b for name, b in parallel.named_buffers() if is_stored(parallel, name)}
     for name, target in [*parallel.named_parameters(), *own.items()]:
-        library = parallel.library_name(name)
-        source = source_of(library, family, blocks, where)
+        source = source_of(parallel.library_name(name), family, blocks, where)
         experts = range(parallel.config.router.num_experts) if source.per_expert else [0]
         keys = [key for e in experts for key in source.of(e)]
         for key in keys:
             if key not in where:
                 raise UserError(f"--model: {key} is missing in {checkpoint.folder}{_alike(key, where)}")
         used.update(keys)
-        if name not in stacked:
-            if is_sharded(target) and id(target) not in growing:
-                _check_shape(keys[0], where[keys[0]].shape, target.shape)
-                local_part(target).copy_(checkpoint.read(keys[0], *rows_of(target, parallel.runtime.comm)))
-                continue
-            value = checkpoint.read(keys[0])
-            if id(target) in growing:
-                value = with_mean_rows(value, target.shape[0])
-            _check_shape(keys[0], tuple(value.shape), target.shape)
-            if is_sharded(target):
-                begin, end = rows_of(target, parallel.runtime.comm)
-                local_part(target).copy_(value[begin:end])
-                continue
-            if name in own and value.dtype != target.dtype:
-                target.data = target.data.to(wide(value.dtype))  # a bias of the choice: see RouterBase
-            target.copy_(value)
-            continue
-        first = parallel.runtime.comm.mesh.ep_rank * target.shape[0]
-        if not source.per_expert:
-            _check_shape(keys[0], where[keys[0]].shape[1:], target[0].shape)
-            target.copy_(checkpoint.read(keys[0], first, first + target.shape[0]))
-            continue
-        for i in range(target.shape[0]):
-            parts = [checkpoint.read(key) for key in source.of(first + i)]
-            height = target.shape[1] // len(parts)
-            for key, part, rows in zip(source.of(first + i), parts, target[i].split(height), strict=True):
-                _check_shape(key, tuple(part.shape), rows.shape)
-                rows.copy_(part)
+        if name in stacked:
+            _fill_experts(target, source, checkpoint, parallel.runtime.comm.mesh.ep_rank)
+        else:
+            if name in own and target.dtype != (stored := checkpoint.read(keys[0]).dtype):
+                target.data = target.data.to(wide(stored))  # a bias of the choice: see RouterBase
+            _fill_one(target, keys[0], checkpoint, parallel.runtime.comm, id(target) in growing)
     ignored = [re.compile(p) for p in getattr(lm, "_keys_to_ignore_on_load_unexpected", None) or []]
     for key in where:
         if key in used or any(p.search(key) for p in ignored) or key.endswith("rotary_emb.inv_freq"):
@@ -189,6 +166,38 @@ def fill(parallel: ParallelModel, checkpoint: Checkpoint, grows: bool = False) -
         if key in tied and checkpoint.same(key, tied[key]):
             continue
         raise UserError(f"--model: {key} in {checkpoint.folder} belongs to nothing in a {lm.config.model_type} model")
+
+
+def _fill_one(target: Tensor, key: str, checkpoint: Checkpoint, comm: Comm, grows: bool) -> None:
+    """Of a tensor that is on every rank, or divided by rows. grows: it may have more rows than the checkpoint's."""
+    if is_sharded(target) and not grows:
+        _check_shape(key, checkpoint.entries[key].shape, target.shape)
+        local_part(target).copy_(checkpoint.read(key, *rows_of(target, comm)))
+        return
+    value = checkpoint.read(key)
+    value = with_mean_rows(value, target.shape[0]) if grows else value
+    _check_shape(key, tuple(value.shape), target.shape)
+    if is_sharded(target):
+        begin, end = rows_of(target, comm)
+        local_part(target).copy_(value[begin:end])
+    else:
+        target.copy_(value)
+
+
+def _fill_experts(target: Tensor, source: Source, checkpoint: Checkpoint, ep_rank: int) -> None:
+    """This rank's experts [n, ...]: of one stacked tensor, or of some tensors an expert."""
+    first = ep_rank * target.shape[0]
+    if not source.per_expert:
+        (key,) = source.keys
+        _check_shape(key, checkpoint.entries[key].shape[1:], target[0].shape)
+        target.copy_(checkpoint.read(key, first, first + target.shape[0]))
+        return
+    for i in range(target.shape[0]):
+        keys = source.of(first + i)
+        for key, rows in zip(keys, target[i].split(target.shape[1] // len(keys)), strict=True):
+            part = checkpoint.read(key)
+            _check_shape(key, tuple(part.shape), rows.shape)
+            rows.copy_(part)
 
 
 def _check_shape(key: str, found: tuple[int, ...], wanted: torch.Size) -> None:

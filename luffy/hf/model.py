@@ -12,7 +12,6 @@ process would compute, and gradients are *summed* over ranks too (luffy.train.gr
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -87,7 +86,11 @@ class ParallelModel(Stack):
 
     def library_name(self, name: str) -> str:
         """A parameter's name as the library has it: without what `parallelize` and PEFT put around modules."""
-        family, name = self.family, _PREFIX.sub("", name).replace(".base_layer.", ".")
+        return self.library_path(_PREFIX.sub("", name).replace(".base_layer.", "."))
+
+    def library_path(self, name: str) -> str:
+        """The same with PEFT's parts left in."""
+        family = self.family
         name = name.replace(".router.gate.", f".{family.gate}.")
         if family.bias_buffer is not None:
             name = name.replace(f".router.{family.bias_buffer}", f".{family.bias_buffer}")
@@ -99,17 +102,9 @@ class ParallelModel(Stack):
         """This rank's [B, L] as its part of a micro-batch; every rank calls it. See luffy.hf.batches."""
         return make_batch(self.runtime.comm, input_ids, attention_mask, labels, position_ids, padded)
 
-    def adapt(
-        self,
-        rank: int,
-        alpha: int = 16,
-        seed: int = 0,
-        on: Collection[str] = ("attention",),
-        dora: bool = False,
-        tokens: Sequence[int] = (),
-    ) -> None:
-        """LoRA adapters on attention, experts, router; all else frozen: see luffy.hf.adapters.adapt."""
-        adapt(self, rank, alpha, seed, on, dora, tokens)
+    def adapt(self, rank: int, **options: Any) -> None:
+        """LoRA adapters, all else frozen; options: on, alpha, seed, dora, tokens of luffy.hf.adapters.adapt."""
+        adapt(self, rank, **options)
 
     def shard_dense(self) -> None:
         """Keep only this rank's part of the dense weights, from now on: see luffy.hf.dense. Before an optimizer."""
@@ -279,29 +274,9 @@ def parallelize(
     if recompute is None:
         recompute = any(getattr(m, "gradient_checkpointing", False) for m in lm.modules())
     runtime = Runtime.create(Comm.create(mesh), recipe, described, recompute, topology)
-    num_local, moe = described.router.num_experts // mesh.ep_size, 0
-    for i, layer in enumerate(layers):
-        if i in dense_layers:
-            continue
-        block = getattr(layer, family.block)
-        shared = None
-        if family.shared is not None:
-            gate = None if family.shared_gate is None else getattr(block, family.shared_gate)
-            shared = SharedExperts(getattr(block, family.shared), gate, halves_of(layer)[1].scale)
-        adapters = take_adapters(block)
-        activate, scale = family.activate(block), halves_of(layer)[1].scale
-        buffer = family.bias_buffer
-        bias = block._buffers.get(buffer) if buffer is not None else None
-        replacement = MoELayer(
-            runtime,
-            i,
-            router=LibraryRouter(getattr(block, family.gate), described.router, buffer, bias, scale),
-            experts=LibraryExperts(block.experts, family, activate, num_local, mesh.ep_rank * num_local, adapters),
-            shared_experts=shared,
-            layer_of_moe=moe,
-        )
-        setattr(layer, family.block, replacement.train(block.training))
-        moe += 1
+    sparse = [i for i in range(len(layers)) if i not in dense_layers]
+    for nth, i in enumerate(sparse):
+        _spread(layers[i], family, described, runtime, i, nth)
     lm.register_forward_pre_hook(_refuse)
     weights_dtype = cast(Tensor, lm.get_input_embeddings().weight).dtype
     balance = getattr(config, "router_aux_loss_coef", 0.0) if getattr(config, "output_router_logits", False) else 0.0
@@ -313,6 +288,26 @@ def parallelize(
     if dense == "sharded":
         parallel.shard_dense()
     return parallel
+
+
+def _spread(layer: Any, family: Family, described: ModelConfig, runtime: Runtime, index: int, nth: int) -> None:
+    """Put a MoELayer around the parts of a layer's block, with this rank's experts. nth: among layers with experts."""
+    block, mesh, scale = getattr(layer, family.block), runtime.comm.mesh, halves_of(layer)[1].scale
+    num_local, buffer, shared = described.router.num_experts // mesh.ep_size, family.bias_buffer, None
+    if family.shared is not None:
+        gate = None if family.shared_gate is None else getattr(block, family.shared_gate)
+        shared = SharedExperts(getattr(block, family.shared), gate, scale)
+    bias = None if buffer is None else block._buffers.get(buffer)
+    adapters, activate = take_adapters(block), family.activate(block)
+    replacement = MoELayer(
+        runtime,
+        index,
+        router=LibraryRouter(getattr(block, family.gate), described.router, buffer, bias, scale),
+        experts=LibraryExperts(block.experts, family, activate, num_local, mesh.ep_rank * num_local, adapters),
+        shared_experts=shared,
+        layer_of_moe=nth,
+    )
+    setattr(layer, family.block, replacement.train(block.training))
 
 
 def _refuse(module: nn.Module, arguments: Any) -> None:
