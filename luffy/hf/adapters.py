@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Collection
+import shutil
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from luffy.comm.sharding import is_sharded, whole
+from luffy.comm.sharding import whole
 from luffy.errors import UserError
 from luffy.hf.parts import LibraryExperts
 from luffy.hf.targets import check_targets
@@ -81,11 +82,13 @@ def adapt(
     seed: int = 0,
     on: Collection[str] = ("attention",),
     dora: bool = False,
+    tokens: Sequence[int] = (),
 ) -> None:
     """Put LoRA adapters of `rank` on `on` (luffy.hf.targets) of a parallel model, float32 at least; freeze all else.
 
     The same as PEFT would make of target_modules and target_parameters. dora: split the weights of attention in
-    magnitude and direction. For adapters of another kind make a PEFT model first and give that to `parallelize`.
+    magnitude and direction. tokens: ids whose rows in embedding and head are trained as well. For adapters of another
+    kind make a PEFT model first and give that to `parallelize`.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -97,6 +100,7 @@ def adapt(
         lora_alpha=alpha,
         target_modules=list(family.attention) if "attention" in on else [],
         target_parameters=["router.gate.weight"] if "router" in on else None,
+        trainable_token_indices=_rows_of(parallel, tokens),
         use_dora=dora,
         task_type="CAUSAL_LM",
     )
@@ -120,6 +124,15 @@ def adapt(
     made.peft_config["default"].target_parameters = parameters or None
 
 
+def _rows_of(parallel: ParallelModel, tokens: Sequence[int]) -> dict[str, list[int]] | None:
+    """What PEFT calls them: rows of the embedding, and of the head where that is another weight."""
+    lm = parallel.causal_lm
+    ends = [lm.get_input_embeddings(), lm.get_output_embeddings()]
+    ends = ends[:1] if ends[0].weight is ends[1].weight else ends
+    names = {id(module): name.rpartition(".")[2] for name, module in lm.named_modules()}
+    return {names[id(end)]: list(tokens) for end in ends} if tokens else None
+
+
 def _begin_adapter(
     experts: LibraryExperts,
     name: str,
@@ -130,7 +143,7 @@ def _begin_adapter(
     generator: torch.Generator,
 ) -> None:
     """As PEFT begins one: A uniform, B zero. Every rank draws for all experts and keeps its own."""
-    width_in, width_out = experts.widths(name)
+    width_in, width_out = experts.factor_widths(name)
     total = len(slot_of_expert)
     bound = 1 / math.sqrt(width_in)  # kaiming_uniform_ with a = sqrt(5)
     a = torch.empty(total, rank, width_in).uniform_(-bound, bound, generator=generator)
@@ -138,18 +151,6 @@ def _begin_adapter(
     mine = slot_of_expert.argsort()[first : first + experts.num_local].cpu()
     b = torch.zeros(experts.num_local, width_out, rank)
     experts.add_adapter(ExpertAdapter(name, a[mine], b, scaling), experts.device)
-
-
-def adapter_state(parallel: ParallelModel, of: Callable[[Tensor], Tensor] = Tensor.detach) -> dict[str, Tensor]:
-    """What the adapter trains, whole, under PEFT's names and in its shapes; all ranks call it.
-
-    of: makes of a parameter what is wanted, itself or its gradient.
-    """
-    return _experts_state(parallel, of) | {
-        _library_path(parallel, name): of(whole(p) if is_sharded(p) else p)
-        for name, p in _others(parallel)
-        if p.requires_grad
-    }
 
 
 def _others(parallel: ParallelModel) -> list[tuple[str, nn.Parameter]]:
@@ -167,14 +168,12 @@ def save_adapter(parallel: ParallelModel, folder: Path | str) -> None:
     library: Any = parallel.library
     adapter = library.active_adapter
     others = {name: whole(p).detach() for name, p in _others(parallel)}
-    state = {
-        name.replace(f".{adapter}.", "."): value for name, value in _experts_state(parallel, Tensor.detach).items()
-    }
+    state = {name.replace(f".{adapter}.", "."): value for name, value in _experts_state(parallel).items()}
 
     def write() -> None:
         # PEFT picks and names what it knows, by the modules that it finds: under their names here.
         known = get_peft_model_state_dict(library, others, adapter_name=adapter, save_embedding_layers=False)
-        state.update({_library_path(parallel, name): value for name, value in known.items()})
+        state.update({parallel.library_path(name): value for name, value in known.items()})
         config = copy.deepcopy(library.peft_config[adapter])
         config.inference_mode = True
         if parallel.folder is not None:
@@ -184,28 +183,24 @@ def save_adapter(parallel: ParallelModel, folder: Path | str) -> None:
             tensors = {name: value.to("cpu", copy=True).contiguous() for name, value in state.items()}
             save_file(tensors, Path(folder) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
             config.save_pretrained(str(folder))
+            if parallel.tokenizer is not None:
+                shutil.copytree(parallel.tokenizer, folder, dirs_exist_ok=True)
         except (OSError, SafetensorError) as error:
             raise UserError(f"--out: {folder} not written: {error}") from error
 
     everyone(parallel.runtime.comm.mesh, write, only_first=True)
 
 
-def _experts_state(parallel: ParallelModel, of: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+def _experts_state(parallel: ParallelModel) -> dict[str, Tensor]:
     """The factors of all experts as PEFT has them in its model."""
     library: Any = parallel.library
     state = {}
     for name, p in library.named_parameters():
         factor = _FACTOR.search(name)
         if factor is not None:
-            key, value = _whole_factor(parallel, name, factor[1], factor[2], of(p), library.active_adapter)
+            key, value = _whole_factor(parallel, name, factor[1], factor[2], p.detach(), library.active_adapter)
             state[key] = value
     return state
-
-
-def _library_path(parallel: ParallelModel, name: str) -> str:
-    family = parallel.family
-    name = name.replace(".router.gate.", f".{family.gate}.").replace(".shared_experts.module.", f".{family.shared}.")
-    return name.replace(".shared_experts.gate.", f".{family.shared_gate}.")
 
 
 def _whole_factor(

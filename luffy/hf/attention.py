@@ -18,24 +18,41 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_chunked_causal_mask,
+    create_sliding_window_causal_mask,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from luffy.data.batch import Layout
 from luffy.errors import UserError
 from luffy.model.library import call_in
 
-# Their frequencies depend on the longest sequence of a batch, so a sequence's output would depend on its company.
-UNSTEADY_ROPE = ("dynamic", "longrope")
-
 
 def check_attention(config: Any) -> None:
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope in UNSTEADY_ROPE:
+    """UserError for attention whose answer to a sequence would depend on its company, or that has another mask."""
+    if (rope := _rope(config).get("rope_type")) == "dynamic":
         raise UserError(
             f"rope_type {rope!r}: its frequencies depend on the longest sequence of the batch, which moves between "
             f"ranks; set another one in the model's configuration"
         )
+    if config.model_type == "minimax" and config.sliding_window is not None:
+        raise UserError("sliding_window of minimax, whose layers say full_attention: set it to None")
+
+
+def _rope(config: Any) -> dict[str, Any]:
+    return getattr(config, "rope_parameters", None) or {}
+
+
+def longest_sequence(config: Any) -> int:
+    """Tokens that attention can take. `longrope` has other frequencies where a batch's longest sequence is longer than
+    those that the model was first made for; up to there they are the same for all."""
+    limit = int(config.max_position_embeddings)
+    if _rope(config).get("rope_type") != "longrope":
+        return limit
+    first = _rope(config).get("original_max_position_embeddings")
+    return min(limit, int(first or getattr(config, "original_max_position_embeddings", limit)))
 
 
 def mixer_of(layer: Any) -> nn.Module:
@@ -50,12 +67,27 @@ def _positions_in(kind: Any) -> bool:
 
 
 def takes_positions(mixer: nn.Module) -> bool:
-    """Whether it is attention; a recurrence takes no positions, and no mask where padding lies on the right."""
+    """Whether it wants rotary embeddings and a mask, as attention does."""
     kind: Any = type(mixer)
     return _positions_in(kind)
 
 
+def counts_rows(mixer: Any) -> bool:
+    """Whether it must see each sequence alone: a recurrence, or attention that takes a row's number for its place.
+
+    A recurrence needs no mask where padding lies on the right. Llama-4 scales queries by their place in the grid.
+    """
+    if not takes_positions(mixer) or getattr(mixer, "layer_type", None) == "linear_attention":
+        return True
+    return bool(getattr(mixer, "attn_temperature_tuning", False)) and not mixer.use_rope
+
+
 PACKED = "luffy_packed"
+_MASKS: dict[str, Callable[..., Any]] = {
+    "full_attention": create_causal_mask,
+    "sliding_attention": create_sliding_window_causal_mask,
+    "chunked_attention": create_chunked_causal_mask,
+}
 # The argument had another name before transformers 5.24.
 _NO_CACHE = {"cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values": None}
 
@@ -65,9 +97,20 @@ class Frames:
 
     def __init__(self, config: Any, rotary: nn.Module, longest: int, like: Tensor, padded: bool) -> None:
         self.config, self.padded = config, padded
+        if _rope(config).get("rope_type") == "longrope" and longest > longest_sequence(config):
+            raise UserError(
+                f"--sequence-length: a sequence of {longest} tokens; with rope_type 'longrope' {config.model_type} is "
+                f"trained on up to {longest_sequence(config)}, beyond which frequencies depend on the batch"
+            )
         positions = torch.arange(max(longest, 1), device=like.device)[None]
-        self.cos, self.sin = rotary(like, position_ids=positions)  # [1, longest, hd] each
+        # [1, longest, hd] each: cosines and sines, or Llama-4's complex numbers.
+        rotated = rotary(like, position_ids=positions)
+        self.rotary: tuple[Tensor, ...] = rotated if isinstance(rotated, tuple) else (rotated,)
         self._masks: dict[tuple[int, str], Any] = {}
+
+    def _at(self, positions: Tensor | slice) -> Any:
+        chosen = tuple(t[:, positions] for t in self.rotary)
+        return chosen if len(chosen) > 1 else chosen[0]
 
     def attend(self, attention: nn.Module, index: int, x: Tensor, layout: Layout) -> Tensor:
         """x: [T, D], normed -> what attention of layer `index` answers, [T, D]."""
@@ -75,7 +118,7 @@ class Frames:
             # A rank without tokens still touches every parameter, so that gradients are summed over all ranks.
             ghost = self._on_grid(attention, index, x.new_zeros(1, 1, x.shape[1]))
             return x + ghost.sum() * 0
-        if not takes_positions(attention) and not layout.equal_lengths:
+        if counts_rows(attention) and not layout.equal_lengths:
             return self._by_length(attention, index, x, layout)
         if self.padded or layout.equal_lengths:
             shape = layout.num_sequences, layout.max_length
@@ -93,7 +136,7 @@ class Frames:
                 x.dtype,
                 attention,
                 hidden_states=x[None],
-                position_embeddings=(self.cos[:, positions], self.sin[:, positions]),
+                position_embeddings=self._at(positions),
                 attention_mask=None,
                 packed=packed,
             )
@@ -119,7 +162,7 @@ class Frames:
             grid.dtype,
             attention,
             hidden_states=grid,
-            position_embeddings=(self.cos[:, :length], self.sin[:, :length]),
+            position_embeddings=self._at(slice(length)),
             attention_mask=self.mask(index, length, grid),
         )
         return answer[0]
@@ -129,10 +172,12 @@ class Frames:
         types = getattr(self.config, "layer_types", None)
         kind = "sliding_attention" if getattr(self.config, "sliding_window", None) is not None else "full_attention"
         kind = kind if types is None else types[index]
+        if kind == "linear_attention":
+            return None
         if (length, kind) not in self._masks:
-            if kind not in ("full_attention", "sliding_attention"):
-                raise UserError(f"layer_types {kind!r}: only full_attention and sliding_attention are known here")
-            make = create_causal_mask if kind == "full_attention" else create_sliding_window_causal_mask
+            if kind not in _MASKS:
+                raise UserError(f"layer_types {kind!r}: only {', '.join(_MASKS)} are known here")
+            make = _MASKS[kind]
             shaped = like.new_empty(1, length, 1)  # only its shape, dtype and device are looked at
             self._masks[length, kind] = make(config=self.config, inputs_embeds=shaped, attention_mask=None, **_NO_CACHE)
         return self._masks[length, kind]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from luffy.config import ModelConfig, RouterConfig
+from luffy.hf.attention import longest_sequence
 from luffy.hf.families import Family
 
 
@@ -33,7 +34,7 @@ def describe(config: Any, family: Family, dense_layers: tuple[int, ...], **route
         num_heads=heads if config.hidden_size % heads == 0 and config.hidden_size // heads % 2 == 0 else 1,
         dense_hidden_size=getattr(config, "intermediate_size", config.hidden_size),
         expert_hidden_size=getattr(config, family.expert_width),
-        max_sequence_length=config.max_position_embeddings,
+        max_sequence_length=longest_sequence(config),
         position="rope",
         norm="rmsnorm",
         activation="swiglu",

@@ -75,6 +75,49 @@ def gpt_oss_gate(block: Any) -> Activation:
 
 
 @dataclass(frozen=True)
+class Half:
+    """How attention or feed-forward, f, joins the stream x: scale * f(norm(x)) is added to x.
+
+    kept: where given, it is added to kept * norm(x) instead.
+    """
+
+    scale: float = 1.0
+    kept: float | None = None
+
+    def start(self, x: Tensor, normed: Tensor) -> Tensor:
+        """What f's answer is added to, [T, D]."""
+        if self.kept is None:
+            return x
+        return normed if self.kept == 1 else self.kept * normed
+
+    def scaled(self, answer: Tensor) -> Tensor:
+        return answer if self.scale == 1 else self.scale * answer
+
+
+def halves_of(layer: Any) -> tuple[Half, Half]:
+    """Attention's and feed-forward's, by the factors that a decoder layer holds (Granite's and MiniMax's names)."""
+    if hasattr(layer, "residual_multiplier"):
+        half = Half(scale=float(layer.residual_multiplier))
+        return half, half
+    if hasattr(layer, "attn_alpha_factor"):
+        return (
+            Half(float(layer.attn_beta_factor), float(layer.attn_alpha_factor)),
+            Half(float(layer.mlp_beta_factor), float(layer.mlp_alpha_factor)),
+        )
+    return Half(), Half()
+
+
+def embedding_factor(lm: Any) -> float:
+    """What the library's causal LM multiplies its embeddings by."""
+    return float(getattr(lm.model, "embedding_multiplier", 1.0))
+
+
+def logits_divisor(lm: Any) -> float:
+    """What it divides its logits by."""
+    return float(getattr(lm, "logits_scaling", 1.0))
+
+
+@dataclass(frozen=True)
 class Family:
     """One kind of model, by its `config.model_type`.
 
@@ -83,10 +126,12 @@ class Family:
     (a block without attribute `experts` is dense and left alone); shared None: no shared experts. shared_gate: a
     linear map whose sigmoid the shared experts' answer is multiplied by, None for none.
     score: how the gate's logits become probabilities for the auxiliary losses, "softmax" or "sigmoid".
-    bias_buffer: the gate's buffer that is added to the scores for the choice only, None for none.
+    bias_buffer: the buffer, of the gate or of the block, that is added to the scores for the choice only, or None.
     attention: linear maps of attention, for adapters.
     activate: block -> what lies between an expert's two products.
     transposed: expert weights lie [in, out] instead of [out, in]. biases: experts have them, named `*_bias`.
+    weighs_input: an expert's input is multiplied by its weight, not its answer.
+    noise: settings of the configuration that let a layer draw random factors, unless they are 0.
     normalizes: configuration -> whether the weights of a token's experts sum to one.
     on_disk: see OnDisk.
     """
@@ -105,6 +150,8 @@ class Family:
     activate: Callable[[Any], Activation] = gated
     transposed: bool = False
     biases: bool = False
+    weighs_input: bool = False
+    noise: tuple[str, ...] = ("router_jitter_noise", "input_jitter_noise")
     normalizes: Callable[[Any], bool] = lambda config: bool(config.norm_topk_prob)
     on_disk: OnDisk = field(default=GATE_UP_DOWN)
 
@@ -113,7 +160,7 @@ class Family:
 
     def check(self, config: Any) -> None:
         """UserError for what this family can be configured to do and Luffy cannot."""
-        for name in ("router_jitter_noise", "input_jitter_noise"):
+        for name in self.noise:
             if getattr(config, name, 0.0):
                 raise UserError(
                     f"{name} {getattr(config, name)}: a random factor on what experts see would depend on the rank "
@@ -161,6 +208,16 @@ GPT_OSS = Family(
         {name: (f"experts.{name}",) for name in ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")}
     ),
 )
+# Its gate draws experts at random in training, as dropout does (arXiv 2409.12136). What its configuration calls the
+# router's noise is the threshold below which an expert is not drawn.
+PHIMOE = replace(
+    MIXTRAL,
+    model_type="phimoe",
+    gate="router",
+    noise=("input_jitter_noise",),
+    normalizes=lambda config: False,
+    on_disk=replace(MIXTRAL.on_disk, renamed={"router.weight": "gate.weight"}),
+)
 
 FAMILIES: dict[str, Family] = {}
 
@@ -171,7 +228,7 @@ def register(family: Family) -> Family:
     return family
 
 
-for _family in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, DEEPSEEK_V3, GLM4_MOE, GPT_OSS):
+for _family in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, DEEPSEEK_V3, GLM4_MOE, GPT_OSS, PHIMOE):
     register(_family)
 
 

@@ -27,10 +27,11 @@ SHARD_NUM_BYTES = 5_000_000_000
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor is, and its shape."""
+    """Where a tensor is, under which name, and its shape."""
 
     file: Path
     shape: tuple[int, ...]
+    key: str
 
 
 def read_header(path: Path) -> dict[str, Entry]:
@@ -48,7 +49,20 @@ def read_header(path: Path) -> dict[str, Entry]:
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         if 8 + length + entry["data_offsets"][1] > size:
             raise UserError(f"--model: {path} is truncated: {name} is not whole; fetch it again")
-    return {name: Entry(path, tuple(entry["shape"])) for name, entry in header.items()}
+    return {name: Entry(path, tuple(entry["shape"]), name) for name, entry in header.items()}
+
+
+# What stands before the language model's names in folders of models that also see: Llama-4's way, and Qwen3.5's.
+_LANGUAGE = (("language_model.model.", "model."), ("language_model.lm_head.", "lm_head."),
+             ("model.language_model.", "model."), ("lm_head.", "lm_head."))  # fmt: skip
+
+
+def language_model_of(entries: dict[str, Entry]) -> dict[str, Entry]:
+    """The tensors of the language model alone, under the names that they have in a folder without another."""
+    if not any("language_model." in name for name in entries):
+        return entries
+    prefixes = [(name, pair) for name in entries for pair in _LANGUAGE if name.startswith(pair[0])]
+    return {new + name.removeprefix(old): entries[name] for name, (old, new) in prefixes}
 
 
 class Checkpoint:
@@ -80,7 +94,8 @@ class Checkpoint:
             self.entries = read_header(folder / "model.safetensors")
         else:
             raise UserError(f"--model: {folder} holds neither model.safetensors nor {INDEX}")
-        self._stored, self.entries = self.entries, folded(self.entries)
+        self._stored = language_model_of(self.entries)
+        self.entries = folded(self._stored)
 
     def read(self, name: str, begin: int | None = None, end: int | None = None) -> Tensor:
         """A tensor, or rows [begin, end) of it; dequantised, if need be."""
@@ -91,11 +106,11 @@ class Checkpoint:
         return self._read(name, begin, end)
 
     def _read(self, name: str, begin: int | None = None, end: int | None = None) -> Tensor:
-        file = self._stored[name].file
+        file, key = self._stored[name].file, self._stored[name].key
         if file not in self._handles:  # kept: a large folder holds tens of thousands of tensors
             self._handles[file] = safe_open(file, framework="pt")
         handle = self._handles[file]
-        return handle.get_tensor(name) if begin is None else handle.get_slice(name)[begin:end]
+        return handle.get_tensor(key) if begin is None else handle.get_slice(key)[begin:end]
 
     def same(self, first: str, second: str) -> bool:
         return torch.equal(self.read(first), self.read(second))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 
-from luffy.errors import UserError
 from luffy.hf.adapters import save_adapter
 from luffy.hf.freezing import freeze
 from luffy.hf.loading import load
@@ -18,12 +18,11 @@ from luffy.hf.model import ParallelModel
 from luffy.hf.options import FinetuneOptions
 from luffy.hf.saving import save_pretrained
 from luffy.hf.text import ExampleLoader, Examples, divide, prepare_examples
+from luffy.hf.vocabulary import add_tokens, named_tokens, open_tokenizer
 from luffy.train import run
 from luffy.train.checkpoint import everyone
 from luffy.train.progress import phase
 from luffy.train.trainer import Trainer
-
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def start(options: FinetuneOptions) -> None:
@@ -47,27 +46,24 @@ class FineTuner(Trainer):
         """Left to `load`, which knows every weight."""
 
     def _load_data(self) -> None:
-        from transformers import AutoTokenizer
-
         o, mesh = self.options, self.mesh
-        self.config, self.mask_id = o.model_config(), None
+        config, self.mask_id = o.model_config(), None
         folder = self.out / "tokens"
 
-        def prepare() -> str:
-            # Asked for a tokenizer that is not there, the library makes an empty one.
-            if not any((Path(o.model) / name).exists() for name in TOKENIZERS):
-                raise UserError(f"--model {o.model} holds no tokenizer ({', '.join(TOKENIZERS)})")
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(o.model, local_files_only=True)
-            except Exception as error:  # whatever is wrong with it, the mend is the same
-                raise UserError(f"--model {o.model}: its tokenizer cannot be read ({_line(error)})") from error
+        def prepare() -> tuple[str, list[int]]:
+            tokenizer = open_tokenizer(o.model)
+            new = add_tokens(tokenizer, named_tokens(o.new_tokens)) if o.new_tokens else []
+            if new:
+                tokenizer.save_pretrained(self.out / "tokenizer")
             return prepare_examples(
                 o.data, tokenizer, folder, sequence_length=o.longest(), loss_on=o.loss_on,
-                vocab_size=self.config.vocab_size, validation=o.validation, text_field=o.text_field,
-            )  # fmt: skip
+                vocab_size=max([config.vocab_size, *(i + 1 for i in new)]),
+                validation=o.validation, text_field=o.text_field,
+            ), new  # fmt: skip
 
         with phase("prepare data", enabled=mesh.rank == 0):
-            summary = everyone(mesh, prepare, only_first=True)
+            summary, self.new_ids = everyone(mesh, prepare, only_first=True)
+        self.config = replace(config, vocab_size=max([config.vocab_size, *(i + 1 for i in self.new_ids)]))
         if mesh.rank == 0:
             click.echo(summary, err=True)
         self.vocabulary = str(json.loads((folder / "about.json").read_text(encoding="utf-8"))["tokenizer"])
@@ -82,10 +78,12 @@ class FineTuner(Trainer):
         with phase("load model", enabled=self.mesh.rank == 0):
             parallel = load(
                 o.model, self.mesh, o.get_recipe(), dtype=weights, stream_dtype=stream, recompute=o.recompute,
-                topology=self._links(), dense=o.dense, **o.router_losses(),
+                topology=self._links(), dense=o.dense, vocab_size=self.config.vocab_size, **o.router_losses(),
             )  # fmt: skip
+        if self.new_ids:
+            parallel.tokenizer = self.out / "tokenizer"
         if o.lora:
-            parallel.adapt(o.lora, o.lora_alpha, o.seed, o.lora_targets, o.dora)
+            parallel.adapt(o.lora, alpha=o.lora_alpha, seed=o.seed, on=o.lora_targets, dora=o.dora, tokens=self.new_ids)
         if o.freeze is not None:
             freeze(parallel, o.freeze)
         self.comm = parallel.runtime.comm
@@ -108,8 +106,3 @@ class FineTuner(Trainer):
         save_pretrained(self.model, self.out / "model", verify=self.options.verify_export)
         if self.options.lora:
             save_adapter(self.model, self.out / "adapter")
-
-
-def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

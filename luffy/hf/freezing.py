@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 FROZEN = {
     "router": r"\.router\.",
     "experts": r"\.(experts|shared_experts)\.",
-    "attention": r"\.self_attn\.",
+    "attention": r"\.(self_attn|linear_attn)\.",
     "norms": r"norm[^.]*\.weight$",
     "embedding": r"\.embed_tokens\.",
     "head": r"lm_head\.",

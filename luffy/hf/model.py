@@ -12,7 +12,6 @@ process would compute, and gradients are *summed* over ranks too (luffy.train.gr
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,7 +33,7 @@ from luffy.hf.attention import Frames, check_attention, mixer_of
 from luffy.hf.batches import make_batch
 from luffy.hf.dense import DenseUnits
 from luffy.hf.describe import describe
-from luffy.hf.families import Family, family_of
+from luffy.hf.families import Family, embedding_factor, family_of, halves_of, logits_divisor
 from luffy.hf.parts import LibraryExperts, lent
 from luffy.model.aux_loss import AuxLoss
 from luffy.model.library import LibraryRouter, SharedExperts, call_in
@@ -70,6 +69,7 @@ class ParallelModel(Stack):
         # Of the folder that it was loaded from, if any: where it is, and what its weights are stored as.
         self.folder: Path | None = None
         self.stored_dtype: torch.dtype | None = None
+        self.tokenizer: Path | None = None  # folder of a tokenizer that takes the place of the folder's own
         self.units: DenseUnits | None = None  # of dense weights that are sharded
 
     @property
@@ -86,8 +86,14 @@ class ParallelModel(Stack):
 
     def library_name(self, name: str) -> str:
         """A parameter's name as the library has it: without what `parallelize` and PEFT put around modules."""
-        family, name = self.family, _PREFIX.sub("", name).replace(".base_layer.", ".")
+        return self.library_path(_PREFIX.sub("", name).replace(".base_layer.", "."))
+
+    def library_path(self, name: str) -> str:
+        """The same with PEFT's parts left in."""
+        family = self.family
         name = name.replace(".router.gate.", f".{family.gate}.")
+        if family.bias_buffer is not None:
+            name = name.replace(f".router.{family.bias_buffer}", f".{family.bias_buffer}")
         name = name.replace(".shared_experts.module.", f".{family.shared}.")
         return name.replace(".shared_experts.gate.", f".{family.shared_gate}.")
 
@@ -96,11 +102,9 @@ class ParallelModel(Stack):
         """This rank's [B, L] as its part of a micro-batch; every rank calls it. See luffy.hf.batches."""
         return make_batch(self.runtime.comm, input_ids, attention_mask, labels, position_ids, padded)
 
-    def adapt(
-        self, rank: int, alpha: int = 16, seed: int = 0, on: Collection[str] = ("attention",), dora: bool = False
-    ) -> None:
-        """LoRA adapters on attention, experts, router; all else frozen: see luffy.hf.adapters.adapt."""
-        adapt(self, rank, alpha, seed, on, dora)
+    def adapt(self, rank: int, **options: Any) -> None:
+        """LoRA adapters, all else frozen; options: on, alpha, seed, dora, tokens of luffy.hf.adapters.adapt."""
+        adapt(self, rank, **options)
 
     def shard_dense(self) -> None:
         """Keep only this rank's part of the dense weights, from now on: see luffy.hf.dense. Before an optimizer."""
@@ -117,8 +121,11 @@ class ParallelModel(Stack):
     def embed(self, micro: MicroBatch) -> Tensor:
         embedding = self.causal_lm.get_input_embeddings()
         if self.units is not None:
-            return self.units.embed(embedding, micro.tokens)
-        return embedding(micro.tokens).to(self.stream_dtype)
+            rows = self.units.embed(embedding, micro.tokens)
+        else:
+            rows = embedding(micro.tokens).to(self.stream_dtype)
+        factor = embedding_factor(self.causal_lm)
+        return rows if factor == 1 else rows * factor
 
     def stack(self, micro: MicroBatch, hidden: Tensor) -> list[StackBlock]:
         lm, longest = self.causal_lm, int(micro.layout.table.lengths.max(initial=0))
@@ -151,7 +158,9 @@ class ParallelModel(Stack):
     def _head(self, hidden: Tensor) -> Tensor:
         lm = self.causal_lm
         hidden = call_in(hidden.dtype, lm.model.norm, hidden)
-        return call_in(hidden.dtype, lm.get_output_embeddings(), hidden)
+        logits = call_in(hidden.dtype, lm.get_output_embeddings(), hidden)
+        divisor = logits_divisor(lm)
+        return logits if divisor == 1 else logits / divisor
 
     def _library_balance(self, stats: tuple[RouterStats, ...], aux: AuxLoss, num_tokens: int) -> Tensor:
         """This rank's part of the library's `load_balancing_loss_func`, over the tokens of all ranks.
@@ -171,6 +180,7 @@ class LibraryBlock:
     def __init__(self, model: ParallelModel, layer: Any, index: int, frames: Frames) -> None:
         self.model, self.layer, self.index, self.frames = model, layer, index, frames
         self.block, self.norm = model.block(layer), lent(layer.post_attention_layernorm)
+        self.attention, self.feed_forward = halves_of(layer)
 
     @property
     def moe(self) -> MoELayer | None:
@@ -189,18 +199,23 @@ class LibraryBlock:
 
         def attend(x: Tensor) -> Tensor:
             normed = call_in(x.dtype, layer.input_layernorm, x)
-            return x + self.frames.attend(mixer_of(layer), self.index, normed, layout)
+            answer = self.frames.attend(mixer_of(layer), self.index, normed, layout)
+            return self.attention.start(x, normed) + self.attention.scaled(answer)
 
         if rt.recompute and torch.is_grad_enabled():
             hidden = checkpoint(attend, hidden, use_reentrant=False)
         else:
             hidden = attend(hidden)
         batch = batch.with_hidden(boundary(hidden, rt.clock, "attention", "other"))
-        if self.moe is not None:
-            batch = yield from self.moe.stages(batch, self.norm, predict_next, departed)
+        half, x = self.feed_forward, batch.hidden
+        if self.moe is not None:  # its scale is in the weights
+            norm, kept = self.norm, half.kept
+            if kept is not None:  # what travels has its norm already
+                batch, norm = batch.with_hidden(half.start(x, norm(x))), lambda rows: rows / kept
+            batch = yield from self.moe.stages(batch, norm, predict_next, departed)
         else:
-            x = batch.hidden
-            batch = batch.with_hidden(x + call_in(x.dtype, self.block, self.norm(x)))
+            normed = self.norm(x)
+            batch = batch.with_hidden(half.start(x, normed) + half.scaled(call_in(x.dtype, self.block, normed)))
         return batch if unit is None else batch.with_hidden(unit.leave(batch.hidden))
 
 
@@ -251,30 +266,17 @@ def parallelize(
     if described.router.bias_update_rate > 0 and family.bias_buffer is None:
         raise UserError(f"--bias-update-rate: the gate of {family.model_type} has no bias for the choice")
     recipe = recipe_of(recipe)
+    if family.weighs_input and recipe.condense != "none":
+        raise UserError(
+            f"--recipe {recipe.name}: {family.model_type} weighs what its experts are given, so that one answer cannot "
+            "serve several tokens; use a recipe without condensation (--condense none)"
+        )
     if recompute is None:
         recompute = any(getattr(m, "gradient_checkpointing", False) for m in lm.modules())
     runtime = Runtime.create(Comm.create(mesh), recipe, described, recompute, topology)
-    num_local, moe = described.router.num_experts // mesh.ep_size, 0
-    for i, layer in enumerate(layers):
-        if i in dense_layers:
-            continue
-        block = getattr(layer, family.block)
-        shared = None
-        if family.shared is not None:
-            gate = None if family.shared_gate is None else getattr(block, family.shared_gate)
-            shared = SharedExperts(getattr(block, family.shared), gate)
-        adapters = take_adapters(block)
-        activate = family.activate(block)
-        replacement = MoELayer(
-            runtime,
-            i,
-            router=LibraryRouter(getattr(block, family.gate), described.router, family.bias_buffer),
-            experts=LibraryExperts(block.experts, family, activate, num_local, mesh.ep_rank * num_local, adapters),
-            shared_experts=shared,
-            layer_of_moe=moe,
-        )
-        setattr(layer, family.block, replacement.train(block.training))
-        moe += 1
+    sparse = [i for i in range(len(layers)) if i not in dense_layers]
+    for nth, i in enumerate(sparse):
+        _spread(layers[i], family, described, runtime, i, nth)
     lm.register_forward_pre_hook(_refuse)
     weights_dtype = cast(Tensor, lm.get_input_embeddings().weight).dtype
     balance = getattr(config, "router_aux_loss_coef", 0.0) if getattr(config, "output_router_logits", False) else 0.0
@@ -286,6 +288,26 @@ def parallelize(
     if dense == "sharded":
         parallel.shard_dense()
     return parallel
+
+
+def _spread(layer: Any, family: Family, described: ModelConfig, runtime: Runtime, index: int, nth: int) -> None:
+    """Put a MoELayer around the parts of a layer's block, with this rank's experts. nth: among layers with experts."""
+    block, mesh, scale = getattr(layer, family.block), runtime.comm.mesh, halves_of(layer)[1].scale
+    num_local, buffer, shared = described.router.num_experts // mesh.ep_size, family.bias_buffer, None
+    if family.shared is not None:
+        gate = None if family.shared_gate is None else getattr(block, family.shared_gate)
+        shared = SharedExperts(getattr(block, family.shared), gate, scale)
+    bias = None if buffer is None else block._buffers.get(buffer)
+    adapters, activate = take_adapters(block), family.activate(block)
+    replacement = MoELayer(
+        runtime,
+        index,
+        router=LibraryRouter(getattr(block, family.gate), described.router, buffer, bias, scale),
+        experts=LibraryExperts(block.experts, family, activate, num_local, mesh.ep_rank * num_local, adapters),
+        shared_experts=shared,
+        layer_of_moe=nth,
+    )
+    setattr(layer, family.block, replacement.train(block.training))
 
 
 def _refuse(module: nn.Module, arguments: Any) -> None:

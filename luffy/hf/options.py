@@ -12,6 +12,7 @@ from luffy.errors import UserError
 from luffy.hf.freezing import FROZEN, frozen_patterns
 from luffy.hf.hub import local_data, local_model
 from luffy.hf.targets import TARGETS, check_targets
+from luffy.hf.vocabulary import named_tokens
 from luffy.ranges import AT_LEAST_ONE, COUNT, Range
 from luffy.train.options import RANGES, TrainOptions, option
 
@@ -65,6 +66,12 @@ class FinetuneOptions(TrainOptions):
         f"What stays as it is, with commas: {', '.join(FROZEN)}, or layers A-B (0-11, say) with all in them.",
         "Training",
     )
+    new_tokens: str | None = option(
+        None,
+        "New tokens, with commas. Their rows in embedding and head begin as the mean of the others, and are trained "
+        "with --lora too.",
+        "Training",
+    )
     dense: str = option(
         "replicated",
         "Attention, dense feed-forwards, embedding and head: replicated, or sharded over all ranks (FSDP2).",
@@ -101,6 +108,12 @@ class FinetuneOptions(TrainOptions):
         )
         if self.lora:
             check_targets(self.lora_targets, self.dora, self.dense == "sharded")
+        if self.new_tokens is not None:
+            named_tokens(self.new_tokens)
+            _require(
+                not (self.lora and self.dense == "sharded"),
+                "--new-tokens with --lora needs a whole embedding: leave --dense sharded out",
+            )
         if self.freeze is not None:
             _require(not self.lora, "--freeze cannot be combined with --lora, which freezes all but its adapters")
             frozen_patterns(self.freeze)

@@ -28,7 +28,9 @@ class LibraryExperts(Experts):
 
     gate_up_proj [n, 2F, D] and down_proj [n, D, F]; [n, D, 2F] and [n, F, D] where `transposed`; biases [n, ..].
     lora_A [n, r, in] and lora_B [n, out, r], by the name of the parameter that they adapt; scaling: in the order of
-    PEFT's wrappers, the innermost first. Their product is added to that of the weight, which is left as it is.
+    PEFT's wrappers, the innermost first. Their product is added to that of the weight, which is left as it is. PEFT
+    takes weights for [n, out, in] unless their module says `is_transposed`: Llama-4's does not, though they are not
+    so, and its factors change places.
     """
 
     gate_up_proj: Tensor
@@ -45,6 +47,8 @@ class LibraryExperts(Experts):
     ) -> None:
         super().__init__()
         self.num_local, self.transposed, self.activation = num_local, family.transposed, activate
+        self.weighs_input = family.weighs_input
+        self.swapped = family.transposed and not getattr(stacked, "is_transposed", False)
         names = ["gate_up_proj", "down_proj"]
         names += ["gate_up_proj_bias", "down_proj_bias"] if family.biases else []
         for name in names:
@@ -72,6 +76,11 @@ class LibraryExperts(Experts):
         rows, columns = getattr(self, name).shape[1:]
         return (rows, columns) if self.transposed else (columns, rows)
 
+    def factor_widths(self, name: str) -> tuple[int, int]:
+        """Of a stacked parameter: last axis of lora_A, middle axis of lora_B."""
+        width_in, width_out = self.widths(name)
+        return (width_out, width_in) if self.swapped else (width_in, width_out)
+
     @property
     def hidden_size(self) -> int:
         return self.widths("gate_up_proj")[0]
@@ -85,8 +94,8 @@ class LibraryExperts(Experts):
         weight: Tensor = getattr(self, name)
         if name not in self.scaling:
             return weight
-        delta = self.scaling[name] * (self.lora_B[name] @ self.lora_A[name])  # [n, out, in]
-        return weight + (delta.transpose(1, 2) if self.transposed else delta).to(weight.dtype)
+        delta = self.scaling[name] * (self.lora_B[name] @ self.lora_A[name])
+        return weight + (delta.transpose(1, 2) if self.transposed and not self.swapped else delta).to(weight.dtype)
 
     def _oriented(self, w_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         if not self.transposed:
@@ -99,16 +108,23 @@ class LibraryExperts(Experts):
     def forward(
         self, rows: Tensor, weights: Tensor, pairs: Pairs, guests: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
-        if guests is not None or not self.scaling:
+        if not self.weighs_input and (guests is not None or not self.scaling):
             return super().forward(rows, weights, pairs, guests, residual)
-        w_in, w_out, b_in, b_out = self._oriented(self.gate_up_proj, self.down_proj)
+        adapted = guests is None  # else adapters are within the weights
+        weight = self._oriented(self.gate_up_proj, self.down_proj) if adapted else self._with(guests)
+        w_in, w_out, b_in, b_out = weight
         x = gather_rows(rows, pairs.row, pairs.place)
-        hidden = grouped_product(x, self._cast("in", w_in, x.dtype), pairs)
-        hidden = add_bias(self._adapted("gate_up_proj", hidden, x, pairs), b_in, pairs)
         share = weights.reshape(-1).index_select(0, pairs.flat)[:, None]
-        hidden = (activate(hidden, self.activation) * share).to(x.dtype)
+        if self.weighs_input:
+            x = (x * share).to(rows.dtype)
+        hidden = grouped_product(x, self._cast("in", w_in, x.dtype), pairs)
+        if adapted:
+            hidden = self._adapted("gate_up_proj", hidden, x, pairs)
+        hidden = activate(add_bias(hidden, b_in, pairs), self.activation)
+        hidden = (hidden if self.weighs_input else hidden * share).to(x.dtype)
         answers = grouped_product(hidden, self._cast("out", w_out, x.dtype), pairs)
-        answers = self._adapted("down_proj", answers, hidden, pairs)
+        if adapted:
+            answers = self._adapted("down_proj", answers, hidden, pairs)
         bias = None if b_out is None else weighted_bias(b_out, weights, pairs, x.dtype)
         return sum_rows(answers, pairs.row, pairs.place, residual, bias)
 
@@ -117,6 +133,8 @@ class LibraryExperts(Experts):
         if name not in self.scaling:
             return y
         a, b = self.lora_A[name].to(x.dtype), self.lora_B[name].to(x.dtype)
+        if self.swapped:
+            a, b = b.transpose(1, 2), a.transpose(1, 2)
         if one_kernel(x) and (missing := -a.shape[1] % 8):  # the kernel wants rows of 16 bytes
             a, b = F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))
         low = grouped_product(x, a.transpose(1, 2), pairs)

@@ -37,7 +37,7 @@ from luffy.train.memory import free_host_memory
 # More would keep the other ranks waiting for longer than they wait for each other.
 MOST_VERIFIED_NUM_BYTES = 20_000_000_000
 
-# Beside the weights and config.json: what a folder may hold of tokenizer and generation.
+# Beside the weights and config.json: what a folder may hold of tokenizer and, the last, generation.
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
@@ -189,9 +189,11 @@ def _complete(parallel: ParallelModel, temporary: Path, dtype: torch.dtype | Non
         part.unlink()
     write_index(temporary, where, num_bytes)
     check_complete(parallel, Checkpoint(temporary))
-    for name in COMPANIONS:
+    for name in COMPANIONS if parallel.tokenizer is None else COMPANIONS[-1:]:
         if parallel.folder is not None and (parallel.folder / name).exists():
             shutil.copy(parallel.folder / name, temporary / name)
+    if parallel.tokenizer is not None:
+        shutil.copytree(parallel.tokenizer, temporary, dirs_exist_ok=True)
     config = copy.deepcopy(lm.config)
     config.dtype = dtype or config.dtype
     config.architectures = [type(lm).__name__]

@@ -2,12 +2,14 @@
 
 The model is built without memory, a layer with experts is looked at, and what was found is tried: a layer of the same
 class with few experts and random weights must answer as the parts do that Luffy would call (attention, norms, gate,
-experts, shared experts, each half added to the stream). What does not is refused, never guessed.
+experts, shared experts, each half added to the stream by `halves_of`), and the model without its layers as embedding,
+norm and head do. What does not is refused, never guessed.
 """
 
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -15,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from luffy.errors import UserError
-from luffy.hf.families import GATE_UP_DOWN, Family, OnDisk
+from luffy.hf.families import Family, OnDisk, embedding_factor, halves_of, logits_divisor
 from luffy.kernels.activation import activate
-from luffy.model.library import score_told
+from luffy.model.library import gate_answer, score_told
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K = ("num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token")
 _WIDTH = ("moe_intermediate_size", "intermediate_size", "expert_ffn_hidden_size")
+_BIAS = "e_score_correction_bias"
 _DROPOUTS = ("attention_dropout", "hidden_dropout", "dropout", "resid_pdrop")
 
 
@@ -46,21 +49,23 @@ def infer(config: Any) -> Family:
     shared = [n for n in others if n not in shared_gates]
     if len(shared) > 1 or len(shared_gates) > len(shared):
         raise _unknown(kind, f"its {block_name} has parts that are not known: {', '.join(others)}")
-    experts, width = block.experts.down_proj.shape[0], block.experts.down_proj.shape[2]
-    router = getattr(block, gate)
+    experts, rows, columns = block.experts.down_proj.shape
+    transposed = block.experts.gate_up_proj.shape[1:] == (columns, 2 * rows)
     family = Family(
         kind,
         num_experts=_setting(config, _EXPERTS, experts, kind),
         top_k=_setting(config, _TOP_K, None, kind),
-        expert_width=_setting(config, _WIDTH, width, kind),
+        expert_width=_setting(config, _WIDTH, rows if transposed else columns, kind),
         block=block_name,
         gate=gate,
         shared=shared[0] if shared else None,
         shared_gate=shared_gates[0] if shared_gates else None,
-        bias_buffer="e_score_correction_bias" if "e_score_correction_bias" in router._buffers else None,
+        bias_buffer=_BIAS if _BIAS in getattr(block, gate)._buffers or _BIAS in block._buffers else None,
         attention=_linear_names(layers),
-        on_disk=_on_disk(kind, block_name, gate),
+        transposed=transposed,
+        on_disk=_on_disk(kind, block_name),
     )
+    _try_ends(lm, config)
     return _tried(lm, config, family, index)
 
 
@@ -102,21 +107,32 @@ def _linear_names(layers: list[Any]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _on_disk(kind: str, block: str, gate: str) -> OnDisk:
+# A prefix of the language model's names in folders of models that also see, which luffy.hf.files leaves out.
+_OF_SEEING_MODELS = r"\^?model\.language_model\."
+
+
+def _on_disk(kind: str, block: str) -> OnDisk:
     """Names in a checkpoint, by the library's own table of conversions."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    parts, disk_block, renamed = dict(GATE_UP_DOWN.parts), None, {}
+    parts = {name: (f"experts.{name}",) for name in ("gate_up_proj", "down_proj")}  # stacked, if nothing else is said
+    disk_block, renamed = None, {}
     for entry in get_checkpoint_conversion_mapping(kind) or []:
-        sources, (target, *_) = list(entry.source_patterns), list(entry.target_patterns)
-        name = target.rpartition(".")[2]
-        if name in parts and all(".experts.*." in s for s in sources):
-            parts[name] = tuple("experts." + s.split(".experts.")[1].replace("*", "{e}") for s in sources)
-        elif len(sources) == 1 and target.strip(".") == block:
-            disk_block = sources[0].strip(".")
-        elif len(sources) == 1 and target.startswith(f"{block}.") and sources[0].startswith(f"{block}."):
-            renamed[target.removeprefix(f"{block}.")] = sources[0].removeprefix(f"{block}.")
-        else:
+        sources = [s.replace("\\.", ".").lstrip(".") for s in entry.source_patterns]
+        target = entry.target_patterns[0].replace("\\.", ".").lstrip(".")
+        name, (block_there, _, rest) = target.rpartition(".")[2], sources[0].partition(".")
+        if name in parts and all("experts.*." in s for s in sources):
+            parts[name] = tuple("experts." + s.split("experts.")[1].replace("*", "{e}") for s in sources)
+        elif len(sources) > 1:
+            raise _unknown(kind, f"its checkpoints are converted in a way that is not known: {sources} -> {target}")
+        elif target.rstrip(".") == block:
+            disk_block = sources[0].rstrip(".")
+        elif target.startswith(f"{block}.experts.") and name in parts and block_there in (block, disk_block):
+            parts[name] = (rest,)
+        elif target.startswith(f"{block}.") and block_there in (block, disk_block):
+            if rest != target.removeprefix(f"{block}."):
+                renamed[target.removeprefix(f"{block}.")] = rest
+        elif not re.match(_OF_SEEING_MODELS, sources[0]):
             raise _unknown(kind, f"its checkpoints are converted in a way that is not known: {sources} -> {target}")
     return OnDisk(parts, disk_block, renamed)
 
@@ -145,17 +161,48 @@ def _tried(lm: Any, config: Any, family: Family, index: int) -> Family:
             frame = {"position_embeddings": rotary(x, position_ids=torch.arange(6)[None]), "attention_mask": None}
             wanted = [layer.train(mode)(x.clone(), **frame) for mode in (True, False)]
             wanted = [w[0] if isinstance(w, tuple) else w for w in wanted]
-            h = x + layer.self_attn(hidden_states=layer.input_layernorm(x), **frame)[0]
+            first, second = halves_of(layer)
+            normed = layer.input_layernorm(x)
+            h = first.start(x, normed) + first.scaled(layer.self_attn(hidden_states=normed, **frame)[0])
             normed = layer.post_attention_layernorm(h)[0]
-            logits, weights, ids, out = _feed_forward(getattr(layer, family.block), family, normed)
+            block = getattr(layer, family.block)
+            answers = [_feed_forward(block, f, normed) for f in (family, replace(family, weighs_input=True))]
+            found = [second.start(h, normed) + second.scaled(answer) for *_, answer in answers]
+            logits, weights, ids, _ = answers[0]
         except Exception as error:  # whatever another build's code says
             raise _unknown(family.model_type, f"a layer of it cannot be tried ({error})") from error
-    if not all(torch.allclose(w, h + out, rtol=1e-4, atol=1e-4) for w in wanted):
+    same = [all(torch.allclose(w, f, rtol=1e-4, atol=1e-4) for w in wanted) for f in found]
+    if not any(same):
         raise _unknown(family.model_type, "a layer of it computes something else than the sum of its parts")
     told = score_told(logits, weights, ids)
     if told is None:
         raise _unknown(family.model_type, "its gate's weights are neither softmax nor sigmoid of its logits")
-    return replace(family, score=told[0], normalizes=_always if told[1] else _never)
+    return replace(family, score=told[0], normalizes=_always if told[1] else _never, weighs_input=not same[0])
+
+
+@torch.no_grad()
+def _try_ends(lm: Any, config: Any) -> None:
+    """UserError if the model without its layers is not embedding, norm and head, with the factors that are known."""
+    kind = config.model_type
+    try:
+        probe = copy.deepcopy(config)
+        probe.vocab_size, probe.pad_token_id = 16, None
+        with torch.device("meta"):
+            ends = type(lm)(probe)
+        ends.model.layers = nn.ModuleList()
+        ends = ends.to_empty(device="cpu").float().eval()
+        generator = torch.Generator().manual_seed(0)
+        for tensor in [*ends.parameters(), *ends.buffers()]:
+            if tensor.is_floating_point():
+                tensor.copy_(torch.randn(tensor.shape, generator=generator))
+        tokens = torch.arange(6)[None]
+        wanted = ends(tokens, use_cache=False).logits
+        hidden = ends.model.norm(ends.model.embed_tokens(tokens) * embedding_factor(ends))
+        found = ends.get_output_embeddings()(hidden) / logits_divisor(ends)
+    except Exception as error:  # whatever another build's code says
+        raise _unknown(kind, f"its embedding and head cannot be tried ({error})") from error
+    if not torch.allclose(found, wanted, rtol=1e-4, atol=1e-4):
+        raise _unknown(kind, "its logits are something else than those of embedding, norm and head")
 
 
 def _always(config: Any) -> bool:
@@ -168,12 +215,16 @@ def _never(config: Any) -> bool:
 
 def _feed_forward(block: Any, family: Family, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y [T, D] -> logits, weights and ids of the gate, and the answer of the block as Luffy computes it."""
-    logits, weights, ids = getattr(block, family.gate)(y)
+    bias = [b for b in block._buffers.values() if b is not None]
+    top_k = getattr(block, "top_k", None) or getattr(block, family.gate).top_k
+    logits, weights, ids = gate_answer(getattr(block, family.gate)(y, *bias), top_k)
     experts, activation, out = block.experts, family.activate(block), torch.zeros_like(y)
+    w_in, w_out = (w.mT if family.transposed else w for w in (experts.gate_up_proj, experts.down_proj))
     for k in range(ids.shape[1]):
         for t, e in enumerate(ids[:, k].tolist()):
-            hidden = activate((experts.gate_up_proj[e] @ y[t])[None], activation)[0]
-            out[t] += weights[t, k] * (experts.down_proj[e] @ hidden)
+            before, after = (weights[t, k], 1) if family.weighs_input else (1, weights[t, k])
+            hidden = activate((w_in[e] @ (before * y[t]))[None], activation)[0]
+            out[t] += after * (w_out[e] @ hidden)
     if family.shared is not None:
         shared = getattr(block, family.shared)(y)
         out += shared if family.shared_gate is None else getattr(block, family.shared_gate)(y).sigmoid() * shared

@@ -35,11 +35,21 @@ from luffy.train.checkpoint import (
 
 SEATS = "seats.pt"  # in a checkpoint: what is known of which sequences want which rank
 STATE = "luffy"  # in a checkpoint: weights as they are trained, and the optimizer's moments
+_KNOWN_LOSSES = {("transformers", "Trainer"), ("trl", "SFTTrainer")}  # the mean over labels
 T = TypeVar("T")
 
 
 def trainer_of(cls: type[T]) -> type[T]:
-    """`cls`, transformers' Trainer or a class made from it, for parallel models."""
+    """`cls`, transformers' Trainer or a class made from it, for parallel models.
+
+    UserError for a class with a loss of its own: the model's is the one that is computed where sequences are.
+    """
+    owner = next(c for c in cls.__mro__ if "compute_loss" in vars(c))
+    if (owner.__module__.split(".")[0], owner.__name__) not in _KNOWN_LOSSES:
+        raise UserError(
+            f"trainer_of({cls.__name__}): {owner.__name__}.compute_loss needs log-probabilities or logits with their "
+            "gradients on the rank that read a row; where experts are spread over ranks a model gives its loss alone"
+        )
     return type(cls.__name__, (_ParallelTrainer, cls), {"__doc__": cls.__doc__, "__module__": cls.__module__})
 
 

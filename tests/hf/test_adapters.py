@@ -12,13 +12,13 @@ import torch
 
 pytest.importorskip("peft")
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from luffy.comm import build_mesh
 from luffy.errors import UserError
 from luffy.hf import parallelize, save_adapter, save_pretrained
-from luffy.hf.adapters import adapter_state
 from luffy.hf.memory import memory_line, needed_bytes
 from luffy.testing import run_ranks
 from luffy.train.gradients import make_optimizer
@@ -45,6 +45,10 @@ CASES = [
     # PEFT knows the usual list as the stacked experts', with twice the rank for gate and up together.
     Case("list", "deepseek_v3", "luffy", {"target_modules": ["o_proj", "gate_proj", "up_proj", "down_proj"]}),
     Case("router_and_dora_free", "qwen3_moe", "vanilla", {"target_parameters": ["mlp.gate.weight", STACKED[0]]}),
+    Case("weighed_input", "llama4_text", "vanilla_dedup",
+         {"target_parameters": [s.replace("mlp", "feed_forward") for s in STACKED]}),
+    Case("scaled", "granitemoe", "luffy",
+         {"target_parameters": ["block_sparse_moe.router.weight", "block_sparse_moe.experts.down_proj"]}),
     Case("dora", "qwen3_moe", "luffy", {"use_dora": True}),
 ]  # fmt: skip
 
@@ -74,7 +78,9 @@ def reference(case: Case) -> tuple[float, dict[str, torch.Tensor], torch.Tensor]
 
 
 def _gradients(model: Any) -> dict[str, torch.Tensor]:
-    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    named = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    found: dict[str, torch.Tensor] = get_peft_model_state_dict(model, named, save_embedding_layers=False)
+    return found
 
 
 def _logits_of(model: Any) -> torch.Tensor:
@@ -94,14 +100,19 @@ def run_cases(rank: int, folder: Path, wanted: list[tuple[float, dict[str, torch
             out.backward()
         assert float(comm.all_reduce(out.detach())) == pytest.approx(loss, rel=1e-10), case
 
-        def total(p: torch.Tensor) -> torch.Tensor:
-            return torch.zeros_like(p) if p.grad is None else p.grad
-
-        found = adapter_state(parallel, total)
+        # Saved as if they were the adapter, gradients have PEFT's names and shapes.
+        trained = {n: p for n, p in parallel.named_parameters() if p.requires_grad}
+        weights = {n: p.data for n, p in trained.items()}
+        for name, p in trained.items():
+            p.data = torch.zeros_like(p) if p.grad is None else p.grad
+            if ".experts.lora_" not in name:
+                comm.all_reduce(p.data)
+        save_adapter(parallel, folder / case.name / "gradients")
+        for name, p in trained.items():
+            p.data = weights[name]
+        found = load_file(folder / case.name / "gradients" / "adapter_model.safetensors")
         assert found.keys() == gradients.keys(), case
         for name, gradient in found.items():
-            if ".experts." not in name:
-                comm.all_reduce(gradient)
             assert float((gradient - gradients[name]).norm() / gradients[name].norm()) < 1e-9, (case, name)
         # Experts live elsewhere by the time that they are saved.
         move_experts(parallel.moe_layers[0], make_optimizer(parallel, 0.1, 0, False), np.array([1, 0] * 4), comm)

@@ -30,7 +30,10 @@ Rows = list[tuple[list[int], list[int]]]
 
 @dataclass(frozen=True)
 class Case:
-    """One model on one batch; `rows[r]` are those of rank r. halves: as two micro-batches, `after` or `by turns`."""
+    """One model on one batch; `rows[r]` are those of rank r. halves: as two micro-batches, `after` or `by turns`.
+
+    steps: weights after a step of AdamW are compared too.
+    """
 
     family: str
     recipe: Recipe
@@ -40,6 +43,7 @@ class Case:
     recompute: bool = False
     ep_size: int | None = None
     halves: str | None = None
+    steps: bool = False
     changes: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -51,6 +55,7 @@ class Case:
 class Answer:
     loss: float
     gradients: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor]
 
 
 def reference(case: Case) -> Answer:
@@ -59,7 +64,13 @@ def reference(case: Case) -> Answer:
         loss = plain_loss(model, [row for rows in case.rows for row in rows], case.side)
         loss.backward()
     grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
-    return Answer(float(loss.detach()), grads)
+    if case.steps:
+        adamw(model).step()
+    return Answer(float(loss.detach()), grads, dict(model.named_parameters()) if case.steps else {})
+
+
+def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
 
 
 def run_cases(rank: int, cases: list[Case], answers: list[Answer]) -> list[tuple[float, float, str, int]]:
@@ -82,12 +93,28 @@ def run_cases(rank: int, cases: list[Case], answers: list[Answer]) -> list[tuple
         loss = parallel.runtime.comm.all_reduce(loss.detach())
         found = {parallel.library_name(n): g for n, g in gather_full(parallel, "grad").items()}
         assert found.keys() == answer.gradients.keys()
-        worst = max((float((g - answer.gradients[n]).norm() / answer.gradients[n].norm().clamp_min(1e-9)), n)
-                    for n, g in found.items())  # fmt: skip
+        worst = max((error(g, answer.gradients[n]), n) for n, g in found.items())
+        if case.steps:
+            for name, p in parallel.named_parameters():
+                p.grad = local_part_of(parallel, name, found[parallel.library_name(name)])
+            adamw(parallel).step()
+            weights = {parallel.library_name(n): p for n, p in gather_full(parallel).items()}
+            worst = max(worst, max((error(p, answer.weights[n]), n) for n, p in weights.items()))
         planner = parallel.runtime.planner
         moved = 0 if planner is None else planner.tally.take().moved
         out.append((abs(float(loss) / answer.loss - 1), *worst, moved))
     return out
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm().clamp_min(1e-9))
+
+
+def local_part_of(parallel: ParallelModel, name: str, whole: torch.Tensor) -> torch.Tensor:
+    """Of a gradient: this rank's experts, or all."""
+    own = parallel.get_parameter(name).shape
+    first = parallel.runtime.comm.mesh.ep_rank * own[0] if own else 0
+    return whole if whole.shape == own else whole[first : first + own[0]]
 
 
 def outputs_of(parallel: ParallelModel, case: Case, rows: Rows) -> list[ModelOutput]:
@@ -118,10 +145,11 @@ def test_every_family_on_two_ranks() -> None:
     for i, family in enumerate([*FAMILIES, *FOUND_BY_STRUCTURE]):
         rows = dealt(i, [3, 4])
         cases += [
-            Case(family, get_recipe("vanilla_dedup"), "right", rows, padded=True),
+            Case(family, get_recipe("vanilla_dedup"), "right", rows, padded=True, steps=True),
             Case(family, get_recipe("luffy"), "left", rows, recompute=True),
             Case(family, RANDOM, "packed", dealt(10 + i, [5, 5])),
         ]
+    cases += [Case("llama4_text", get_recipe(r), "right", dealt(30, [3, 4])) for r in ("vanilla", "janus", "netmoe")]
     for halves in ("after", "by turns"):
         cases += [
             Case("mixtral", get_recipe("luffy"), "left", dealt(20, [7, 6]), recompute=True, halves=halves),
@@ -148,7 +176,7 @@ def test_four_ranks_one_of_them_empty_and_the_library_balance_loss() -> None:
 def test_structure_finds_what_is_described() -> None:
     for name, family in FAMILIES.items():
         config = tiny_config(name)
-        if family.biases:
+        if family.biases or name == "phimoe":
             continue
         found = infer(config)
         for setting in ("num_experts", "top_k", "expert_width"):
@@ -159,7 +187,7 @@ def test_structure_finds_what_is_described() -> None:
 
 
 def test_another_build_is_refused_not_guessed() -> None:
-    from transformers import FlexOlmoConfig, GptOssConfig, GraniteMoeConfig
+    from transformers import FlexOlmoConfig, GptOssConfig, PhimoeConfig
 
     small = {n: v for n, v in tiny_config("mixtral").to_dict().items() if n in ("hidden_size", "vocab_size")}
     sizes = small | {
@@ -169,7 +197,7 @@ def test_another_build_is_refused_not_guessed() -> None:
         "intermediate_size": 24,
     }
     for config, why in (
-        (GraniteMoeConfig(**sizes, num_local_experts=8), "converted in a way that is not known"),
+        (PhimoeConfig(**sizes, num_local_experts=8), "converted in a way that is not known"),
         (FlexOlmoConfig(**sizes, num_experts=8, pad_token_id=None, eos_token_id=None), "cannot be tried"),
         (GptOssConfig(**sizes, num_local_experts=8, head_dim=8), "not two stacked weights"),
     ):
@@ -184,6 +212,24 @@ def test_another_build_is_refused_not_guessed() -> None:
         pytest.raises(UserError, match="something else than the sum of its parts"),
     ):
         infer(config)  # fmt: skip
+
+
+def ask_what_cannot_be(rank: int) -> None:
+    mesh = build_mesh(torch.device("cpu"))
+    with pytest.raises(UserError, match=r"--recipe lsh_moe: llama4_text weighs .*--condense none"):
+        parallelize(tiny_model(tiny_config("llama4_text")), mesh, "lsh_moe")
+    with pytest.raises(UserError, match="sliding_window of minimax"):
+        parallelize(tiny_model(tiny_config("minimax", sliding_window=4)), mesh)
+    parallel = parallelize(tiny_model(tiny_config("phimoe")), mesh)
+    assert parallel.config.max_sequence_length == 16
+    with pytest.raises(UserError, match=r"--sequence-length: a sequence of 17 tokens; .*longrope"):
+        parallel(parallel.batch(torch.arange(17)[None], labels=torch.arange(17)[None]))
+    with pytest.raises(UserError, match="input_jitter_noise"):
+        parallelize(tiny_model(tiny_config("phimoe", input_jitter_noise=0.1)), mesh)
+
+
+def test_what_a_family_cannot_do_is_one_line() -> None:
+    run_ranks(ask_what_cannot_be, 1)
 
 
 def adapted(config: Any) -> torch.nn.Module:

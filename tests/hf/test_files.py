@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Llama4Config, Qwen3_5MoeConfig
 
 from luffy.comm import build_mesh
 from luffy.errors import UserError
@@ -37,7 +37,18 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tied.tie_weights()
     tied.save_pretrained(root / "tied")
     tiny_model(tiny_config("mixtral"), torch.float32).save_pretrained(root / "stacked", save_original_format=False)
+    text = [tiny_config(name).to_dict() for name in ("qwen3_5_moe_text", "llama4_text")]
+    sees = {"hidden_size": 32, "intermediate_size": 24, "num_heads": 2, "depth": 1, "out_hidden_size": 32}
+    torch.manual_seed(5)
+    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128,
+              "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}  # fmt: skip
+    for config in (Qwen3_5MoeConfig(text_config=text[0], vision_config=sees),
+                   Llama4Config(text_config=text[1], vision_config=vision)):  # fmt: skip
+        AutoModelForImageTextToText.from_config(config).save_pretrained(root / config.model_type)
     return root
+
+
+SEEING = ("qwen3_5_moe", "llama4")
 
 
 def plain(folder: Path) -> Any:
@@ -63,7 +74,7 @@ def through(rank: int, root: Path, out: Path, names: list[str]) -> dict[str, lis
             owner = torch.randperm(8, generator=torch.Generator().manual_seed(i)).numpy() // 4
             move_experts(moe, optimizer, owner, parallel.runtime.comm)
         rows = random_rows(1, 4, 9)[2 * rank : 2 * rank + 2]
-        found = parallel.logits(parallel.batch(**collate(rows, "right")))
+        found = parallel.eval().logits(parallel.batch(**collate(rows, "right")))
         model = plain(root / name)
         expected = torch.cat([model(torch.tensor([tokens])).logits[0] for tokens, _ in rows])
         assert torch.allclose(found, expected, atol=2e-5), name
@@ -72,7 +83,7 @@ def through(rank: int, root: Path, out: Path, names: list[str]) -> dict[str, lis
 
 
 def test_what_goes_in_comes_out(folders: Path, tmp_path: Path) -> None:
-    names = [*dict.fromkeys([*FAMILIES, *FOUND_BY_STRUCTURE]), "tied", "stacked"]
+    names = [*dict.fromkeys([*FAMILIES, *FOUND_BY_STRUCTURE]), "tied", "stacked", *SEEING]
     read = run_ranks(through, 2, folders, tmp_path, names)
     for name in names:
         before, after = plain(folders / name), plain(tmp_path / name)
@@ -84,7 +95,10 @@ def test_what_goes_in_comes_out(folders: Path, tmp_path: Path) -> None:
         assert torch.allclose(before(ids).logits, after(ids).logits, rtol=1e-5, atol=1e-5), name
         assert not (tmp_path / f"{name}.tmp").exists()
         # The same tensors under the same names, if not in the same files (the stacked format becomes the usual one).
-        if name != "stacked":
+        # Of a model that sees, what comes out is its language model.
+        if name in SEEING:
+            assert after.config.model_type == f"{name}_text"
+        elif name != "stacked":
             written = files.Checkpoint(tmp_path / name).entries
             original = files.Checkpoint(folders / name).entries
             assert {k: e.shape for k, e in written.items()} == {k: e.shape for k, e in original.items()}

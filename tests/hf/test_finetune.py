@@ -16,9 +16,10 @@ import torch
 
 pytest.importorskip("transformers")
 
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from luffy.comm import build_mesh
+from luffy.errors import UserError
 from luffy.hf.finetune import FineTuner
 from luffy.hf.options import FinetuneOptions
 from luffy.hf.text import Examples, held_out
@@ -157,6 +158,62 @@ def test_a_run_its_resumption_and_what_it_leaves(folder: Path) -> None:
     assert all(torch.equal(one[n], other[n]) for n in other)
 
 
+def test_new_tokens_get_rows_and_learn(folder: Path) -> None:
+    """Of a run in full, of one with adapters, and of one whose embedding is divided."""
+    chats = [{"messages": [{"role": "user", "content": "1?"}, {"role": "assistant", "content": f"<think>{i}</think>"}]}
+             for i in range(12)]  # fmt: skip
+    data = folder / "thoughts.jsonl"
+    data.write_text("\n".join(json.dumps(chat) for chat in chats))
+    changes: dict[str, Any] = {"data": str(data), "new_tokens": "<think>, </think>", "steps": 2, "checkpoint_every": 1}
+    whole, lora, cut = (folder / f"new-{name}" for name in ("whole", "lora", "cut"))
+    runs = [options(folder, out=str(whole), **changes), options(folder, out=str(cut), dense="sharded", **changes),
+            options(folder, out=str(lora), lora=2, lr=3e-2, **changes)]  # fmt: skip
+    run_ranks(train, 2, runs)
+
+    base = opened(folder / "model")
+    base.resize_token_embeddings(99)
+    for weight in (base.model.embed_tokens.weight.data, base.lm_head.weight.data):
+        mean = weight[:97].mean(0)
+        assert torch.allclose(weight[97:], mean.expand(2, 32), atol=1e-4), "transformers' own begin as the mean too"
+        weight[97:] = mean  # without its noise
+    examples, (training, _) = Examples(whole / "tokens"), held_out(12, 0.2, 0)
+    order = np.random.default_rng((0, 0)).permutation(len(training))[:8]
+    assert {97, 98} <= set(np.asarray(examples.tokens).tolist())
+    for out in (whole, cut, lora):
+        assert records(out)[0]["loss"] == pytest.approx(plain_loss(base, examples, training[order]), rel=1e-5)
+        tokenizer, model = AutoTokenizer.from_pretrained(out / "model"), opened(out / "model")
+        assert tokenizer("a<think>")["input_ids"] == [65, 97] and tokenizer.chat_template
+        assert model.config.vocab_size == 99 == len(tokenizer)
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            old, new = base.state_dict()[name], model.state_dict()[name]
+            assert new.shape == (99, 32) and not torch.allclose(old[97:], new[97:], atol=1e-4)
+            assert torch.equal(old[:97], new[:97]) == (out == lora)
+    for a, b in zip(records(whole), records(cut), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+
+    from peft import PeftModel
+
+    adapted, ids = PeftModel.from_pretrained(base, str(lora / "adapter")), torch.arange(70, 99)[None]
+    assert torch.allclose(adapted(ids).logits, opened(lora / "model")(ids).logits, atol=1e-4)
+    assert AutoTokenizer.from_pretrained(lora / "adapter")("<think>")["input_ids"] == [97]
+
+    shutil.rmtree(whole / "checkpoints" / "step-00000002")
+    before = records(whole)
+    run_ranks(train, 2, [options(folder, out=str(whole), resume=True, **changes)])
+    assert [r["loss"] for r in records(whole)] == [r["loss"] for r in before]
+
+
+def test_new_tokens_that_cannot_be(folder: Path, tmp_path: Path) -> None:
+    for tokens, words in (("<a>,<a>", "'<a>' is named twice"), ("<a>,", "'' is no token")):
+        with pytest.raises(UserError, match=f"--new-tokens .*{words}"):
+            options(folder, new_tokens=tokens)
+    with pytest.raises(UserError, match=r"--new-tokens with --lora .*--dense sharded"):
+        options(folder, new_tokens="<a>", lora=2, dense="sharded")
+    known = options(folder, new_tokens="<eos>", out=str(tmp_path / "out"))
+    with pytest.raises(RankFailedError, match="--new-tokens: '<eos>' is a token of --model already"):
+        run_ranks(train, 1, [known])
+
+
 @pytest.mark.slow
 def test_sharded_dense_weights_train_resume_and_leave_the_same(folder: Path) -> None:
     names = ("kept", "cut", "kept_lora", "cut_lora")
@@ -248,7 +305,8 @@ def test_other_commands_do_not_wait_for_transformers() -> None:
 def test_the_command_line_runs(folder: Path, tmp_path: Path) -> None:
     main(
         ["finetune", "--model", str(folder / "model"), "--data", str(folder / "data.jsonl"), "--ranks", "2", "--steps",
-         "2", "--device", "cpu", "--out", str(tmp_path / "out"), "--dtype", "bfloat16", "--lora", "2", "--lr", "1e-2"]
+         "2", "--device", "cpu", "--out", str(tmp_path / "out"), "--dtype", "bfloat16", "--lora", "2", "--lr", "1e-2",
+         "--new-tokens", "<x>"]
     )  # fmt: skip
     assert (tmp_path / "out" / "report.html").exists()
     assert opened(tmp_path / "out" / "model").config.model_type == "mixtral"

@@ -105,6 +105,7 @@ def test_mxfp4_is_the_librarys() -> None:
 
 def test_other_methods_are_refused() -> None:
     config = tiny_config("mixtral")
-    config.quantization_config = {"quant_method": "gptq"}
-    with pytest.raises(UserError, match=r"quantized weights \(gptq\)"):
-        family_of(config)
+    for method in ("gptq", "bitsandbytes"):
+        config.quantization_config = {"quant_method": method}
+        with pytest.raises(UserError, match=rf"quantized weights \({method}\) cannot be trained here; convert"):
+            family_of(config)

@@ -198,5 +198,23 @@ def ask_for_what_cannot_be(rank: int, folder: Path, out: Path) -> None:
         luffy.hf.CausalLM(model)(torch.zeros(1, 2, dtype=torch.int64), pixel_values=torch.zeros(1))
 
 
+def test_a_loss_of_its_own_is_refused() -> None:
+    """It would not be called: preferences (DPO) would silently be trained on as plain text."""
+    from transformers import Trainer
+
+    import luffy.hf
+    from luffy.errors import UserError
+
+    class Weighted(Trainer):
+        def compute_loss(self, *arguments: Any, **options: Any) -> Any:
+            raise AssertionError
+
+    trl = pytest.importorskip("trl")
+    for cls in (Weighted, trl.DPOTrainer):
+        with pytest.raises(UserError, match=rf"trainer_of\({cls.__name__}\): {cls.__name__}.compute_loss needs"):
+            luffy.hf.trainer_of(cls)
+    luffy.hf.trainer_of(type("Mine", (trl.SFTTrainer,), {}))
+
+
 def test_what_cannot_be_is_one_line(folder: Path, tmp_path: Path) -> None:
     run_ranks(ask_for_what_cannot_be, 1, folder, tmp_path)

@@ -18,17 +18,26 @@ from transformers import (
     ExaoneMoeConfig,
     Glm4MoeConfig,
     GptOssConfig,
+    GraniteMoeConfig,
     HunYuanMoEV1Config,
+    Llama4TextConfig,
+    MiniMaxConfig,
+    MiniMaxM2Config,
     MixtralConfig,
     OlmoeConfig,
+    PhimoeConfig,
     PreTrainedConfig,
     Qwen2MoeConfig,
+    Qwen3_5MoeTextConfig,
     Qwen3MoeConfig,
     Qwen3NextConfig,
 )
 
 # Families that nobody described: luffy.hf.structure finds out.
-FOUND_BY_STRUCTURE = ("dots1", "ernie4_5_moe", "exaone_moe", "hunyuan_v1_moe", "qwen3_next")
+FOUND_BY_STRUCTURE = (
+    "dots1", "ernie4_5_moe", "exaone_moe", "granitemoe", "hunyuan_v1_moe", "llama4_text", "minimax", "minimax_m2",
+    "qwen3_5_moe_text", "qwen3_next",
+)  # fmt: skip
 
 SMALL: dict[str, Any] = {
     "vocab_size": 61,
@@ -93,6 +102,40 @@ def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
             linear_value_head_dim=8, layer_types=["linear_attention", "full_attention", "linear_attention"],
             mlp_only_layers=[0],
         )  # fmt: skip
+    elif family == "qwen3_5_moe_text":
+        config = Qwen3_5MoeTextConfig(
+            **SMALL, moe_intermediate_size=24, shared_expert_intermediate_size=28, num_experts=8, head_dim=16,
+            linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+            layer_types=["linear_attention", "full_attention", "linear_attention"],
+        )  # fmt: skip
+    elif family == "llama4_text":
+        config = Llama4TextConfig(
+            **SMALL, intermediate_size=24, intermediate_size_mlp=40, num_local_experts=8, head_dim=8,
+            interleave_moe_layer_step=2, moe_layers=[0, 2], no_rope_layers=[1, 1, 0], attention_chunk_size=5,
+            layer_types=["chunked_attention", "full_attention", "full_attention"], floor_scale=3,
+        )  # fmt: skip
+    elif family == "granitemoe":
+        config = GraniteMoeConfig(
+            **SMALL, intermediate_size=24, num_local_experts=8, embedding_multiplier=1.5, residual_multiplier=0.7,
+            logits_scaling=1.3, attention_multiplier=0.4,
+        )  # fmt: skip
+    elif family == "minimax":
+        config = MiniMaxConfig(
+            **SMALL, intermediate_size=24, num_local_experts=8, head_dim=8, block_size=4, router_jitter_noise=0.0,
+            layer_types=["linear_attention", "full_attention", "linear_attention"], full_attn_alpha_factor=1.3,
+            full_attn_beta_factor=0.8, linear_attn_alpha_factor=1.4, linear_attn_beta_factor=0.9,
+            mlp_alpha_factor=1.5, mlp_beta_factor=0.6,
+        )  # fmt: skip
+    elif family == "minimax_m2":
+        config = MiniMaxM2Config(**SMALL, intermediate_size=24, num_local_experts=8, head_dim=8)
+    elif family == "phimoe":
+        config = PhimoeConfig(
+            **SMALL, intermediate_size=24, num_local_experts=8, attention_bias=True, lm_head_bias=True,
+            router_jitter_noise=0.4, sliding_window=7,
+            rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16,
+                             "short_factor": [1.1, 1.2, 1.3, 1.4], "long_factor": [2.0] * 4, "factor": 4.0,
+                             "short_mscale": 1.2, "long_mscale": 1.3},
+        )  # fmt: skip
     else:
         assert family == "gpt_oss"
         config = GptOssConfig(
@@ -112,7 +155,7 @@ def tiny_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float64, see
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in [*model.named_parameters(), *model.named_buffers()]:
-            if "inv_freq" in name:
+            if "inv_freq" in name or "slope_rate" in name or "decay" in name:
                 continue
             noise = torch.randn(p.shape, generator=generator)
             if "norm" in name:
@@ -140,6 +183,13 @@ def wide() -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(Tensor, "float", Tensor.double))
+        # What PhiMoE's gate draws: the same for each token, wherever it is.
+        stack.enter_context(
+            patch.object(Tensor, "exponential_", lambda t: t.copy_(torch.linspace(0.4, 2, t.shape[-1])))
+        )
+        stack.enter_context(patch.object(torch, "rand_like", lambda t: torch.full_like(t, 0.5)))
+        uniform = Tensor.uniform_
+        stack.enter_context(patch.object(Tensor, "uniform_", lambda t, *a, **k: uniform(t, *a, **k) if a or k else t))
         for where, name in ((Tensor, "to"), (Tensor, "type"), (F, "softmax"), (torch, "zeros")):
             stack.enter_context(patch.object(where, name, widened(getattr(where, name))))
         yield
@@ -182,12 +232,13 @@ def collate(rows: list[tuple[list[int], list[int]]], side: str) -> dict[str, Ten
 
 def plain_loss(model: Any, rows: list[tuple[list[int], list[int]]], side: str) -> Tensor:
     """The library's own loss of all rows in one process; its gradients are in the model after `backward`."""
-    if model.config.model_type in ("gpt_oss", "qwen3_next") and side == "packed":
+    recurrent = ("gpt_oss", "minimax", "qwen3_next", "qwen3_5_moe_text")
+    if model.config.model_type in recurrent and side == "packed":
         side = "right"  # these know no packed rows in the library: tokens would see the sequences before
-    if model.config.model_type == "hunyuan_v1_moe":
-        side = (
-            "right"  # its norms follow its rotations, so that padding on the left, counted as positions, would matter
-        )
+    if model.config.model_type in ("hunyuan_v1_moe", "llama4_text", "minimax"):
+        # Padding on the left counts as places there, which matter to norms that follow rotations, to queries scaled by
+        # place, and to the last digits of decays that are kept in float32, a factor a block.
+        side = "right"
     return model(**collate(rows, side), use_cache=False).loss
 
 
