@@ -15,7 +15,7 @@ of them:
 * `wire`: the formats in which rows cross links; `gradient_dtype`: in which gradients of weights are summed (`--wire`,
   `--gradient-dtype`).
 * `rehome_every`: steps between re-homings of experts, 0 for never (`--rehome-every`).
-* `auto`: whole modes are tried while training, and the fastest is kept (luffy.train.auto).
+* `auto`: whole modes are tried while training, and the fastest is kept (luffy/train/parts/tuning.py).
 
 Recipes whose wire is "model" and that condense nothing are lossless: they compute the same function as a dense model
 on one device.
