@@ -1,7 +1,7 @@
 """Does training learn? A run's held-out loss beside that of a unigram model of the same tokens.
 
     luffy train --data FOLDER --out RUN ...
-    python benchmarks/learning_curve.py --run RUN --out docs/figures/learning_curve.png
+    python benchmarks/learning_curve.py --run RUN --out runs/learning_curve.png
 
 The unigram model knows how often each token occurs in the training split (add-one smoothed) and nothing else: what a
 model reaches before it looks at a single neighbour.

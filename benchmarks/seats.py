@@ -1,7 +1,7 @@
 """What seats save: rows that cross ranks, and rows of the busiest rank, over vanilla_dedup's with sequences as dealt.
 
     python benchmarks/seats.py table --trace runs/*/traces/*.npz --ranks 4,8,16 --json docs/results/seats.json
-    python benchmarks/seats.py stale --trace runs/seats/trace --ranks 8 --json docs/results/seats_stale.json
+    python benchmarks/seats.py stale --trace runs/seats/trace --ranks 8 --json runs/seats_stale.json
 
 Traces hold features of sequences (`luffy train --trace-every`, or whatever records TraceSteps); each is a file or a
 folder of files. `table`: half of a trace's steps to fit experts, seats and predictor, a sixth to judge by, the rest to

@@ -15,7 +15,7 @@ of them:
 * `wire`: the formats in which rows cross links; `gradient_dtype`: in which gradients of weights are summed (`--wire`,
   `--gradient-dtype`).
 * `rehome_every`: steps between re-homings of experts, 0 for never (`--rehome-every`).
-* `auto`: whole modes are tried while training, and the fastest is kept (luffy.train.auto).
+* `auto`: whole modes are tried while training, and the fastest is kept (luffy/train/parts/tuning.py).
 
 Recipes whose wire is "model" and that condense nothing are lossless: they compute the same function as a dense model
 on one device.
@@ -64,7 +64,7 @@ RECIPES: dict[str, Recipe] = {
     for r in (
         Recipe(
             "luffy",
-            "lossless: sequences take their seats, predicted from token ids, beside the experts that they want",
+            "lossless: each sequence is computed on the rank whose experts it will want, predicted from its token ids",
             seats="learnt",
             rehome_every=250,
         ),
@@ -84,7 +84,7 @@ RECIPES: dict[str, Recipe] = {
         ),
         Recipe(
             "auto",
-            "lossless: tries whole modes by turns, keeps the fastest on these links (--wire allows it low bits too)",
+            "lossless: tries several ways while training and keeps the fastest (with --wire, low bits too)",
             seats="learnt",
             rehome_every=250,
             auto=True,

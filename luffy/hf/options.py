@@ -40,30 +40,30 @@ class FinetuneOptions(TrainOptions):
         "Data",
     )
     validation: str | None = option(
-        None, "The same, to be held out (default: files named valid or test, else --valid-fraction).", "Data"
+        None, "Held-out data, as --data (default: files named valid or test, else --valid-fraction).", "Data"
     )
     valid_fraction: float = option(
-        0.02, "Share of the sequences held out, at least one, where no file is; 0: none, and no evaluation.", "Data"
+        0.02, "Share of the sequences to hold out when no file is given; 0: no evaluation.", "Data"
     )
     sequence_length: int | None = option(
         None, f"Longest sequence; texts are cut there (default: the model's, {LONGEST_DEFAULT} at most).", "Data"
     )
     loss_on: str = option(
         "auto",
-        "Chats and completions: all, assistant (answers alone; an error where a chat template hides them), or "
-        "auto (such chats are left out).",
+        "Tokens of chats and completions to train on: all; assistant: answers, with an error where the chat template "
+        "does not mark them; auto: answers, and such chats are left out.",
         "Data",
     )
     batch_size: int = option(8, "Sequences per optimizer step over all ranks.", "Training")
     lr: float = option(1e-5, "Peak learning rate.", "Training")
-    weight_decay: float = option(0.0, "On matrices only.", "Training")
-    lora: int = option(0, "Rank of adapters on --lora-on, all else frozen; 0: train every weight.", "Training")
-    lora_on: str = option("attention", f"What gets adapters, with commas: {', '.join(TARGETS)}.", "Training")
-    lora_alpha: int = option(16, "Scale of the adapters is this over their rank.", "Training")
+    weight_decay: float = option(0.0, "Weight decay, applied to matrices only.", "Training")
+    lora: int = option(0, "Rank of LoRA adapters, with all else frozen; 0: train every weight.", "Training")
+    lora_on: str = option("attention", f"What gets adapters, separated by commas: {', '.join(TARGETS)}.", "Training")
+    lora_alpha: int = option(16, "Adapters are scaled by this over their rank.", "Training")
     dora: bool = option(False, "Adapters by magnitude and direction (DoRA), on attention.", "Training")
     freeze: str | None = option(
         None,
-        f"What stays as it is, with commas: {', '.join(FROZEN)}, or layers A-B (0-11, say) with all in them.",
+        f"What is not trained, separated by commas: {', '.join(FROZEN)}, or whole layers A-B, such as layers 0-11.",
         "Training",
     )
     new_tokens: str | None = option(

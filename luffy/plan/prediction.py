@@ -29,6 +29,7 @@ class Prediction:
     exchange_seconds: of the busiest rank of each exchange. moved_share: of the sequences of all layers, behind them.
     num_steps: counted. seated_share: of the sequences, that were computed elsewhere than dealt. busiest_rows: that the
     busiest rank of each dispatch and each combine sends or receives, whichever is more, summed over them, forward.
+    step_seconds: exchange_seconds of each step counted.
     """
 
     recipe: str
@@ -41,6 +42,7 @@ class Prediction:
     experts: tuple[float, float, float] = (0.0, 0.0, 0.0)
     seated_share: float = 0.0
     busiest_rows: float = 0.0
+    step_seconds: tuple[float, ...] = ()
 
     @property
     def num_bytes(self) -> tuple[float, float]:
@@ -119,17 +121,19 @@ def predict(
     moved = sum(int((layer.homes_before != layer.homes_after).sum()) for layer in layers)
     seated = sum(int((r[0].homes_before != deal(len(r[0].homes_before), N)).sum()) for r in replays if r)
     dealt = sum(len(r[0].homes_before) for r in replays if r)
+    seconds = tuple(sum(token_seconds(layer, wire) + 2 * sum(layer.expert_seconds) for layer in r) for r in replays)
     return Prediction(
         recipe,
         total([part for layer in layers for part in (layer.dispatch, layer.dispatch_backward)]),
         total([part for layer in layers for part in (layer.combine, layer.combine_backward)]),
-        sum(token_seconds(layer, wire) + 2 * sum(layer.expert_seconds) for layer in layers) / n,
+        sum(seconds) / n,
         moved / max(1, sequences),
         n,
         rehome,
         total([layer.experts for layer in layers] * 2),
         seated / max(1, dealt),
         sum(busiest_rows(layer, wire.topology) for layer in layers) / n,
+        seconds,
     )
 
 

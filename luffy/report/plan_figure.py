@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from luffy.plan.prediction import Prediction
 from luffy.recipes import RECIPES
@@ -47,6 +48,7 @@ def build_figure(predictions: Sequence[Prediction], spec: str) -> Figure:
     axes.invert_yaxis()
     axes.margins(x=0.2)
     axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
     tick_format(axes.xaxis, format_bytes)
     far = [p for p in left_out if sum(p.num_bytes) > TALLEST * max(left, default=0)]
     not_drawn = "".join(f"\n{p.recipe}: {format_bytes(sum(p.num_bytes))}, not drawn" for p in far[:2])

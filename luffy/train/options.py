@@ -63,11 +63,15 @@ class TrainOptions:
     resume: bool = option(False, "Continue from the newest checkpoint in --out.", "Run")
     overwrite: bool = option(False, "Replace a run that is already in --out.", "Run")
     ep_size: int | None = option(None, "Ranks that share one set of experts (default: all).", "Run")
-    ranks_per_node: int | None = option(None, "For the link classes of the traffic meter.", "Run")
+    ranks_per_node: int | None = option(
+        None, "Ranks on each node, to count bytes inside nodes and between them apart (default: torchrun's).", "Run"
+    )
     topology: str | None = option(
         None, "Links of the expert-parallel group for planning, such as 2x4:intra=64gbit,inter=10gbit.", "Run"
     )
-    timeout_seconds: float = option(600.0, "A rank that others wait for so long ends the job, by name.", "Run")
+    timeout_seconds: float = option(
+        600.0, "Seconds that ranks wait for another before the job ends and names it.", "Run"
+    )
     interface: str | None = option(
         None,
         "Network interface that ranks listen on, such as eth1; its network must be trusted (default: the loopback "
@@ -76,17 +80,23 @@ class TrainOptions:
     )
     max_restarts: int = option(0, "Times that local ranks are started again when one is lost.", "Run")
     min_ranks: int | None = option(
-        None, "Fewest ranks of a restart, where one at the same number came to nothing (default: --ranks).", "Run"
+        None, "Fewest ranks to restart with, after an attempt that wrote no new checkpoint (default: --ranks).", "Run"
     )
 
     data: str = option("stdlib", "File or folder of .txt, .jsonl[.gz], .parquet; or stdlib.", "Data")
     text_field: str = option("text", "Field that holds the text (.jsonl, .parquet).", "Data")
-    tokenizer: str | None = option(None, "A tokenizer.json; otherwise one is trained.", "Data")
+    tokenizer: str | None = option(
+        None, "Tokenizer file (tokenizer.json); without it one is trained on the data.", "Data"
+    )
     vocab_size: int | None = option(None, "Size of a trained tokenizer (default: the model's).", "Data")
     cache_dir: str | None = option(None, "Where token shards are kept (default ~/.cache/luffy).", "Data")
-    valid_fraction: float = option(0.02, "Held-out share, unless files are named valid/test.", "Data")
+    valid_fraction: float = option(
+        0.02, "Share of the documents to hold out, unless files are named valid or test.", "Data"
+    )
     sequence_length: int | None = option(None, "Longest sequence (default: the model's).", "Data")
-    sequence_mode: str = option("documents", "documents, fixed (all equally long), or streams.", "Data")
+    sequence_mode: str = option(
+        "documents", "What a sequence is: documents, fixed (all equally long), or streams.", "Data"
+    )
     layout: str = option("packed", "Attention over packed or padded batches.", "Data")
 
     batch_size: int = option(32, "Sequences per optimizer step over all ranks.", "Training")
@@ -98,51 +108,56 @@ class TrainOptions:
     )
     lr: float = option(1e-3, "Peak learning rate.", "Training")
     min_lr: float = option(0.1, "Final learning rate, as a share of --lr.", "Training")
-    warmup_steps: int | None = option(None, "Default: 5% of the steps, 200 at most.", "Training")
-    weight_decay: float = option(0.1, "On matrices only.", "Training")
+    warmup_steps: int | None = option(
+        None, "Steps over which the learning rate rises (default: 5% of --steps, at most 200).", "Training"
+    )
+    weight_decay: float = option(0.1, "Weight decay, applied to matrices only.", "Training")
     clip_norm: float = option(1.0, "Largest global gradient norm; 0 turns clipping off.", "Training")
-    dtype: str = option("auto", "bfloat16, float32, float64; auto: bfloat16 on GPUs.", "Training")
+    dtype: str = option(
+        "auto", "Type of the computation: bfloat16, float32, float64; auto: bfloat16 on GPUs, else float32.", "Training"
+    )
     recompute: bool = option(False, "Recompute attention and experts in the backward pass.", "Training")
     gradient_dtype: str | None = option(
         None,
-        f"How gradients travel while ranks sum them: {', '.join(SUM_FORMATS)} (32, 16, 8.5 bits) (default: the "
-        "recipe's).",
+        f"Format in which ranks sum gradients: {', '.join(SUM_FORMATS)} (32, 16, 8.5 bits; default: the recipe's).",
         "Training",
     )
     eval_every: int = option(50, "Steps between held-out evaluations; 0: only at the end.", "Training")
-    eval_batches: int = option(8, "Batches, of --batch-size, of an evaluation.", "Training")
+    eval_batches: int = option(8, "Batches of --batch-size in each evaluation.", "Training")
     checkpoint_every: int = option(100, "Steps between checkpoints; 0: only at the end.", "Training")
     keep_checkpoints: int = option(2, "Checkpoints to keep; 0: write none.", "Training")
     async_checkpoints: bool = option(
         True, "Write checkpoints while training goes on, from a copy in the host's memory.", "Training"
     )
     skip_bad_steps: int = option(
-        0, "Most steps to leave out, without an update, whose loss or gradient is not finite.", "Training"
+        0, "Steps with a loss or gradient that is not finite to skip before the run stops.", "Training"
     )
     start_weights: str | None = option(
         None, "Begin from the model.safetensors of an earlier --export, at any number of ranks.", "Training"
     )
     export: bool = option(False, "Write model.safetensors at the end.", "Training")
     tensorboard: bool = option(True, "Write TensorBoard curves.", "Training")
-    log: str | None = option(None, "Curves elsewhere too, with commas: wandb, mlflow.", "Training")
+    log: str | None = option(None, "Also log curves to wandb or mlflow; separate several by commas.", "Training")
     rehome_every: int | None = option(
-        None, "Steps between re-homings of experts; 0: never (default: the recipe's).", "Training"
+        None, "Steps after which experts may move to other ranks; 0: never (default: the recipe's).", "Training"
     )
     profile_attention: bool = option(
-        True, "Measure attention at the start where plans weigh it; without, plans repeat bit for bit.", "Training"
+        True,
+        "Time attention at the start, for recipes that plan with it. Without, plans are the same in every run.",
+        "Training",
     )
     seats: str | None = option(
         None,
-        "Where a step's sequences are computed: as-read (where they were read), learnt (by the rows that they are "
-        "predicted to send, from their token ids), topic (by what they are about; --seat-loss teaches routers to "
-        "follow) (default: the recipe's).",
+        "Rank on which each sequence is computed: as-read (where it was read), learnt (where it is predicted, from its "
+        "token ids, to send fewest rows), topic (where the experts of its topic are; use with --seat-loss) (default: "
+        "the recipe's).",
         "Training",
     )
     wire: str | None = option(
         None,
-        "Format of rows on links: model, bf16, int16, int8, int4, safe, aggressive, or DIRECTION=FORMAT,... with "
-        "dispatch, combine, dispatch_backward, combine_backward; -sr rounds gradients stochastically; ,local rounds "
-        "rows that stay as well (default: the recipe's).",
+        "Format of rows on links: model, bf16, int16, int8, int4, safe, aggressive, or DIRECTION=FORMAT,... "
+        "for dispatch, combine, dispatch_backward, combine_backward. Suffix -sr: gradients are rounded stochastically. "
+        "Suffix ,local: rows that stay on their rank are rounded too (default: the recipe's).",
         "Training",
     )
     residency: str | None = option(
@@ -152,60 +167,68 @@ class TrainOptions:
         "Training",
     )
     fetch_limit: str | None = option(
-        None, "Most that a rank may hold of others' experts, such as 8GB (default: half of its memory).", "Training"
+        None, "Most memory of a rank for experts of other ranks, such as 8GB (default: half of it).", "Training"
     )
     auto_every: int = option(
-        200, "Steps between the looks of --recipe auto, unless the speed changes before.", "Training"
+        200, "With --recipe auto: steps until modes are compared again; sooner if the speed changes.", "Training"
     )
     condense: str | None = option(
         None,
-        "Let similar tokens share a row: none, static:0.9, paper, lsh:6, lsh-causal:6; ,local ,window=N ,correct may "
-        "follow (default: the recipe's).",
+        "Let similar tokens share a row: none, static:0.9, paper, lsh:6, lsh-causal:6; suffixes: ,local ,window=N "
+        ",correct (default: the recipe's).",
         "Training",
     )
     topics: int | None = option(
-        None, "Topics, in equal shares of the tokens, each with its block of experts (default: --ep-size).", "Training"
+        None,
+        "Number of topics; each has as many tokens as another, and its own experts (default: --ep-size).",
+        "Training",
     )
     seat_loss_warmup: int = option(0, "Steps over which the seat loss grows to its weight.", "Training")
     condense_warmup: int = option(0, "Steps before condensation begins.", "Training")
-    condense_until: float = option(1.0, "Share of the steps after which it ends.", "Training")
+    condense_until: float = option(1.0, "Share of the steps after which condensation ends.", "Training")
     trace_every: int = option(0, "Record routing in every n-th step, in OUT/trace; 0: never.", "Training")
 
-    layers: int | None = option(None, "Blocks.", "Model")
-    hidden_size: int | None = option(None, "Width of the stream.", "Model")
-    heads: int | None = option(None, "Attention heads.", "Model")
+    layers: int | None = option(None, "Number of blocks.", "Model")
+    hidden_size: int | None = option(None, "Width of the residual stream.", "Model")
+    heads: int | None = option(None, "Number of attention heads.", "Model")
     experts: int | None = option(None, "Experts per MoE layer.", "Model")
     top_k: int | None = option(None, "Experts per token.", "Model")
     expert_hidden_size: int | None = option(None, "Inner width of an expert.", "Model")
     dense_hidden_size: int | None = option(None, "Inner width of a dense block.", "Model")
-    shared_experts: int | None = option(None, "Experts that see every token.", "Model")
+    shared_experts: int | None = option(None, "Experts that every token uses.", "Model")
     latent_size: int | None = option(
-        None, "Elements of the rows that go to routed experts and back, projected; 0: those of the stream.", "Model"
+        None, "Width to which tokens are projected before they go to routed experts; 0: no projection.", "Model"
     )
-    moe_every: int | None = option(None, "Experts in every n-th block.", "Model")
+    moe_every: int | None = option(None, "Every n-th block has experts; the others are dense.", "Model")
     max_sequence_length: int | None = option(None, "Longest sequence the model can take.", "Model")
     memory_length: int | None = option(
         None,
-        "Segment recurrence (moe-transformer-xl): states kept of the previous segment, zeros at first. They stay on "
-        "the rank that read the segment, so it needs --sequence-mode streams and a recipe that moves no sequence.",
+        "Segment recurrence (moe-transformer-xl): states kept from the previous segment. Needs --sequence-mode streams "
+        "and a recipe that leaves sequences on the rank that read them.",
         "Model",
     )
-    router_score: str | None = option(None, "softmax or sigmoid.", "Model")
-    normalize_topk: bool | None = option(None, "Chosen weights sum to one.", "Model")
+    router_score: str | None = option(None, "Score of the router: softmax or sigmoid.", "Model")
+    normalize_topk: bool | None = option(
+        None, "Scale the weights of the chosen experts so that they sum to one.", "Model"
+    )
     balance_loss: float | None = option(None, "Weight of the load-balance loss.", "Model")
     z_loss: float | None = option(None, "Weight of the router z-loss.", "Model")
     locality_loss: float | None = option(
-        None, "Weight of the loss that gives a sequence few experts, all staying in use; 0 is off, try 0.02.", "Model"
+        None,
+        "Weight of the loss that lets a sequence use few experts while all stay in use; 0: off; try 0.02.",
+        "Model",
     )
     seat_loss: float | None = option(
         None,
-        "Weight of the loss that pulls tokens to the experts of their sequence's seat; 0 is off, try 0.1.",
+        "Weight of the loss that moves tokens to experts on the rank of their sequence; 0: off; try 0.1.",
         "Model",
     )
-    seat_loss_form: str | None = option(None, f"What it counts: {', '.join(SEAT_LOSS_FORMS)}.", "Model")
+    seat_loss_form: str | None = option(
+        None, f"What the seat loss counts of what leaves the rank: {', '.join(SEAT_LOSS_FORMS)}.", "Model"
+    )
     num_groups: int | None = option(None, "Groups of experts, of which a token uses --top-k-groups.", "Model")
     top_k_groups: int | None = option(None, "Groups of experts that a token may choose in.", "Model")
-    bias_update_rate: float | None = option(None, "Loss-free balancing; 0 is off.", "Model")
+    bias_update_rate: float | None = option(None, "Rate of loss-free balancing; 0: off.", "Model")
     capacity_factor: float | None = option(None, "Drop choices beyond capacity (default: dropless).", "Model")
 
     def __post_init__(self) -> None:

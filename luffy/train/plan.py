@@ -12,11 +12,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from luffy.errors import UserError
 from luffy.inputs import keep_apart
-from luffy.plan.advice import Advice, Alternative, advise, group_sum_seconds, offloading, pipeline
+from luffy.plan.advice import (
+    Advice,
+    Alternative,
+    advise,
+    group_sum_seconds,
+    offloading,
+    pipeline,
+    sharded,
+    slowest_of_groups,
+)
 from luffy.plan.cost import AttentionCost
 from luffy.plan.prediction import Prediction, counted_steps, predict
 from luffy.plan.replay import Wire, spread_evenly
@@ -27,8 +35,9 @@ from luffy.ranges import NOT_NEGATIVE, POSITIVE
 from luffy.recipes import Recipe, get_recipe
 from luffy.report.plan_figure import build_figure
 from luffy.report.style import draw, save_png
-from luffy.report.units import format_bytes, format_seconds
+from luffy.report.units import format_seconds
 from luffy.train.metrics import write_json_atomic
+from luffy.train.plan_tables import show_alternatives, show_predictions
 from luffy.wire_format import parse_wire
 
 EXPERT_FLOPS = 1e14
@@ -127,30 +136,6 @@ def group_of(topology: Topology, num_experts: int, ep_size: int | None) -> Topol
     return replace(topology, world_size=ep_size, ranks_per_node=min(width, ep_size))
 
 
-def show(predictions: list[Prediction], compute_seconds: float | None, console: Console) -> None:
-    console.print("one step, forward and backward: bytes counted by replay, seconds predicted")
-    table = Table(box=None, pad_edge=False)
-    columns = ["in nodes", "between", "share", "links busy", "seated", "moved"]
-    if compute_seconds is not None:
-        columns += ["step", "speed-up"]
-    table.add_column("recipe", no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    first = predictions[0]
-    for p in predictions:
-        share = sum(p.num_bytes) / sum(first.num_bytes) if sum(first.num_bytes) else 1.0
-        cells = [format_bytes(p.num_bytes[0]), format_bytes(p.num_bytes[1]), f"{share:.2f}"]
-        cells += [format_seconds(p.exchange_seconds), f"{p.seated_share:.0%}", f"{p.moved_share:.0%}"]
-        if compute_seconds is not None:
-            step = compute_seconds + p.exchange_seconds
-            cells += [format_seconds(step), f"{(compute_seconds + first.exchange_seconds) / step:.2f}x"]
-        table.add_row(p.recipe, *cells)
-    console.print(table)
-    console.print(f"share and speed-up are over {first.recipe}")
-    if rehomed := [p.recipe for p in predictions if p.rehomed]:
-        console.print(f"{', '.join(rehomed)}: experts re-homed to earlier steps of the trace")
-
-
 def advice_for(
     predictions: list[Prediction],
     trace: RoutingTrace,
@@ -159,23 +144,27 @@ def advice_for(
     compute_seconds: float | None,
     wire: str | None,
 ) -> tuple[Advice, list[Alternative]]:
-    """Which recipe to take on one group's links, and what two other ways to train would send there."""
-    counted = counted_steps(trace.steps)
-    tokens = sum(int(s.lengths.sum()) for s in counted) / len(counted)
+    """Which recipe to take on one group's links, and what other ways to train would send there."""
     alternatives = []
     n = group.ranks_per_node
     if group.num_nodes > 1 and trace.num_experts % n == 0:
         node = replace(group, world_size=n)
         inside = predict_recipes(trace, node, [get_recipe("vanilla_dedup")], padded)[0]
-        alternatives.append(pipeline(inside, group, tokens, trace.row_num_bytes))
-    if weights := experts_num_bytes(trace):
-        alternatives.append(offloading(group, weights))
+        alternatives.append(pipeline(inside, group, tokens_a_step(trace), trace.row_num_bytes))
+    if (weights := experts_num_bytes(trace)) and group.world_size > 1:
+        alternatives += [sharded(group, weights), offloading(group, weights)]
     free = wire in (None, "model")
     recipes = [get_recipe(p.recipe) for p in predictions]
     exact = [r.name for r in recipes if free and r.wire == "model" and r.condense == "none" and not r.auto]
     # What condenses is counted without condensation, and auto is one of the others: neither is advised.
     weighed = [p for p, r in zip(predictions, recipes, strict=True) if r.condense == "none" and not r.auto]
     return advise(weighed or predictions, exact, alternatives, compute_seconds), alternatives
+
+
+def tokens_a_step(trace: RoutingTrace) -> float:
+    """Mean over the steps that are counted."""
+    counted = counted_steps(trace.steps)
+    return sum(int(s.lengths.sum()) for s in counted) / len(counted)
 
 
 def experts_num_bytes(trace: RoutingTrace) -> int:
@@ -211,16 +200,17 @@ def run_plan(
     recorded = load_trace(trace)
     group = group_of(topology, recorded.num_experts, ep_size)
     predictions = predict_recipes(recorded, group, chosen, layout == "padded", expert_flops)
+    advice, alternatives = advice_for(predictions, recorded, group, layout == "padded", compute_seconds, wire)
     console = Console(soft_wrap=True, width=max(110, Console().width))  # a narrow terminal wraps, and cuts no number
-    counted = counted_steps(recorded.steps)
-    tokens = sum(int(s.lengths.sum()) for s in counted) // len(counted)
+    console.print(f"advice (predicted): {advice.line}\n")
+    counted, tokens = counted_steps(recorded.steps), tokens_a_step(recorded)
     console.print(
         f"{recorded.about.get('model', 'model')}: {recorded.num_layers} MoE layers, {recorded.num_experts} experts, "
-        f"top-{recorded.top_k}; steps {counted[0].step}-{counted[-1].step}, {tokens} tokens each; "
+        f"top-{recorded.top_k}; steps {counted[0].step}-{counted[-1].step}, {tokens:.0f} tokens each; "
         f"{group.world_size} ranks"
         + ("" if group == topology else f", one of {topology.world_size // group.world_size} groups that share experts")
     )
-    show(predictions, compute_seconds, console)
+    show_predictions(predictions, compute_seconds, console)
     if any(get_recipe(p.recipe).rehome_every and not p.rehomed for p in predictions):
         console.print("experts stay as dealt: re-homing needs a trace of at least 4 steps")
     named = [get_recipe(p.recipe) for p in predictions]
@@ -235,8 +225,16 @@ def run_plan(
     if groups > 1 and (weights := experts_num_bytes(recorded)):
         seconds = group_sum_seconds(group, groups, weights)
         console.print(f"gradients of experts, summed between the {groups} groups, take {format_seconds(seconds)} more")
-    advice, alternatives = advice_for(predictions, recorded, group, layout == "padded", compute_seconds, wire)
-    console.print(f"advice (predicted): {advice.line}")
+    slowest = {p.recipe: slowest_of_groups(p.step_seconds, groups) for p in predictions}
+    if groups > 1:
+        mean, last = (s[advice.recipe] for s in ({p.recipe: p.exchange_seconds for p in predictions}, slowest))
+        console.print(
+            f"a step ends with the slowest of the {groups} groups: {advice.recipe}'s links are then busy for "
+            f"{format_seconds(last)}, not {format_seconds(mean)} as in the mean group"
+        )
+    if alternatives:
+        taken = next(p for p in predictions if p.recipe == advice.recipe)
+        show_alternatives(alternatives, taken, tokens, console)
     if target is not None:
         content = {
             "provenance": "bytes counted by replay, seconds predicted",
@@ -248,6 +246,8 @@ def run_plan(
             "predictions": [asdict(p) for p in predictions],
             "advice": asdict(advice),
             "alternatives": [asdict(a) for a in alternatives],
+            "groups": groups,
+            "slowest_group_seconds": slowest,
         }
         write_json_atomic(target, json.loads(json.dumps(content)))
     if figure is not None:

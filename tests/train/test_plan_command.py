@@ -63,7 +63,7 @@ def test_all_recipes_in_a_table_a_file_and_a_picture(tmp_path, capsys):
     assert found["luffy"]["rehomed"] and not found["netmoe"]["rehomed"]
 
 
-def test_it_ends_with_advice_and_draws_what_matters(tmp_path, capsys, monkeypatch):
+def test_it_begins_with_advice_and_draws_what_matters(tmp_path, capsys, monkeypatch):
     drawn = []
     monkeypatch.setattr(
         "luffy.train.plan.build_figure", lambda found, spec: drawn.append(figure(found, spec)) or drawn[0]
@@ -74,10 +74,12 @@ def test_it_ends_with_advice_and_draws_what_matters(tmp_path, capsys, monkeypatc
           "--json", str(tmp_path / "plan.json"), "--figure", str(tmp_path / "plan.png")])  # fmt: skip
     text, found = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
     assert "one of 625 groups" in text and "summed between the 625 groups" in text
-    last = text.strip().splitlines()[-1]
-    assert last.startswith("advice (predicted): take luffy: ") and "if rows may be rounded, luffy_max" in last
+    first = text.splitlines()[0]
+    assert first.startswith("advice (predicted): take luffy: ") and "if rows may be rounded, luffy_max" in first
+    assert "slowest of the 625 groups" in text and found["slowest_group_seconds"]["luffy"] > 0
+    assert "weights sharded (ZeRO-3)" in text and "tokens a step" in text and "…" not in text
     assert found["advice"]["recipe"] == "luffy" and found["advice"]["gain"] > 1.1
-    assert [a["idle_share"] for a in found["alternatives"]] == [1 / 16, 0.0]
+    assert [a["idle_share"] for a in found["alternatives"]] == [1 / 16, 0.0, 0.0]
     names = [label.get_text() for label in drawn[0].axes[0].get_yticklabels()]
     assert len(names) <= 6 and {"vanilla", "vanilla_dedup", "luffy", "luffy_max"} <= set(names)
     total = {p["recipe"]: sum(p["dispatch"][1:]) + sum(p["combine"][1:]) + sum(p["experts"][1:])
