@@ -45,6 +45,14 @@ RANGES = {
 }  # fmt: skip
 
 
+# Settings of a model that options call by the same name.
+_NAMED_ALIKE = (
+    "hidden_size", "expert_hidden_size", "dense_hidden_size", "latent_size", "moe_every", "max_sequence_length",
+    "memory_length", "top_k", "normalize_topk", "balance_loss", "z_loss", "locality_loss", "seat_loss",
+    "seat_loss_form", "num_groups", "top_k_groups", "bias_update_rate", "capacity_factor",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class TrainOptions:
     """What `luffy train` was asked to do. None in a model setting means: as in the preset."""
@@ -338,28 +346,11 @@ class TrainOptions:
         """The preset with this run's changes."""
         return model_preset(self.model).override(
             num_layers=self.layers,
-            hidden_size=self.hidden_size,
             num_heads=self.heads,
-            expert_hidden_size=self.expert_hidden_size,
-            dense_hidden_size=self.dense_hidden_size,
-            num_shared_experts=self.shared_experts,
-            latent_size=self.latent_size,
-            moe_every=self.moe_every,
-            max_sequence_length=self.max_sequence_length,
-            memory_length=self.memory_length,
             num_experts=self.experts,
-            top_k=self.top_k,
+            num_shared_experts=self.shared_experts,
             score=self.router_score,
-            normalize_topk=self.normalize_topk,
-            balance_loss=self.balance_loss,
-            z_loss=self.z_loss,
-            locality_loss=self.locality_loss,
-            seat_loss=self.seat_loss,
-            seat_loss_form=self.seat_loss_form,
-            num_groups=self.num_groups,
-            top_k_groups=self.top_k_groups,
-            bias_update_rate=self.bias_update_rate,
-            capacity_factor=self.capacity_factor,
+            **{name: getattr(self, name) for name in _NAMED_ALIKE},
         )
 
     def links(self) -> Topology | None:
