@@ -40,6 +40,7 @@ def write_compare_report(folder: Path) -> Path:
     """Write `report.html` for the comparison in `folder`; the page's path."""
     summaries = read_compare(folder)
     runs = [[read_run(folder / name) for name in s["folders"]] for s in summaries]  # an absolute name stays itself
+    bounded = any(s.get("roofline") for s in summaries)  # links whose rates are known
     plots: list[tuple[str, Callable[[], Figure | None]]] = [
         (
             "Loss against the time spent in training steps, evaluation not counted. Held-out: median of repeats.",
@@ -50,7 +51,8 @@ def write_compare_report(folder: Path) -> Path:
             lambda: figures.loss_figure(summaries, runs, "bytes"),
         ),
         (
-            "Mean step after warm-up by phase. With these bytes on these links no step is shorter than its roofline.",
+            "Mean step after warm-up by phase."
+            + (" With these bytes on these links no step is shorter than its roofline." if bounded else ""),
             lambda: figures.phases_figure(summaries),
         ),
         ("Bytes of a median step by what they carry.", lambda: figures.bytes_figure(summaries)),
@@ -68,19 +70,23 @@ def write_compare_report(folder: Path) -> Path:
     pictures = [{"caption": caption, "svg": drawn[1]} for caption, build in plots if (drawn := draw_if_any(build))]
     first = summaries[0]
     sections = [
-        ("Speed", tables.speed_table(summaries), "Median step after warm-up. Reached: roofline over the mean step."),
+        (
+            "Speed",
+            tables.speed_table(summaries),
+            "Median step after warm-up." + (" Reached: roofline over the mean step." if bounded else ""),
+        ),
         ("Phases of a step", tables.phase_table(summaries), "Mean step after warm-up; the parts add up to it."),
         (
             "Traffic",
             tables.traffic_table(summaries),
-            "Median step, all ranks together; only what leaves a rank. Moved: sequences that change their rank, of all "
-            "that could, per layer. Exposed: planning that outlasted the dispatch it hides behind, at most.",
+            "Median step, all ranks together; only what leaves a rank. Moved: share of sequences that change rank "
+            "behind a layer. Of it exposed: planning that a step had to wait for, at most.",
         ),
         (
             "Quality",
             tables.quality_table(summaries),
-            "Held-out loss in nats per token. To be reached: the first recipe's at its end, to 0.01, if none was "
-            "named; evaluations say when.",
+            "Held-out loss in nats per token. Time and bytes run until a loss is reached: --target-loss, or else "
+            "the first recipe's last one plus 0.01. Between evaluations they lie on a straight line.",
         ),
     ]
     if len(summaries) > 2:

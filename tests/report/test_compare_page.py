@@ -50,6 +50,10 @@ def test_a_comparison_of_bare_runs_has_no_empty_pictures(tmp_path: Path) -> None
             record_file.write_text(record_file.read_text().replace('"locality"', '"unknown"'))
     (folder / "compare.json").write_text(json.dumps(summaries))
     assert len(Page(write_compare_report(folder).read_text()).images) == 4
+    for s in summaries:
+        s["roofline"] = None
+    (folder / "compare.json").write_text(json.dumps(summaries))
+    assert "oofline" not in write_compare_report(folder).read_text()  # no word of a column that is not there
 
 
 def test_matrices_are_means_of_a_step_without_what_stays() -> None:
@@ -87,6 +91,8 @@ frame.addEventListener("load", async () => {
     const box = e.getBoundingClientRect();
     if (box.width && (box.right > WIDTH + 0.5 || box.left < -0.5) && !scrolls(e.parentElement))
       found.push(e.tagName + " reaches " + Math.round(box.right) + ": " + e.textContent.slice(0, 40));
+    if (e.closest(".tiles") && e.scrollWidth > e.clientWidth + 1 && e.clientWidth)
+      found.push(e.tagName + " is too narrow for " + e.textContent.trim().slice(0, 40));
     if (NARROW && style(e).overflowX == "auto" && e.scrollWidth > e.clientWidth + 1)
       found.push(e.tagName + " must be scrolled: " + e.getAttribute("aria-label"));
   }
