@@ -1,0 +1,68 @@
+"""torchtitan's debug models with its own all-to-all and with Luffy's exchange: FSDP2, checkpointing, seats, 2 and 4 ranks.
+
+Experts compute in float32 here (`exact_experts`), where torchtitan's always round to bfloat16.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("torchtitan", reason="torchtitan is not installed: pip install 'luffy-moe[titan]' to test it")
+
+import numpy as np
+import torch
+
+from luffy.testing import RankFailedError, run_ranks
+from tests.titan.cases import EXCHANGE, beside_their_own, losses, resumed, runs_compiled
+
+pytestmark = pytest.mark.slow
+TOKEN_ROWS = ("dispatch", "combine", "dispatch_backward", "combine_backward")
+
+
+@pytest.mark.parametrize(
+    ("model", "checkpointing", "ranks", "ep_size"),
+    [
+        ("qwen3", "selective", 2, 2),
+        ("qwen3", "full", 2, 2),
+        ("deepseek_v3", "none", 2, 2),
+        ("deepseek_v3", "selective", 4, 4),
+        ("deepseek_v3", "selective", 4, 2),  # experts sharded by FSDP2 as well
+    ],
+)
+def test_loss_and_gradients_are_those_of_their_own_all_to_all(
+    model: str, checkpointing: str, ranks: int, ep_size: int
+) -> None:
+    found = run_ranks(beside_their_own, ranks, model, checkpointing, ep_size)
+    for rank in found:
+        assert rank["gradients"] > 20
+        assert rank["own_loss"] == pytest.approx(rank["loss"], rel=1e-6)
+        assert rank["worst"] < 2e-5, rank
+    rows = [{name: sum(r[f"bytes_{name}"] for r in found) for name in TOKEN_ROWS}][0]
+    times = 2 if checkpointing == "full" else 1  # rows travel again, theirs as well
+    assert rows["dispatch"] == rows["combine"] == times * rows["dispatch_backward"] == times * rows["combine_backward"]
+    theirs = sum(r["their_bytes"] for r in found)  # forward
+    everything = sum(r["bytes_dispatch"] + r["bytes_combine"] + r["bytes_control"] for r in found)
+    assert everything < 0.75 * theirs, (everything, theirs)
+
+
+def test_seats_and_few_bits_train_as_they_should() -> None:
+    plain = run_ranks(losses, 2, [EXCHANGE], 5)[0]
+    seated = run_ranks(losses, 2, [EXCHANGE, ("luffy.titan.seats", {"refresh": 1})], 5)[0]
+    assert max(seated["moved"]) > 0 and seated["moved"][0] == 0
+    np.testing.assert_allclose(seated["losses"], plain["losses"], rtol=1e-4)
+    assert "luffy_seats_0" in seated["state"] and "count" in seated["state"]
+    few = run_ranks(losses, 2, [(EXCHANGE, {"wire": "int8"})], 5)[0]
+    np.testing.assert_allclose(few["losses"], plain["losses"], rtol=2e-2)
+    assert sum(few["bytes"]) < 0.35 * sum(plain["bytes"])
+
+
+def test_a_seated_loader_resumes_where_it_was() -> None:
+    for through, again in run_ranks(resumed, 2):
+        assert len(through) == len(again) == 2
+        for a, b in zip(through, again, strict=True):
+            assert torch.equal(torch.tensor(a), torch.tensor(b))
+
+
+def test_compiling_the_blocks_is_refused_by_name() -> None:
+    with pytest.raises(RankFailedError, match=r"leave `model` out of --compile\.components"):
+        run_ranks(runs_compiled, 2)
