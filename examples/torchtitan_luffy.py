@@ -1,7 +1,7 @@
 """Luffy's exchange in torchtitan, on CPUs, so that it can be tried anywhere.
 
-    torchrun --nproc-per-node 2 examples/torchtitan_luffy.py                                      # torchtitan as it is
-    torchrun --nproc-per-node 2 examples/torchtitan_luffy.py --override luffy.titan.exchange      # with Luffy's exchange
+    torchrun --nproc-per-node 2 examples/torchtitan_luffy.py                                  # torchtitan as it is
+    torchrun --nproc-per-node 2 examples/torchtitan_luffy.py --override luffy.titan.exchange  # with Luffy's exchange
     torchrun --nproc-per-node 2 examples/torchtitan_luffy.py --override luffy.titan.exchange luffy.titan.seats
 
 On GPUs nothing of this file is needed: give torchtitan's own command the same overrides (docs/torchtitan.md).
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import email
+import encodings
 import inspect
 import json
 import logging
@@ -46,7 +47,7 @@ CHECKPOINTING = {"selective": SelectiveAC.Config, "full": FullAC.Config, "none":
 
 
 class BytesLoader(BaseDataLoader):
-    """Bytes of Python's standard library, other ones on each data-parallel rank."""
+    """Bytes of Python's standard library: programs and tables of characters by turns, other ones on each rank."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseDataLoader.Config):
@@ -55,8 +56,9 @@ class BytesLoader(BaseDataLoader):
     def __init__(
         self, config: Config, *, dp_world_size: int, dp_rank: int, seq_len: int, local_batch_size: int, **_: Any
     ) -> None:
-        folder = Path(inspect.getfile(email)).parent
-        self.text = torch.tensor(list(b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))))
+        folders = [Path(inspect.getfile(package)).parent for package in (email, encodings)]
+        texts = [b"".join(path.read_bytes() for path in sorted(folder.glob("*.py"))) for folder in folders]
+        self.texts = [torch.tensor(list(text)) for text in texts]
         self.length, self.batch = seq_len, local_batch_size
         self.rank, self.ranks, self.count = dp_rank, dp_world_size, 0
 
@@ -65,9 +67,13 @@ class BytesLoader(BaseDataLoader):
         while True:
             order = torch.Generator().manual_seed(self.count * self.ranks + self.rank)
             self.count += 1
-            starts = torch.randint(0, len(self.text) - self.length - 1, (self.batch,), generator=order)
-            rows = torch.stack([self.text[s : s + self.length + 1] for s in starts])
-            yield {"input": rows[:, :-1].contiguous(), "positions": positions.clone()}, rows[:, 1:].contiguous()
+            rows = []
+            for i in range(self.batch):
+                text = self.texts[i % len(self.texts)]
+                start = int(torch.randint(0, len(text) - self.length - 1, (), generator=order))
+                rows.append(text[start : start + self.length + 1])
+            ids = torch.stack(rows)
+            yield {"input": ids[:, :-1].contiguous(), "positions": positions.clone()}, ids[:, 1:].contiguous()
 
     def state_dict(self) -> dict[str, Any]:
         return {"count": self.count}

@@ -9,6 +9,8 @@ docs/torchtitan.md is the guide. They are overrides as torchtitan knows them (to
 
 from __future__ import annotations
 
+from torch import nn
+
 try:
     from torchtitan.components.dataloader import BaseDataLoader
     from torchtitan.config import override
@@ -56,11 +58,12 @@ def seats(cfg: BaseDataLoader.Config, *, refresh: int = 8) -> SeatedDataLoader.C
     return derive(cfg, SeatedDataLoader.Config, inner=cfg, refresh=refresh)
 
 
-def metrics() -> dict[str, float]:
-    """What the MoE layers of this process have exchanged since the last call: see `luffy.metrics`.
+def metrics(model: nn.Module | None = None) -> dict[str, float]:
+    """What the MoE layers of `model` (None: of this process) have exchanged since the last call: see `luffy.metrics`.
 
-    Raises UserError where no model has luffy.titan.exchange and an expert-parallel group.
+    Raises UserError where no layer has luffy.titan.exchange and an expert-parallel group.
     """
-    if not (found := runtimes()):
-        raise UserError("luffy.titan.metrics: no model here has luffy.titan.exchange and an expert-parallel group")
+    found = runtimes(None if model is None else model.modules())
+    if not found:
+        raise UserError("luffy.titan.metrics: no layer here has luffy.titan.exchange and an expert-parallel group")
     return numbers_of(found)

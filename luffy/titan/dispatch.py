@@ -12,6 +12,7 @@ checkpointing rows travel again, as torchtitan's do, and are counted.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -154,9 +155,10 @@ class SharedRuntime(Runtime):
 _WIRED: weakref.WeakSet[LuffyTokenDispatcher] = weakref.WeakSet()  # of this process, for the loader to find
 
 
-def runtimes() -> list[SharedRuntime]:
-    """Those of all models of this process."""
-    found = [d.runtime for d in _WIRED if d.runtime is not None]
+def runtimes(modules: Iterable[Any] | None = None) -> list[SharedRuntime]:
+    """Those of these modules, or of all models of this process."""
+    wired = _WIRED if modules is None else [getattr(m, "token_dispatcher", None) for m in modules]
+    found = [d.runtime for d in wired if isinstance(d, LuffyTokenDispatcher) and d.runtime is not None]
     return list({id(r): r for r in found}.values())
 
 

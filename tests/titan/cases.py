@@ -14,14 +14,14 @@ from torch.distributed.tensor import DTensor
 from torchtitan.config import override
 from torchtitan.config.override import derive
 from torchtitan.models.common.moe import GroupedExperts
-from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
 
 import luffy.titan
+from benchmarks.titan_counting import CountedDispatcher
 from examples.torchtitan_luffy import Loop, on_a_cpu
 from luffy.titan.dispatch import LuffyTokenDispatcher, runtimes
 
 EXACT = f"{__name__}.exact_experts"
-COUNTED = f"{__name__}.counted"
+COUNTED = "benchmarks.titan_counting.counted"
 EXCHANGE = "luffy.titan.exchange"
 
 
@@ -43,33 +43,6 @@ class ExactExperts(GroupedExperts):
 @override(target=GroupedExperts.Config)
 def exact_experts(cfg: Any) -> Any:
     return derive(cfg, ExactExperts.Config)
-
-
-class CountedDispatcher(AllToAllTokenDispatcher):
-    """torchtitan's own, with its rows to other ranks counted: `sent` bytes forward, of this process."""
-
-    sent = 0
-
-    @dataclass(kw_only=True, slots=True)
-    class Config(AllToAllTokenDispatcher.Config):
-        pass
-
-    def _dispatch_token_exchange(self, rows: Tensor, pg: Any, output_splits: Any, input_splits: Any) -> Tensor:
-        self._count(rows, input_splits)
-        return super()._dispatch_token_exchange(rows, pg, output_splits, input_splits)
-
-    def _combine_token_exchange(self, rows: Tensor, pg: Any, input_splits: Any, output_splits: Any) -> Tensor:
-        self._count(rows, output_splits)
-        return super()._combine_token_exchange(rows, pg, input_splits, output_splits)
-
-    def _count(self, rows: Tensor, splits: list[int]) -> None:
-        away = sum(splits) - splits[self.ep_mesh.get_local_rank()]
-        CountedDispatcher.sent += away * rows[0:1].nbytes
-
-
-@override(target=AllToAllTokenDispatcher.Config)
-def counted(cfg: Any) -> Any:
-    return derive(cfg, CountedDispatcher.Config)
 
 
 def gradients_of(loop: Loop) -> dict[str, Tensor]:
@@ -100,7 +73,7 @@ def beside_their_own(rank: int, model: str, checkpointing: str, ep_size: int | N
 
 def losses(rank: int, overrides: list[Any], steps: int, batch: int = 4) -> dict[str, Any]:
     """Of some optimizer steps: losses, bytes, and what share of the rows the loader moved."""
-    config = on_a_cpu("qwen3", [EXACT, *overrides])
+    config = on_a_cpu("deepseek_v3", [EXACT, *overrides])
     config.training.local_batch_size = batch
     loop = Loop(config)
     found, moved, sent = [], [], []
@@ -112,7 +85,7 @@ def losses(rank: int, overrides: list[Any], steps: int, batch: int = 4) -> dict[
 
 
 def one_layer(rank: int, top_k: int, wire: str = "model") -> dict[str, float]:
-    """The dispatcher alone, linear experts of random matrices, against a dense loop: largest differences, in float64."""
+    """The dispatcher with linear experts of random matrices, against a dense loop: largest differences, in float64."""
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),), mesh_dim_names=("ep",))
     N, E, T, D = mesh.size(), 8, 13 + rank, 6
     maker = torch.Generator().manual_seed(1)

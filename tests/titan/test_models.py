@@ -1,4 +1,4 @@
-"""torchtitan's debug models with its own all-to-all and with Luffy's exchange: FSDP2, checkpointing, seats, 2 and 4 ranks.
+"""torchtitan's debug models with its own all-to-all and with Luffy's exchange: FSDP2, checkpointing, seats.
 
 Experts compute in float32 here (`exact_experts`), where torchtitan's always round to bfloat16.
 """
@@ -20,17 +20,17 @@ TOKEN_ROWS = ("dispatch", "combine", "dispatch_backward", "combine_backward")
 
 
 @pytest.mark.parametrize(
-    ("model", "checkpointing", "ranks", "ep_size"),
+    ("model", "checkpointing", "ranks", "ep_size", "bound"),  # of bytes over theirs, with all that goes along
     [
-        ("qwen3", "selective", 2, 2),
-        ("qwen3", "full", 2, 2),
-        ("deepseek_v3", "none", 2, 2),
-        ("deepseek_v3", "selective", 4, 4),
-        ("deepseek_v3", "selective", 4, 2),  # experts sharded by FSDP2 as well
+        ("qwen3", "selective", 2, 2, 0.3),  # 8 of 64 experts a token: a row in place of four
+        ("qwen3", "full", 2, 2, 0.3),
+        ("deepseek_v3", "none", 2, 2, 0.7),  # 3 of 8
+        ("deepseek_v3", "selective", 4, 4, 0.95),
+        ("deepseek_v3", "selective", 4, 2, 0.7),  # experts sharded by FSDP2 as well
     ],
 )
 def test_loss_and_gradients_are_those_of_their_own_all_to_all(
-    model: str, checkpointing: str, ranks: int, ep_size: int
+    model: str, checkpointing: str, ranks: int, ep_size: int, bound: float
 ) -> None:
     found = run_ranks(beside_their_own, ranks, model, checkpointing, ep_size)
     for rank in found:
@@ -40,18 +40,18 @@ def test_loss_and_gradients_are_those_of_their_own_all_to_all(
     rows = [{name: sum(r[f"bytes_{name}"] for r in found) for name in TOKEN_ROWS}][0]
     times = 2 if checkpointing == "full" else 1  # rows travel again, theirs as well
     assert rows["dispatch"] == rows["combine"] == times * rows["dispatch_backward"] == times * rows["combine_backward"]
-    theirs = sum(r["their_bytes"] for r in found)  # forward
-    everything = sum(r["bytes_dispatch"] + r["bytes_combine"] + r["bytes_control"] for r in found)
-    assert everything < 0.75 * theirs, (everything, theirs)
+    theirs = sum(r["their_bytes"] for r in found) * (1 + times)  # forward, maybe again, and backward
+    sent = sum(r["bytes_sent"] for r in found)
+    assert 0.1 * theirs < sent < bound * theirs, sent / theirs
 
 
 def test_seats_and_few_bits_train_as_they_should() -> None:
-    plain = run_ranks(losses, 2, [EXCHANGE], 5)[0]
-    seated = run_ranks(losses, 2, [EXCHANGE, ("luffy.titan.seats", {"refresh": 1})], 5)[0]
+    plain = run_ranks(losses, 4, [EXCHANGE], 6)[0]
+    seated = run_ranks(losses, 4, [EXCHANGE, ("luffy.titan.seats", {"refresh": 1})], 6)[0]
     assert max(seated["moved"]) > 0 and seated["moved"][0] == 0
     np.testing.assert_allclose(seated["losses"], plain["losses"], rtol=1e-4)
     assert "luffy_seats_0" in seated["state"] and "count" in seated["state"]
-    few = run_ranks(losses, 2, [(EXCHANGE, {"wire": "int8"})], 5)[0]
+    few = run_ranks(losses, 4, [(EXCHANGE, {"wire": "int8"})], 6)[0]
     np.testing.assert_allclose(few["losses"], plain["losses"], rtol=2e-2)
     assert sum(few["bytes"]) < 0.35 * sum(plain["bytes"])
 
