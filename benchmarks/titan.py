@@ -1,12 +1,12 @@
 """torchtitan's own all-to-all and Luffy's exchange in its models: bytes and seconds of a step.
 
-    python benchmarks/titan.py --out docs/results/torchtitan.json               # loopback and, as root, behind 1 Gb/s
+    python benchmarks/titan.py --out docs/results/torchtitan.json               # loopback and, as root, behind links
     python benchmarks/titan.py --ranks 2 --links none --out /tmp/torchtitan.json
 
 Each launch trains one debug model of torchtitan several times over, a step of each by turns, so that what else the
 machine does hits all alike: examples/torchtitan_luffy.py, whose loop stands for the Trainer. Rows of other ranks are
 counted in both: by torchtitan's split sizes there, by the meter here, with all that goes along (split sizes, ids,
-weights). In the lab the bytes that the interfaces sent are read as well: all traffic, that of FSDP2 and headers included.
+weights). In the lab the bytes that the interfaces sent are read as well: all traffic, with that of FSDP2 and headers.
 Medians over the steps after the first; quartiles of the seconds.
 """
 
@@ -42,6 +42,18 @@ def sent_by_interfaces() -> int:
     return sum(int(numbers.split()[8]) for name, numbers in lines if name.strip() != "lo")
 
 
+def scatter_as_nccl(model: Any) -> None:
+    """FSDP2's reduce-scatter with the bytes of one; gloo's own is an all-reduce, twice as many."""
+    from torch.distributed.fsdp import FSDPModule
+
+    from benchmarks.peers.counting import ByteCounter
+    from benchmarks.peers.reduce_scatter import SwappedReduceScatter
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_custom_reduce_scatter(SwappedReduceScatter(ByteCounter()))
+
+
 @dataclass
 class Measured:
     loss: float
@@ -66,7 +78,9 @@ def rank_main(model: str, steps: int, tokens: int, out: Path) -> None:
         config = on_a_cpu(model, overrides)
         config.training.seq_len, config.training.local_batch_size = 128, tokens // 128
         config.training.mixed_precision_param = "bfloat16"  # as torchtitan trains
+        config.parallelism.fsdp_reshard_after_forward = "never"
         loops[way] = Loop(config)
+        scatter_as_nccl(loops[way].model)
     found: dict[str, list[Measured]] = {way: [] for way in WAYS}
     for _ in range(WARM_UP + steps):
         for way, loop in loops.items():
@@ -139,7 +153,7 @@ def table(runs: list[dict[str, Any]], link: str) -> str:
 @click.command()
 @click.option("--models", default=",".join(MODELS), show_default=True)
 @click.option("--ranks", default="2,4", show_default=True)
-@click.option("--links", default="none,1gbit", show_default=True, help="none is loopback; others need root.")
+@click.option("--links", default="none,1gbit,100mbit", show_default=True, help="none is loopback; others need root.")
 @click.option("--steps", default=7, show_default=True)
 @click.option("--tokens", default=1024, show_default=True, help="Of a rank and step.")
 @click.option("--out", required=True, type=click.Path(path_type=Path))

@@ -12,7 +12,6 @@ from __future__ import annotations
 from torch import nn
 
 try:
-    from torchtitan.components.dataloader import BaseDataLoader
     from torchtitan.config import override
     from torchtitan.config.override import derive
     from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher, BaseEPTokenDispatcher
@@ -23,7 +22,7 @@ except ImportError as error:
 
 from luffy.errors import UserError
 from luffy.titan.dispatch import LuffyTokenDispatcher, runtimes
-from luffy.titan.loader import SeatedDataLoader
+from luffy.titan.loader import LOADS_ROWS, BaseDataLoader, SeatedDataLoader
 from luffy.train.own_metrics import numbers_of
 from luffy.wire_format import parse_wire
 
@@ -55,6 +54,10 @@ def seats(cfg: BaseDataLoader.Config, *, refresh: int = 8) -> SeatedDataLoader.C
     """
     if not isinstance(refresh, int) or refresh < 1:
         raise UserError(f"luffy.titan.seats: refresh={refresh!r}: give a whole number of batches, 1 or more")
+    if not LOADS_ROWS:
+        raise UserError(
+            "luffy.titan.seats moves rows of a batch, and this torchtitan loads tokens: use torchtitan 0.3.0"
+        )
     return derive(cfg, SeatedDataLoader.Config, inner=cfg, refresh=refresh)
 
 

@@ -99,7 +99,7 @@ class LuffyTokenDispatcher(AllToAllTokenDispatcher):
         tokens = Tokens(
             batch, x_TD, topk_expert_ids_TK, topk_scores_TK, self.experts, _as_it_is, _nothing_else, residual=False
         )  # fmt: skip
-        if _first_time():
+        if self.runtime.observing:
             tokens = observe(tokens, None, self.runtime)
         received = finish(self.exchange.dispatch(tokens))
         pairs = pairs_by_expert(received.expert_ids, self.experts, mesh.ep_rank, received.num_pairs)
@@ -141,14 +141,19 @@ class FirstTally(RowTally):
 
 @dataclass
 class SharedRuntime(Runtime):
-    """What the layers of one model share. num_sequences: in a batch, where rows of sequences are observed for seats."""
+    """What the layers of one model share. num_sequences: in a batch of the seated loader."""
 
     num_sequences: int = 1
     tally: RowTally = field(default_factory=FirstTally)
 
+    @property
+    def observing(self) -> bool:
+        """Whether this pass is one that a seated loader learns from: of training, and not computed again."""
+        return self.observed is not None and torch.is_grad_enabled() and _first_time()
+
     def layout(self, x: Tensor) -> Layout:
-        """How sequences of equal length lie in x [T, D]."""
-        mesh, B = self.comm.mesh, self.num_sequences
+        """Sequences of equal length in x [T, D], where they are observed; else all tokens are as one."""
+        mesh, B = self.comm.mesh, self.num_sequences if self.observing else 1
         return Layout(SequenceTable(np.full(B, len(x) // B), np.full(B, mesh.ep_rank)), mesh.ep_rank, x.device)
 
 

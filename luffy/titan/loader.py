@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torchtitan.components.dataloader import BaseDataLoader
 
 from luffy.comm.lent import program_size
 from luffy.errors import UserError
@@ -28,6 +27,15 @@ from luffy.seats.features import features_of
 from luffy.seats.seater import LearntSeats
 from luffy.seats.sharing import learn_together
 from luffy.titan.dispatch import SharedRuntime, runtimes
+
+try:
+    from torchtitan.components.dataloader import BaseDataLoader
+
+    LOADS_ROWS = True
+except ImportError:  # torchtitan after 0.3.0, whose batches are tokens in a row
+    from torchtitan.components.data.loader import BaseDataLoader
+
+    LOADS_ROWS = False
 
 _KNOWN = {"input", "positions"}
 Batch = tuple[dict[str, Tensor], Tensor]
