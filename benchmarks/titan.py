@@ -42,18 +42,6 @@ def sent_by_interfaces() -> int:
     return sum(int(numbers.split()[8]) for name, numbers in lines if name.strip() != "lo")
 
 
-def scatter_as_nccl(model: Any) -> None:
-    """FSDP2's reduce-scatter with the bytes of one; gloo's own is an all-reduce, twice as many."""
-    from torch.distributed.fsdp import FSDPModule
-
-    from benchmarks.peers.counting import ByteCounter
-    from benchmarks.peers.reduce_scatter import SwappedReduceScatter
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_custom_reduce_scatter(SwappedReduceScatter(ByteCounter()))
-
-
 @dataclass
 class Measured:
     loss: float
@@ -80,7 +68,6 @@ def rank_main(model: str, steps: int, tokens: int, out: Path) -> None:
         config.training.mixed_precision_param = "bfloat16"  # as torchtitan trains
         config.parallelism.fsdp_reshard_after_forward = "never"
         loops[way] = Loop(config)
-        scatter_as_nccl(loops[way].model)
     found: dict[str, list[Measured]] = {way: [] for way in WAYS}
     for _ in range(WARM_UP + steps):
         for way, loop in loops.items():
@@ -126,7 +113,7 @@ def launch(model: str, ranks: int, link: str, steps: int, tokens: int) -> dict[s
         done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             raise click.ClickException(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-        return {"model": model, "ranks": ranks, "link": link, "ways": json.loads(out.read_text())}
+        return {"model": model, "ranks": ranks, "link": link, "steps": steps, "ways": json.loads(out.read_text())}
 
 
 def table(runs: list[dict[str, Any]], link: str) -> str:
@@ -170,7 +157,7 @@ def main(models: str, ranks: str, links: str, steps: int, tokens: int, out: Path
             for n in map(int, ranks.split(",")):
                 run = launch(model, n, link, steps, tokens)
                 kept = [r for r in kept if (r["model"], r["ranks"], r["link"]) != (model, n, link)] + [run]
-                settings = {"tokens_per_rank": tokens, "steps": steps, "environment": describe_machine("cpu")}
+                settings = {"tokens_per_rank": tokens, "environment": describe_machine("cpu")}
                 out.parent.mkdir(parents=True, exist_ok=True)
                 out.write_text(json.dumps({**settings, "runs": kept}, indent=1) + "\n")
     for link in links.split(","):

@@ -30,6 +30,7 @@ import torch.distributed as dist
 import torchtitan.distributed.parallel_dims as parallel_dims_of_titan
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.config import override
 from torchtitan.config.override import apply_overrides, derive, parse_cli_imports
@@ -88,8 +89,9 @@ def plain_attention(cfg: FlexAttention.Config) -> ScaledDotProductAttention.Conf
 
 
 def on_a_cpu(
-    model: str, overrides: list[Any], *, checkpointing: str = "selective", ep_size: int | None = None, layers: int = 3
-) -> Any:
+    model: str, overrides: list[Any], *, checkpointing: str = "selective", ep_size: int | None = None, tp_size: int = 1,
+    layers: int = 3,
+) -> Any:  # fmt: skip
     """torchtitan's debug config of `model`, small and in float32, for all ranks of this world."""
     parallel_dims_of_titan.device_type = "cpu"  # torchtitan takes CUDA for granted
     module, function = MODELS[model].split(":")
@@ -103,6 +105,7 @@ def on_a_cpu(
     config.dataloader = BytesLoader.Config()
     config.activation_checkpoint = CHECKPOINTING[checkpointing]()
     config.parallelism.expert_parallel_degree = ep_size or dist.get_world_size()
+    config.parallelism.tensor_parallel_degree = tp_size
     config.parallelism.spmd_backend = "partial_dtensor"  # the others ask more of FSDP2 than torch 2.13 has
     config.override.imports = [f"{__name__}.plain_attention", *overrides]
     return config
@@ -142,9 +145,11 @@ class Loop:
         self.model._skip_lm_head = True
         self.optimizers = config.optimizer.build(model_parts=[self.model])
         spec.post_optimizer_build_fn(self.optimizers, [self.model], self.dims)
+        batch = self.dims.get_optional_mesh("batch")  # None where all ranks share one
+        self.num_batches, own = (1, 0) if batch is None else (batch.size(), batch.get_local_rank())
         self.loader = config.dataloader.build(
-            dp_world_size=self.dims.get_mesh("batch").size(), dp_rank=self.dims.get_mesh("batch").get_local_rank(),
-            tokenizer=None, seq_len=config.training.seq_len, local_batch_size=config.training.local_batch_size,
+            dp_world_size=self.num_batches, dp_rank=own, tokenizer=None, seq_len=config.training.seq_len,
+            local_batch_size=config.training.local_batch_size,
         )  # fmt: skip
         self.batches = iter(self.loader)
         self.context = titan.get_spmd_context(parallel_dims=self.dims)
@@ -152,15 +157,14 @@ class Loop:
     def gradients(self) -> Tensor:
         """Forward and backward of the next batch: the mean loss over the labels of all ranks, []."""
         inputs, labels = next(self.batches)
-        count = torch.tensor(labels.numel())
-        dist.all_reduce(count)
+        count = torch.tensor(labels.numel() * self.num_batches)
         with self.context():
             hidden = self.model(inputs["input"], positions=inputs["positions"])
             loss, _ = self.loss_fn(hidden, labels, count)
             loss.backward()
-        total = loss.detach().clone()
+        total = loss.full_tensor().detach() if isinstance(loss, DTensor) else loss.detach().clone()
         dist.all_reduce(total)
-        return total
+        return total * self.num_batches / dist.get_world_size()
 
     def step(self) -> float:
         """One optimizer step; its loss."""

@@ -69,7 +69,7 @@ class _Message:
     send: Tensor
     receive: Tensor
     widths: list[int]  # bytes of each tensor's part of a row
-    shapes: list[tuple[int, ...]]  # of each tensor's rows
+    shapes: Sequence[tuple[int, ...]]  # of each tensor's rows
     dtypes: list[torch.dtype]
     codecs: Sequence[Codec | None]
     work: Any = None

@@ -69,16 +69,16 @@ class SeatedDataLoader(BaseDataLoader):
 
     def _runtime(self) -> SharedRuntime:
         """That of this process's model. Raises UserError where batches cannot be exchanged within its group."""
+        if self._dp_world_size != program_size():
+            raise UserError(
+                "luffy.titan.seats exchanges the batches of data-parallel ranks, and here ranks share a batch: leave "
+                "it out, or set tensor, context and pipeline parallel degrees to 1"
+            )
         found = runtimes()
         if len(found) != 1:
             raise UserError(
                 f"luffy.titan.seats needs one model with luffy.titan.exchange and --parallelism.expert_parallel_degree "
                 f"above 1, and this process has {len(found)}"
-            )
-        if self._dp_world_size != program_size():
-            raise UserError(
-                "luffy.titan.seats exchanges the batches of data-parallel ranks, and here ranks share a batch: leave "
-                "it out, or set tensor, context and pipeline parallel degrees to 1"
             )
         if self._seats is None:
             self._seats = LearntSeats(found[0].comm.mesh.ep_size)

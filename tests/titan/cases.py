@@ -18,7 +18,8 @@ from torchtitan.models.common.moe import GroupedExperts
 import luffy.titan
 from benchmarks.titan_counting import CountedDispatcher
 from examples.torchtitan_luffy import Loop, on_a_cpu
-from luffy.titan.dispatch import LuffyTokenDispatcher, runtimes
+from luffy.titan.dispatch import LuffyTokenDispatcher
+from luffy.train.own_metrics import numbers_of
 
 EXACT = f"{__name__}.exact_experts"
 COUNTED = "benchmarks.titan_counting.counted"
@@ -50,16 +51,14 @@ def gradients_of(loop: Loop) -> dict[str, Tensor]:
     return {n: p.grad.to_local() for n, p in loop.model.named_parameters() if p.grad is not None}
 
 
-def beside_their_own(rank: int, model: str, checkpointing: str, ep_size: int | None = None) -> dict[str, float]:
+def beside_their_own(rank: int, model: str, **settings: Any) -> dict[str, float]:
     """One forward and backward by each: losses, the worst difference of any gradient over its largest value, bytes."""
     CountedDispatcher.sent = 0
-    theirs = Loop(on_a_cpu(model, [EXACT, COUNTED], checkpointing=checkpointing, ep_size=ep_size))
+    theirs = Loop(on_a_cpu(model, [EXACT, COUNTED], **settings))
     loss = theirs.gradients()
-    ours = Loop(on_a_cpu(model, [EXACT, EXCHANGE], checkpointing=checkpointing, ep_size=ep_size))
-    assert len(runtimes()) == 1
-    luffy.titan.metrics()
+    ours = Loop(on_a_cpu(model, [EXACT, EXCHANGE], **settings))
     own_loss = ours.gradients()
-    numbers = luffy.titan.metrics()
+    numbers = luffy.titan.metrics(ours.model)
     expected, found = gradients_of(theirs), gradients_of(ours)
     assert expected.keys() == found.keys()
     worst = max(
@@ -71,16 +70,16 @@ def beside_their_own(rank: int, model: str, checkpointing: str, ep_size: int | N
     }  # fmt: skip
 
 
-def losses(rank: int, overrides: list[Any], steps: int, batch: int = 4) -> dict[str, Any]:
+def losses(rank: int, overrides: list[Any], steps: int) -> dict[str, Any]:
     """Of some optimizer steps: losses, bytes, and what share of the rows the loader moved."""
-    config = on_a_cpu("deepseek_v3", [EXACT, *overrides])
-    config.training.local_batch_size = batch
+    config = on_a_cpu("deepseek_v3", [EXACT, *overrides], layers=2)
+    config.training.seq_len = 64
     loop = Loop(config)
     found, moved, sent = [], [], []
     for _ in range(steps):
         found.append(loop.step())
         moved.append(getattr(loop.loader, "moved_share", 0.0))
-        sent.append(luffy.titan.metrics()["bytes_sent"])
+        sent.append(luffy.titan.metrics(loop.model)["bytes_sent"])
     return {"losses": found, "moved": moved, "bytes": sent, "state": sorted(loop.loader.state_dict())}
 
 
@@ -119,7 +118,7 @@ def one_layer(rank: int, top_k: int, wire: str = "model") -> dict[str, float]:
     }
     ranks = ids // (E // N)
     away = sum(len(set(row) - {rank}) for row in ranks.tolist())
-    sent = luffy.titan.metrics()
+    sent = numbers_of([dispatcher.runtime])
     return off | {
         "out": float((out - wanted).abs().max()),
         "counts_alike": float(torch.equal(per_expert, total.view(N, -1)[rank])),
@@ -131,21 +130,24 @@ def one_layer(rank: int, top_k: int, wire: str = "model") -> dict[str, float]:
 def resumed(rank: int) -> tuple[list, list]:
     """Token ids of two batches after a state was taken, and of another loader that took it up."""
     overrides = [EXACT, EXCHANGE, ("luffy.titan.seats", {"refresh": 1})]
-    loop = Loop(on_a_cpu("qwen3", overrides))
+    loop = Loop(on_a_cpu("qwen3", overrides, layers=1))
     for _ in range(3):
         loop.step()
     state = loop.loader.state_dict()
     through = [next(loop.batches)[0]["input"].tolist() for _ in range(2)]
     del loop.model, loop.optimizers
-    other = Loop(on_a_cpu("qwen3", overrides))
+    other = Loop(on_a_cpu("qwen3", overrides, layers=1))
     loop = None
     gc.collect()
     other.loader.load_state_dict(state)
     return through, [next(other.batches)[0]["input"].tolist() for _ in range(2)]
 
 
-def runs_compiled(rank: int) -> None:
-    """The blocks of a model with the exchange, compiled."""
-    config = on_a_cpu("qwen3", [EXACT, EXCHANGE], checkpointing="none")
-    config.compile.enable, config.compile.components, config.compile.backend = True, ["model"], "eager"
+def asks_for(rank: int, what: str) -> None:
+    """What a model with the exchange and seats cannot have."""
+    overrides = [EXACT, EXCHANGE, "luffy.titan.seats"]
+    tp_size = 2 if what == "shared batches" else 1
+    config = on_a_cpu("qwen3", overrides, checkpointing="none", tp_size=tp_size, layers=1)
+    if what == "compiled blocks":
+        config.compile.enable, config.compile.components, config.compile.backend = True, ["model"], "eager"
     Loop(config).gradients()
