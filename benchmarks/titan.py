@@ -63,7 +63,7 @@ def rank_main(model: str, steps: int, tokens: int, out: Path) -> None:
     dist.init_process_group("gloo")
     loops = {}
     for way, overrides in WAYS.items():
-        config = on_a_cpu(model, overrides)
+        config = on_a_cpu(model, overrides, layers=2)
         config.training.seq_len, config.training.local_batch_size = 128, tokens // 128
         config.training.mixed_precision_param = "bfloat16"  # as torchtitan trains
         config.parallelism.fsdp_reshard_after_forward = "never"
@@ -142,7 +142,7 @@ def table(runs: list[dict[str, Any]], link: str) -> str:
 @click.option("--ranks", default="2,4", show_default=True)
 @click.option("--links", default="none,1gbit,100mbit", show_default=True, help="none is loopback; others need root.")
 @click.option("--steps", default=7, show_default=True)
-@click.option("--tokens", default=1024, show_default=True, help="Of a rank and step.")
+@click.option("--tokens", default=512, show_default=True, help="Of a rank and step.")
 @click.option("--out", required=True, type=click.Path(path_type=Path))
 @click.option("--rank-of", hidden=True)
 def main(models: str, ranks: str, links: str, steps: int, tokens: int, out: Path, rank_of: str | None) -> None:
