@@ -128,11 +128,10 @@ def table(runs: list[dict[str, Any]], link: str) -> str:
         for way, found in run["ways"].items():
             mid, low, high = found["seconds"]
             share = "" if way == "torchtitan" else f" ({found['exchange_bytes'] / own['exchange_bytes']:.2f})"
-            times = "" if way == "torchtitan" else f", {own['seconds'][0] / mid:.2f} times as fast"
             wire = f" {found['interface_bytes'] / 1e6:.0f} |" if lab else ""
             lines.append(
                 f"| {run['model']} | {run['ranks']} | {way} | {found['exchange_bytes'] / 1e6:.1f}{share} |{wire} "
-                f"{mid:.2f} [{low:.2f}, {high:.2f}]{times} |"
+                f"{mid:.2f} [{low:.2f}, {high:.2f}] |"
             )
     return "\n".join(lines)
 
