@@ -25,7 +25,7 @@ RANKS = {
     "exchange": 3, "seats.sharing": 3, "seats.exchange": 3,
     "compose": 4,
     "model": 5,
-    "train": 6, "hf": 6, "__main__": 6,
+    "train": 6, "hf": 6, "titan": 6, "__main__": 6,
     "testing": 7,
 }  # fmt: skip
 MAY_USE_TORCH_DISTRIBUTED = {"comm", "train", "testing"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -75,6 +76,23 @@ class Comm:
             return host.reshape(mesh.ep_size, *tensor.shape)
 
         return finish
+
+    def start_rows(
+        self, send: Tensor, input_splits: Sequence[int], output_splits: Sequence[int], count: Callable[[], None]
+    ) -> tuple[Tensor, Any]:
+        """Begin an all-to-all of bytes [n, width] over the EP group: (what will have arrived, the work to wait for).
+
+        count: tells the meter what is sent.
+        """
+        count()
+        receive = send.new_empty((sum(output_splits), send.shape[1]))
+        group = self.mesh.ep_group
+        work = dist.all_to_all_single(
+            receive, send, list(output_splits), list(input_splits), group=group, async_op=True
+        )  # fmt: skip
+        if dist.get_backend(group) == "gloo":  # NCCL's futures are done when the work is queued
+            self.meter.watch(work)
+        return receive, work
 
     def _all_gather(self, tensor: Tensor, group: dist.ProcessGroup, ranks: Sequence[int], direction: str) -> Tensor:
         if len(ranks) == 1:

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from luffy.comm.collectives import Comm
@@ -70,7 +69,7 @@ class _Message:
     send: Tensor
     receive: Tensor
     widths: list[int]  # bytes of each tensor's part of a row
-    shapes: list[tuple[int, ...]]  # of each tensor's rows
+    shapes: Sequence[tuple[int, ...]]  # of each tensor's rows
     dtypes: list[torch.dtype]
     codecs: Sequence[Codec | None]
     work: Any = None
@@ -104,26 +103,20 @@ def _send(
     mesh, meter = exchange.comm.mesh, exchange.comm.meter
     columns = [_as_bytes(t) if c is None else c.encode(t) for t, c in zip(tensors, codecs, strict=True)]
     widths = [c.shape[1] for c in columns]
-    for width, direction in zip(widths, directions, strict=True):
-        for peer, rows in zip(mesh.ep_ranks, exchange.input_splits, strict=True):
-            meter.send(direction, peer, rows * width)
+
+    def count() -> None:
+        for width, direction in zip(widths, directions, strict=True):
+            for peer, rows in zip(mesh.ep_ranks, exchange.input_splits, strict=True):
+                meter.send(direction, peer, rows * width)
+
     send = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
-    receive = send.new_empty((sum(exchange.output_splits), send.shape[1]))
-    message = _Message(send, receive, widths, [t.shape[1:] for t in tensors], [t.dtype for t in tensors], codecs)
+    shapes, dtypes = [t.shape[1:] for t in tensors], [t.dtype for t in tensors]
     if mesh.ep_size == 1 or exchange.idle:
-        receive.copy_(send)
+        count()
+        receive, work = send.clone(), None
     else:
-        message.work = dist.all_to_all_single(
-            receive,
-            send,
-            list(exchange.output_splits),
-            list(exchange.input_splits),
-            group=mesh.ep_group,
-            async_op=True,
-        )
-        if dist.get_backend(mesh.ep_group) == "gloo":  # NCCL's futures are done when the work is queued
-            meter.watch(message.work)
-    return message
+        receive, work = exchange.comm.start_rows(send, exchange.input_splits, exchange.output_splits, count)
+    return _Message(send, receive, widths, shapes, dtypes, codecs, work)
 
 
 @dataclass

@@ -5,6 +5,8 @@ For any model that holds `luffy.MoEBlock`s, and for what `luffy.hf.parallelize` 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from torch import nn
 
@@ -29,7 +31,11 @@ def metrics(model: nn.Module) -> dict[str, float]:
     layers = [m for m in model.modules() if isinstance(m, MoELayer)]
     if not layers:
         raise UserError(f"metrics: {type(model).__name__} holds no luffy.MoEBlock")
-    runtimes = list({id(layer.runtime): layer.runtime for layer in layers}.values())
+    return numbers_of(list({id(layer.runtime): layer.runtime for layer in layers}.values()))
+
+
+def numbers_of(runtimes: Sequence[Runtime]) -> dict[str, float]:
+    """As `metrics`, of the layers that share these runtimes."""
     meters = list({id(rt.comm.meter): rt.comm.meter for rt in runtimes}.values())
     sent = np.sum([meter.take() for meter in meters], axis=0)
     rows = _rows(runtimes)
@@ -47,7 +53,7 @@ def metrics(model: nn.Module) -> dict[str, float]:
     }
 
 
-def _rows(runtimes: list[Runtime]) -> dict[int, np.ndarray]:
+def _rows(runtimes: Sequence[Runtime]) -> dict[int, np.ndarray]:
     """Rows between ranks by layer, of all runtimes."""
     rows: dict[int, np.ndarray] = {}
     for runtime in runtimes:
