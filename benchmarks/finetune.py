@@ -68,8 +68,15 @@ def questions() -> list[dict[str, Any]]:
     return out
 
 
-def make_model(folder: Path, texts: list[str]) -> None:
-    """A folder as `save_pretrained` writes it: random weights of seed 0, and a tokenizer that read `texts`."""
+SIZES: dict[str, int] = {"vocab_size": 2048, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
+
+
+def make_model(folder: Path, texts: list[str], **sizes: int) -> None:
+    """A folder as `save_pretrained` writes it: random weights of seed 0, and a tokenizer that read `texts`.
+
+    sizes: in place of those of SIZES.
+    """
+    sizes = SIZES | sizes
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
@@ -78,15 +85,15 @@ def make_model(folder: Path, texts: list[str]) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|end|>", "<|user|>", "<|assistant|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=2048, special_tokens=special, initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(vocab_size=sizes["vocab_size"], special_tokens=special, initial_alphabet=alphabet)
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
     fast.chat_template = TEMPLATE
     torch.manual_seed(0)
     model = MixtralForCausalLM(
         MixtralConfig(
-            vocab_size=2048, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-            num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2, max_position_embeddings=LENGTH,
+            **sizes, num_attention_heads=4, num_key_value_heads=2,
+            num_local_experts=8, num_experts_per_tok=2, max_position_embeddings=LENGTH,
             output_router_logits=True, router_aux_loss_coef=0.01, tie_word_embeddings=False,
             bos_token_id=None, eos_token_id=0, pad_token_id=None,
         )
@@ -117,15 +124,14 @@ def curve(out: Path) -> dict[str, Any]:
     }
 
 
-def in_transformers(folder: Path, tokens: Path) -> float:
-    """Held-out loss of a folder as plain transformers computes it in one process."""
+def in_transformers(folder: Path, tokens: Path, most: int = 8 * BATCH) -> float:
+    """Held-out loss of a folder as plain transformers computes it in one process. most: sequences that count."""
     from transformers import AutoModelForCausalLM
 
-    from luffy.hf.text import Examples, held_out
+    from luffy.hf.text import Examples, divide
 
     model, examples, total, labels = AutoModelForCausalLM.from_pretrained(folder).eval(), Examples(tokens), 0.0, 0
-    valid = held_out(len(examples), 0.02, 0)[1][: 8 * BATCH]  # as many as a run evaluates
-    for i in valid:
+    for i in divide(examples, 0.02, 0)[1][:most]:
         s = examples.sequence(int(i), 0)
         with torch.no_grad():
             logits = model(torch.from_numpy(s.tokens)[None]).logits[0]

@@ -91,14 +91,16 @@ def adapt(
     kind make a PEFT model first and give that to `parallelize`.
     """
     from peft import LoraConfig, get_peft_model
+    from peft.utils.constants import DUMMY_TARGET_MODULES
 
     family = parallel.family
     check_targets(on, dora, parallel.units is not None)
     torch.manual_seed(seed)  # the same adapters on every rank
+    modules: Any = list(family.attention) if "attention" in on else []
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
-        target_modules=list(family.attention) if "attention" in on else [],
+        target_modules=DUMMY_TARGET_MODULES if list(on) == ["experts"] else modules,  # PEFT takes no empty list
         target_parameters=["router.gate.weight"] if "router" in on else None,
         trainable_token_indices=_rows_of(parallel, tokens),
         use_dora=dora,
@@ -122,6 +124,7 @@ def adapt(
     parameters = [f"{block}.experts.{name}" for name in STACKED] if "experts" in on else []
     parameters += [f"{block}.{family.gate}.weight"] if "router" in on else []
     made.peft_config["default"].target_parameters = parameters or None
+    made.peft_config["default"].target_modules = set(modules)
 
 
 def _rows_of(parallel: ParallelModel, tokens: Sequence[int]) -> dict[str, list[int]] | None:

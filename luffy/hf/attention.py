@@ -51,8 +51,10 @@ def longest_sequence(config: Any) -> int:
     limit = int(config.max_position_embeddings)
     if _rope(config).get("rope_type") != "longrope":
         return limit
-    first = _rope(config).get("original_max_position_embeddings")
-    return min(limit, int(first or getattr(config, "original_max_position_embeddings", limit)))
+    first = _rope(config).get("original_max_position_embeddings") or getattr(
+        config, "original_max_position_embeddings", None
+    )
+    return min(limit, int(first or limit))
 
 
 def mixer_of(layer: Any) -> nn.Module:

@@ -55,7 +55,7 @@ def read_config(folder: Path | str) -> Any:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except ValueError as error:
         raise UserError(f"--model: transformers does not know model_type {model_type!r} of {path}") from error
-    language = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    language: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if language is not None and isinstance(getattr(config, "text_config", None), language.config_class):
         text, whole = config.text_config, config
         text.dtype = text.dtype or whole.dtype

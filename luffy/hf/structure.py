@@ -115,7 +115,9 @@ def _on_disk(kind: str, block: str) -> OnDisk:
     """Names in a checkpoint, by the library's own table of conversions."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    parts = {name: (f"experts.{name}",) for name in ("gate_up_proj", "down_proj")}  # stacked, if nothing else is said
+    parts: dict[str, tuple[str, ...]] = {
+        name: (f"experts.{name}",) for name in ("gate_up_proj", "down_proj")
+    }  # stacked, if nothing else is said
     disk_block, renamed = None, {}
     for entry in get_checkpoint_conversion_mapping(kind) or []:
         sources = [s.replace("\\.", ".").lstrip(".") for s in entry.source_patterns]

@@ -115,9 +115,13 @@ class LibraryRouter(RouterBase):
 
 
 def gate_answer(answer: tuple[Tensor, ...], top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits [T, E], weights [T, K], ids [T, K] of what a gate says: these, or weights of all experts and logits."""
+    """Logits [T, E], weights [T, K], ids [T, K] of what a gate says: these, or weights of all experts and logits.
+
+    Granite's has them in reverse in transformers 5.20.
+    """
     if len(answer) == 3:
-        return answer[0], answer[1], answer[2]
+        logits, weights, ids = answer if not answer[2].is_floating_point() else answer[::-1]
+        return logits, weights, ids
     weights, logits = answer
     ids = logits.topk(top_k, dim=-1).indices
     return logits, weights.gather(1, ids), ids

@@ -171,6 +171,14 @@ def adapt_in_place(rank: int, folder: Path) -> list[Any]:
     for wrong in ({"on": ("mlp",)}, {"on": ("experts",), "dora": True}):
         with pytest.raises(UserError, match="--lora-on"):
             parallel.adapt(4, **wrong)
+    alone = parallelize(tiny_model(tiny_config("qwen3_moe"), torch.float32), mesh, "luffy")
+    alone.adapt(2, on=("experts",))
+    for name, p in alone.named_parameters():
+        assert p.requires_grad == (".experts.lora_" in name)
+        if "lora_B" in name:
+            p.data.normal_(generator=torch.Generator().manual_seed(len(name)))
+    save_adapter(alone, folder / "alone")
+    save_pretrained(alone, folder / "alone-model")
     return parallel.moe_layers[0].experts.lora_A["down_proj"].tolist()
 
 
@@ -183,3 +191,7 @@ def test_adapters_made_in_place_are_pefts_own(tmp_path: Path) -> None:
     for name, weight in adapted.items():
         if "gate.weight" in name or "experts" in name or "self_attn" in name:
             assert torch.allclose(weight, saved[name], rtol=2**-7, atol=2**-7), name
+    plain = tiny_model(tiny_config("qwen3_moe"), torch.float32)
+    adapted = PeftModel.from_pretrained(plain, str(tmp_path / "alone")).merge_and_unload().state_dict()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "alone-model", dtype=torch.float32).state_dict()
+    assert all(torch.allclose(weight, saved[name], rtol=1e-5, atol=1e-6) for name, weight in adapted.items())
