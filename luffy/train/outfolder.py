@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from luffy.errors import UserError
-from luffy.report.runs import CONFIG_FILE, METRICS_FILE, REPORT_FILE, SUMMARY_FILE
+from luffy.report.runs import CONFIG_FILE, METRICS_FILE, PICTURES, REPORT_FILE, SUMMARY_FILE, TOPICS_FILE
 from luffy.train.checkpoint_files import list_checkpoints
 from luffy.train.metrics import TENSORBOARD_DIR
 from luffy.train.options import TrainOptions
@@ -25,8 +25,9 @@ from luffy.train.runfile import RUN_FILE
 
 LOCK_FILE = "lock.json"
 # What a run writes. --overwrite removes these and nothing else: the folder may hold files of its user.
-WRITTEN = (METRICS_FILE, SUMMARY_FILE, CONFIG_FILE, REPORT_FILE, RUN_FILE, "model.safetensors", "checkpoints",
-           "trace", TENSORBOARD_DIR, LOGS_DIR, "model", "adapter")  # fmt: skip
+WRITTEN = (METRICS_FILE, SUMMARY_FILE, CONFIG_FILE, REPORT_FILE, RUN_FILE, TOPICS_FILE, "model.safetensors",
+           "checkpoints", "trace", TENSORBOARD_DIR, LOGS_DIR, "model", "adapter",
+           *(f"{name}.png" for name in PICTURES))  # fmt: skip
 _SOURCES = ("data", "model", "start_weights", "tokenizer")
 _held: dict[Path, Any] = {}
 
@@ -71,7 +72,7 @@ def claim_out(options: TrainOptions) -> None:
     _lock(out)
     check_out(options)
     if options.overwrite:
-        for path in [*(out / name for name in WRITTEN), *out.glob("*.png")]:
+        for path in (out / name for name in WRITTEN):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:

@@ -136,14 +136,15 @@ def test_overwrite_removes_the_old_run_and_nothing_else(small, tmp_path):
     out = tmp_path / "run"
     for name in ("checkpoints/step-00000009", "trace", "logs", "tensorboard", "mine"):
         (out / name).mkdir(parents=True)
-    for name in ("metrics.jsonl", "summary.json", "model.safetensors", "loss.png", "mine/notes.txt", "own.txt"):
+    for name in ("metrics.jsonl", "summary.json", "model.safetensors", "topics.npz", "loss.png", "own.png",
+                 "mine/notes.txt", "own.txt"):  # fmt: skip
         (out / name).write_text("{}")
     with pytest.raises(UserError, match="already holds a run"):
         claim_out(TrainOptions(**small()))
     with pytest.raises(UserError, match=r"--start-weights .*model.safetensors; choose another --out"):
         claim_out(TrainOptions(**small(overwrite=True, start_weights=str(out / "model.safetensors"))))
     claim_out(TrainOptions(**small(overwrite=True)))
-    assert sorted(p.name for p in out.iterdir()) == ["lock.json", "mine", "own.txt"]
+    assert sorted(p.name for p in out.iterdir()) == ["lock.json", "mine", "own.png", "own.txt"]
     assert json.loads((out / "lock.json").read_text())["pid"] == os.getpid()
     assert (out / "mine" / "notes.txt").exists()
 
