@@ -53,8 +53,8 @@ def write_compare_report(folder: Path) -> Path:
             "Mean step after warm-up by phase. With these bytes on these links no step is shorter than its roofline.",
             lambda: figures.phases_figure(summaries),
         ),
-        ("Bytes of a median step by what they carry.", lambda: figures.bytes_figure(summaries)),
-        ("Bytes of a median step by the class of link.", lambda: figures.links_figure(summaries)),
+        ("Bytes of a mean step by what they carry.", lambda: figures.bytes_figure(summaries)),
+        ("Bytes of a mean step by the class of link.", lambda: figures.links_figure(summaries)),
         (
             "Bytes from each rank (row) to each other (column): the first recipe, then the others in the same scale.",
             lambda: structure.matrices_figure(summaries),
@@ -73,7 +73,7 @@ def write_compare_report(folder: Path) -> Path:
         (
             "Traffic",
             tables.traffic_table(summaries),
-            "Median step, all ranks together; only what leaves a rank. Moved: sequences that change their rank, of all "
+            "Mean step, all ranks together; only what leaves a rank. Moved: sequences that change their rank, of all "
             "that could, per layer. Exposed: planning that outlasted the dispatch it hides behind, at most.",
         ),
         (
