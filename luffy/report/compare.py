@@ -55,8 +55,8 @@ def write_compare_report(folder: Path) -> Path:
             + (" With these bytes on these links no step is shorter than its roofline." if bounded else ""),
             lambda: figures.phases_figure(summaries),
         ),
-        ("Bytes of a median step by what they carry.", lambda: figures.bytes_figure(summaries)),
-        ("Bytes of a median step by the class of link.", lambda: figures.links_figure(summaries)),
+        ("Bytes of a mean step by what they carry.", lambda: figures.bytes_figure(summaries)),
+        ("Bytes of a mean step by the class of link.", lambda: figures.links_figure(summaries)),
         (
             "Bytes from each rank (row) to each other (column): the first recipe, then the others in the same scale.",
             lambda: structure.matrices_figure(summaries),
@@ -79,8 +79,8 @@ def write_compare_report(folder: Path) -> Path:
         (
             "Traffic",
             tables.traffic_table(summaries),
-            "Median step, all ranks together; only what leaves a rank. Moved: share of sequences that change rank "
-            "behind a layer. Of it exposed: planning that a step had to wait for, at most.",
+            "Mean step, all ranks together; only what leaves a rank. Moved: share of sequences that change rank "
+            "behind a layer. Exposed: planning that a step had to wait for, at most.",
         ),
         (
             "Quality",

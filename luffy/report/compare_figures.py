@@ -165,7 +165,7 @@ def phases_figure(summaries: Summaries) -> Figure:
 
 
 def bytes_figure(summaries: Summaries) -> Figure | None:
-    """Bytes of a median step by direction."""
+    """Bytes of a mean step by direction."""
     parts = [{k: v for k in BYTE_KINDS if (v := s["step_bytes"][k]) > 0} for s in summaries]
     if not any(parts):
         return None
@@ -175,7 +175,7 @@ def bytes_figure(summaries: Summaries) -> Figure | None:
         for i, s in enumerate(summaries)
     ]
     figure, axes = _stack(summaries, parts, style.BYTE_COLOURS, numbers, format_bytes)
-    axes.set_xlabel("bytes that leave a rank in a median step")
+    axes.set_xlabel("bytes that leave a rank in a mean step")
     present = [k for k in BYTE_KINDS if any(k in part for part in parts)]
     _key(axes, {style.label_of(k): style.BYTE_COLOURS[k] for k in present}, columns=2)
     style.titles(axes, "What leaves a rank, by direction")
@@ -183,14 +183,14 @@ def bytes_figure(summaries: Summaries) -> Figure | None:
 
 
 def links_figure(summaries: Summaries) -> Figure | None:
-    """Bytes of a median step by class of link; only where there are two."""
+    """Bytes of a mean step by class of link; only where there are two."""
     kinds = ("intra_node", "inter_node")
     parts = [{k: v for k in kinds if (v := s["step_bytes_by_link"][k]) > 0} for s in summaries]
     if not all(any(k in part for part in parts) for k in kinds):
         return None
     numbers = [f"{format_bytes(part.get('inter_node', 0))} between nodes" for part in parts]
     figure, axes = _stack(summaries, parts, style.LINK_COLOURS, numbers, format_bytes)
-    axes.set_xlabel("bytes that leave a rank in a median step")
+    axes.set_xlabel("bytes that leave a rank in a mean step")
     _key(axes, {style.label_of(k): style.LINK_COLOURS[k] for k in kinds}, columns=2)
     style.titles(axes, "Which links they take")
     return figure

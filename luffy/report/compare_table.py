@@ -62,7 +62,7 @@ def bound_of(roof: dict[str, Any]) -> str:
 
 
 def traffic_table(summaries: Sequence[dict[str, Any]]) -> Table:
-    """Bytes of a median step, and what the recipe did to keep them few."""
+    """Bytes of a mean step, and what the recipe did to keep them few."""
     first = summaries[0]
     fewer = f"fewer than {first['label']}"
     head = ["recipe", "bytes a step", fewer, "dispatch", "combine", "both backwards", "experts",

@@ -19,7 +19,7 @@ from luffy.report import style
 from luffy.report.breakdown import expert_load_figure, links_figure, time_split_figure
 from luffy.report.compare_structure import matrices_figure, matrix_of
 from luffy.report.locality import topics_figure
-from luffy.report.runs import LINK_KINDS, SECONDS_KINDS, Run, column, warmup_steps
+from luffy.report.runs import LINK_KINDS, PICTURES, SECONDS_KINDS, Run, column, warmup_steps
 from luffy.report.series import bin_means, elapsed_time, expert_load, mean_of_last, smooth, step_means
 from luffy.report.units import format_bytes, format_count, format_loss, format_share
 
@@ -168,6 +168,7 @@ def draw_pictures(run: Run) -> list[Picture]:
     plans: list[tuple[str, str, Callable[[], Figure | None]]] = []
 
     def add(name: str, caption: str, build: Callable[[], Figure | None]) -> None:
+        assert name in PICTURES, name  # `--overwrite` removes these
         plans.append((name, caption, build))
 
     caption = "Loss of every step (faint), smoothed over neighbouring steps, and on validation data."

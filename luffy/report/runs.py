@@ -31,6 +31,9 @@ METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 CONFIG_FILE = "config.json"
 REPORT_FILE = "report.html"
+TOPICS_FILE = "topics.npz"  # beside model.safetensors
+PICTURES = ("loss", "loss_by_time", "bytes", "condensation", "links", "traffic", "time_split", "speed", "topics",
+            "expert_load")  # NAME.png  # fmt: skip
 
 BYTE_KINDS = (
     "dispatch",

@@ -12,6 +12,7 @@ sequences until no topic has more tokens than its budget. Every rank computes th
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -93,8 +94,12 @@ class Topics:
 
     @classmethod
     def load(cls, path: Path) -> Topics:
-        with np.load(path, allow_pickle=False) as data:
-            return cls(data["counts"])
+        """UserError where the file is not one that `save` wrote."""
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                return cls(data["counts"])
+        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"topics {path} cannot be read ({error}); remove it to fit topics anew") from error
 
 
 def balanced_assignment(gains: np.ndarray, lengths: np.ndarray, slack: float) -> np.ndarray:

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException  # a BaseExcept
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from luffy.comm import Mesh
-from luffy.errors import UserError
+from luffy.errors import StoppedError, UserError
 from luffy.model import Transformer, expert_parameters
 from luffy.train import checkpoint_files
 from luffy.train.checkpoint_files import (
@@ -79,23 +79,38 @@ def prepare_optimizer(optimizer: torch.optim.Optimizer) -> None:
 
 
 def everyone(mesh: Mesh, action: Callable[[], Any], only_first: bool = False) -> Any:
-    """Run `action` (on rank 0 alone, or on all) and let every rank raise if one of them failed."""
-    outcome: list[Any] = [None, None]
+    """Run `action` (on rank 0 alone, or on all) and let every rank raise if one of them failed.
+
+    A UserError is raised on all ranks. Any other error is raised as it is where it happened, and as a RuntimeError with
+    its traceback on the others, which would wait for that rank otherwise.
+    """
+    result, failure = None, None
+    fault: tuple[str | None, str | None] = (None, None)  # a line for the user, or the traceback of anything else
     if mesh.writes or not only_first:
         try:
-            outcome[0] = action()
+            result = action()
         except UserError as error:
-            outcome[1] = str(error)
+            fault = str(error), None
+        except StoppedError:
+            raise
+        except (Exception, CheckpointException) as error:
+            failure, fault = error, (None, traceback.format_exc())
     if only_first:
-        dist.broadcast_object_list(outcome, src=0)
-        errors = [outcome[1]]
+        shared: list[Any] = [result, fault]
+        dist.broadcast_object_list(shared, src=0)
+        result, faults = shared[0], [shared[1]]
     else:
-        errors = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, outcome[1])
-    for message in errors:
-        if message is not None:
-            raise UserError(message)
-    return outcome[0]
+        faults = [fault] * dist.get_world_size()
+        dist.all_gather_object(faults, fault)
+    if failure is not None:
+        raise failure
+    for line, _ in faults:
+        if line is not None:
+            raise UserError(line)
+    for rank, (_, text) in enumerate(faults):
+        if text is not None:
+            raise RuntimeError(f"rank {rank} failed:\n{text}")
+    return result
 
 
 @contextlib.contextmanager
@@ -155,7 +170,7 @@ class CheckpointWriter:
             try:
                 wait()
             except (Exception, CheckpointException) as error:
-                reason = _disk_error(error)
+                reason = disk_error(error)
                 if reason is None:
                     raise
                 shutil.rmtree(writer.temporary, ignore_errors=True)
@@ -263,7 +278,7 @@ def _damaged(path: Path, what: str) -> UserError:
     return UserError(f"--resume: checkpoint {path} is damaged ({what}); delete it to resume from the one before")
 
 
-def _disk_error(error: BaseException) -> str | None:
+def disk_error(error: BaseException) -> str | None:
     """The system's words if a disk is behind this error, however deeply it is wrapped."""
     text = "".join(traceback.format_exception(error))
     for reason in (

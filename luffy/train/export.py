@@ -41,11 +41,12 @@ def stored_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def export_safetensors(model: nn.Module, path: Path | str) -> None:
+def export_safetensors(model: nn.Module, path: Path | str, option: str = "--out") -> None:
     """Write all weights as they are to `path` on rank 0; every rank takes part.
 
     Expert tensors are [E, ...], row e being expert e. The configuration of a `Transformer` is in the file's metadata
     under "luffy_config". One tensor at a time is gathered, so rank 0 holds the model once, not each rank.
+    option: for messages. Raises UserError on rank 0 where `path` cannot be written.
     """
     mesh, path = mesh_of(model), Path(path)
     tensors: dict[str, Tensor] = {}
@@ -69,8 +70,10 @@ def export_safetensors(model: nn.Module, path: Path | str) -> None:
         try:
             save_file(tensors, temporary, metadata=metadata)
             os.replace(temporary, path)
-        except OSError as error:
-            raise UserError(f"--out: {path} not written: {error.strerror or error}") from error
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{option}: {path} not written: {reason}") from error
 
 
 @torch.no_grad()

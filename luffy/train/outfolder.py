@@ -12,11 +12,13 @@ import os
 import platform
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from luffy.errors import UserError
-from luffy.report.runs import CONFIG_FILE, METRICS_FILE, REPORT_FILE, SUMMARY_FILE
+from luffy.lab.place import process_identity
+from luffy.report.runs import CONFIG_FILE, METRICS_FILE, PICTURES, REPORT_FILE, SUMMARY_FILE, TOPICS_FILE
 from luffy.train.checkpoint_files import list_checkpoints
 from luffy.train.metrics import TENSORBOARD_DIR
 from luffy.train.options import TrainOptions
@@ -25,8 +27,9 @@ from luffy.train.runfile import RUN_FILE
 
 LOCK_FILE = "lock.json"
 # What a run writes. --overwrite removes these and nothing else: the folder may hold files of its user.
-WRITTEN = (METRICS_FILE, SUMMARY_FILE, CONFIG_FILE, REPORT_FILE, RUN_FILE, "model.safetensors", "checkpoints",
-           "trace", TENSORBOARD_DIR, LOGS_DIR, "model", "adapter")  # fmt: skip
+WRITTEN = (METRICS_FILE, SUMMARY_FILE, CONFIG_FILE, REPORT_FILE, RUN_FILE, TOPICS_FILE, "model.safetensors",
+           "checkpoints", "trace", TENSORBOARD_DIR, LOGS_DIR, "model", "adapter",
+           *(f"{name}.png" for name in PICTURES))  # fmt: skip
 _SOURCES = ("data", "model", "start_weights", "tokenizer")
 _held: dict[Path, Any] = {}
 
@@ -61,6 +64,17 @@ def _check_sources(options: TrainOptions, out: Path) -> None:
             raise UserError(f"--overwrite would remove {option} {value}, which lies in --out; choose another --out")
 
 
+def take_out(options: TrainOptions, restarted: bool) -> bool:
+    """`claim_out`; whether the run in the folder is to be continued because an earlier attempt of this launch began it.
+
+    restarted: ranks were started again by their launcher. A run that this launch has not begun is not continued for
+    that: what was refused, or was to be overwritten, still is.
+    """
+    goes_on = restarted and _is_ours(Path(options.out) / LOCK_FILE)
+    claim_out(replace(options, resume=True, overwrite=False) if goes_on else options)
+    return goes_on
+
+
 def claim_out(options: TrainOptions) -> None:
     """Take the folder for this process: `check_out` under its lock, and with --overwrite remove the old run.
 
@@ -71,29 +85,59 @@ def claim_out(options: TrainOptions) -> None:
     _lock(out)
     check_out(options)
     if options.overwrite:
-        for path in [*(out / name for name in WRITTEN), *out.glob("*.png")]:
+        for path in (out / name for name in WRITTEN):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+    _sign(out, _launch())
+
+
+def _launch() -> dict[str, str]:
+    """What tells this launch from others, the same in all of its attempts: torchrun's name for it, unless that is the
+    one of all, and the process that starts ranks on this host."""
+    run, parent = os.environ.get("TORCHELASTIC_RUN_ID", "none"), process_identity(os.getppid())
+    return ({} if run == "none" else {"run": run}) | ({} if parent is None else {"parent": parent})
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether this launch has begun the run beside the lock file `path`, as far as anybody can tell."""
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        return True
+    mine, theirs = _launch(), said.get("launch")
+    if theirs is None:
+        return False
+    moved = said.get("host") != platform.node()  # rank 0 was elsewhere before
+    return not mine or moved or bool(mine.items() & theirs.items())
 
 
 def _lock(out: Path) -> None:
     path = out / LOCK_FILE
     if path in _held:
         return
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
     try:
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         raise UserError(f"--out {out} is in use by {_holder(path)}; stop that run or choose another folder") from None
     except OSError:  # a file system without locks
-        return
-    file.truncate(0)
-    json.dump({"host": platform.node(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}, file)
-    file.flush()
+        pass
     _held[path] = file
+    _sign(out)
+
+
+def _sign(out: Path, launch: dict[str, str] | None = None) -> None:
+    """Say in the lock file who holds the folder; launch: once what it holds is of this launch alone."""
+    file = _held[out / LOCK_FILE]
+    file.truncate(0)
+    about = {"host": platform.node(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    json.dump(about if launch is None else about | {"launch": launch}, file)
+    file.flush()
 
 
 def _holder(path: Path) -> str:

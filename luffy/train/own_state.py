@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -21,7 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from luffy.errors import UserError
 from luffy.model import expert_parameters
-from luffy.train.checkpoint import everyone, prepare_optimizer
+from luffy.train.checkpoint import disk_error, everyone, prepare_optimizer
 from luffy.train.export import export_safetensors, load_safetensors, mesh_of
 
 
@@ -50,15 +49,28 @@ def sharded_state(model: nn.Module, optimizer: torch.optim.Optimizer | None = No
 
 
 def save_checkpoint(folder: Path | str, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Write `folder`, which all ranks must see: weights, buffers, and the optimizer's tensors."""
-    if dist.get_rank() == 0 and Path(folder).exists() and any(Path(folder).iterdir()):
-        refusal: list[Any] = [f"save_checkpoint: {folder} is not empty; name a new folder"]
-    else:
-        refusal = [None]
-    dist.broadcast_object_list(refusal, src=0)
-    if refusal[0] is not None:
-        raise UserError(refusal[0])
-    dcp.save(sharded_state(model, optimizer), checkpoint_id=str(folder))
+    """Write `folder`, which all ranks must see: weights, buffers, and the optimizer's tensors.
+
+    UserError on every rank where it is no new or empty folder, or the disk refuses.
+    """
+
+    def refuse() -> None:
+        there = Path(folder)
+        if there.exists() and (not there.is_dir() or any(there.iterdir())):
+            what = "not empty" if there.is_dir() else "a file"
+            raise UserError(f"save_checkpoint: {folder} is {what}; name a new folder")
+
+    def write() -> None:
+        try:
+            dcp.save(sharded_state(model, optimizer), checkpoint_id=str(folder))
+        except (Exception, CheckpointException) as error:
+            if (reason := disk_error(error)) is None:
+                raise
+            raise UserError(f"save_checkpoint: {folder} not written: {reason}") from error
+
+    mesh = mesh_of(model)
+    everyone(mesh, refuse, only_first=True)
+    everyone(mesh, write)
 
 
 def load_checkpoint(folder: Path | str, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -79,8 +91,11 @@ def load_checkpoint(folder: Path | str, model: nn.Module, optimizer: torch.optim
 
 
 def save_weights(path: Path | str, model: nn.Module) -> None:
-    """All weights in one safetensors file, experts whole and in the order of their numbers."""
-    everyone(mesh_of(model), lambda: export_safetensors(model, path))
+    """All weights in one safetensors file, experts whole and in the order of their numbers.
+
+    UserError on every rank where it cannot be written.
+    """
+    everyone(mesh_of(model), lambda: export_safetensors(model, path, "save_weights"))
 
 
 def load_weights(path: Path | str, model: nn.Module) -> None:

@@ -17,7 +17,7 @@ from luffy.report.units import format_bytes, format_loss, format_rate
 from luffy.train.heartbeat import watching
 from luffy.train.launch import choose_device, join_world, launch, under_torchrun
 from luffy.train.options import TrainOptions
-from luffy.train.outfolder import check_out, claim_out
+from luffy.train.outfolder import check_out, take_out
 from luffy.train.ranklog import open_log
 from luffy.train.restart import Restarts
 from luffy.train.runfile import write_run_file
@@ -46,20 +46,21 @@ def _rank(options: TrainOptions) -> None:
 
 
 def join(options: TrainOptions) -> tuple[TrainOptions, Mesh]:
-    """Join the world and take --out. A rank that a launcher (torchrun too) started again continues the run."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0:
-        options = replace(options, resume=True, overwrite=False)
+    """Join the world and take --out. Ranks that a launcher (torchrun too) started again continue the run."""
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
     mesh = join_world(
         options.device, options.backend, options.ep_size, options.ranks_per_node, options.timeout_seconds,
         options.interface,
     )  # fmt: skip
     from luffy.train.checkpoint import everyone  # a second of loading that the launcher does not need
 
-    def take_out() -> None:
-        claim_out(options)
+    def take() -> bool:
+        goes_on = take_out(options, restarted)
         write_run_file(options)
+        return goes_on
 
-    everyone(mesh, take_out, only_first=True)
+    if everyone(mesh, take, only_first=True):
+        options = replace(options, resume=True, overwrite=False)
     open_log(options.out, mesh.rank)
     return options, mesh
 

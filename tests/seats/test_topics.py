@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -135,3 +137,9 @@ def test_record_of_a_known_traffic() -> None:
         "rows_away": pytest.approx(0.5),
         "busiest": pytest.approx(0.5 / (1.5 / 4)),
     }
+
+
+def test_a_damaged_file_of_topics_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "topics.npz").write_bytes(b"PK not topics")
+    with pytest.raises(UserError, match=r"topics .*topics.npz cannot be read .*remove it"):
+        Topics.load(tmp_path / "topics.npz")

@@ -136,16 +136,44 @@ def test_overwrite_removes_the_old_run_and_nothing_else(small, tmp_path):
     out = tmp_path / "run"
     for name in ("checkpoints/step-00000009", "trace", "logs", "tensorboard", "mine"):
         (out / name).mkdir(parents=True)
-    for name in ("metrics.jsonl", "summary.json", "model.safetensors", "loss.png", "mine/notes.txt", "own.txt"):
+    for name in ("metrics.jsonl", "summary.json", "model.safetensors", "topics.npz", "loss.png", "own.png",
+                 "mine/notes.txt", "own.txt"):  # fmt: skip
         (out / name).write_text("{}")
     with pytest.raises(UserError, match="already holds a run"):
         claim_out(TrainOptions(**small()))
     with pytest.raises(UserError, match=r"--start-weights .*model.safetensors; choose another --out"):
         claim_out(TrainOptions(**small(overwrite=True, start_weights=str(out / "model.safetensors"))))
     claim_out(TrainOptions(**small(overwrite=True)))
-    assert sorted(p.name for p in out.iterdir()) == ["lock.json", "mine", "own.txt"]
+    assert sorted(p.name for p in out.iterdir()) == ["lock.json", "mine", "own.png", "own.txt"]
     assert json.loads((out / "lock.json").read_text())["pid"] == os.getpid()
     assert (out / "mine" / "notes.txt").exists()
+
+
+def test_a_restart_continues_what_this_launch_began_and_nothing_else(small, tmp_path, monkeypatch):
+    from luffy.errors import UserError
+    from luffy.train import outfolder
+    from luffy.train.options import TrainOptions
+
+    out, old = (
+        tmp_path / "run",
+        {"host": os.uname().nodename, "pid": 1, "launch": {"parent": "1-1", "run": "yesterday"}},
+    )
+    (out / "checkpoints" / "step-00000009").mkdir(parents=True)
+    (out / "metrics.jsonl").write_text("{}")
+    (out / "lock.json").write_text(json.dumps(old))
+    plain, over = TrainOptions(**small()), TrainOptions(**small(overwrite=True))
+    for restarted in (False, True):  # torchrun starts ranks again after a refusal too
+        with pytest.raises(UserError, match="already holds a run"):
+            outfolder.take_out(plain, restarted)
+    assert not outfolder.take_out(over, True) and not (out / "metrics.jsonl").exists()
+    (out / "metrics.jsonl").write_text("{}")
+    assert outfolder.take_out(over, True) and (out / "metrics.jsonl").exists()
+    assert outfolder.take_out(plain, True)
+    # Rank 0 on another host of the same torchrun; and a lock that another launch has left.
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "today")
+    for said, ours in ((old | {"host": "other"}, True), (old, False), (old | {"launch": {"run": "today"}}, True)):
+        (out / "lock.json").write_text(json.dumps(said))
+        assert outfolder._is_ours(out / "lock.json") is ours
 
 
 def test_fine_tuning_without_transformers_is_one_line(tmp_path):

@@ -14,6 +14,7 @@ from luffy.comm import build_mesh
 from luffy.errors import UserError
 from luffy.model import expert_parameters
 from luffy.testing import run_ranks
+from luffy.train.checkpoint import everyone
 from luffy.train.rehoming import move_experts
 
 from .test_own_loop import Net, data
@@ -104,3 +105,26 @@ def test_kept_and_continued_at_other_numbers_of_ranks(tmp_path: Path) -> None:
         run_ranks(go_on, ranks, tmp_path, ep_size, expected)
     for ranks in (1, 2, 4):
         run_ranks(one_ranks_dict, ranks, tmp_path)
+
+
+def refused(rank: int, folder: Path) -> list[str]:
+    """What every rank hears where rank 0 cannot write, and what others hear of an error that is no user's mistake."""
+    net, optimizer = made()
+    said = []
+    for action in (
+        lambda: luffy.save_weights(folder / "missing" / "weights.safetensors", net),
+        lambda: luffy.save_checkpoint(folder / "file", net, optimizer),
+    ):
+        with pytest.raises(UserError) as caught:
+            action()
+        said.append(str(caught.value))
+    with pytest.raises(ZeroDivisionError if rank == 0 else RuntimeError, match="by zero"):
+        everyone(net.runtime.comm.mesh, lambda: 1 // rank)
+    return said
+
+
+def test_what_one_rank_cannot_do_every_rank_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for weights, checkpoint in run_ranks(refused, 2, tmp_path):
+        assert weights.startswith("save_weights: ") and "No such file" in weights
+        assert checkpoint == f"save_checkpoint: {tmp_path / 'file'} is a file; name a new folder"

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from luffy.errors import UserError
+from luffy.report.runs import TOPICS_FILE
 from luffy.seats.topics import Topics
 from luffy.testing import run_ranks
 from luffy.train.metrics import read_metrics
 from luffy.train.options import TrainOptions
-from luffy.train.parts.topics import TOPICS_FILE
 
 from .test_trainer import _train
 

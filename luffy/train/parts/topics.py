@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from luffy.comm import Comm
+from luffy.report.runs import TOPICS_FILE, writing_to
 from luffy.seats.topic import TopicSeats
 from luffy.seats.topics import NUM_FITTED, Topics
 from luffy.train.measure import LOAD_EVERY
 from luffy.train.parts import Done, Stateless
 from luffy.train.ranklog import tell
 from luffy.train.seating import StepReader
-
-TOPICS_FILE = "topics.npz"  # in a run's folder, beside model.safetensors
 
 
 class TopicKeeping(Stateless):
@@ -36,8 +35,9 @@ class TopicKeeping(Stateless):
         self.seats.topics = self._find()
         self.reader.decide_anew()
         if self.comm.mesh.rank == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
-            self.seats.topics.save(self.out / TOPICS_FILE)
+            with writing_to(self.out / TOPICS_FILE):
+                self.out.mkdir(parents=True, exist_ok=True)
+                self.seats.topics.save(self.out / TOPICS_FILE)
 
     def _find(self) -> Topics:
         """Every rank reads the same and counts in integers; the first one's counts are taken by all."""

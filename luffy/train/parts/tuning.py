@@ -154,7 +154,8 @@ class Tuning(Stateless):
 
     def load(self, state: dict[str, Any]) -> None:
         if state:
-            held = Mode(**state["mode"])
-            self.holder = held if held.wire in self.wires else replace(held, wire="model")
+            held = Mode(**state["mode"])  # perhaps of other options, or of ranks among which the halves divided
+            wire = held.wire if held.wire in self.wires else "model"
+            self.holder = replace(held, wire=wire, overlap=held.overlap and self.may_overlap)
             self.next_look = state["next_look"]
             self._run_as(self.holder)
