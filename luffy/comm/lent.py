@@ -38,7 +38,7 @@ def mesh_of_group(ep_mesh: DeviceMesh) -> Mesh:
     return Mesh(
         device=device, device_mesh=ep_mesh, world_mesh=ep_mesh, world_group=group, ep_group=group, dp_group=nobody,
         rank=rank, world_size=size, ep_rank=rank, ep_size=size, dp_rank=0, dp_size=1,
-        node_of_rank=tuple(r // per_node for r in ranks),
+        node_of_rank=tuple(r // per_node for r in ranks), writes=dist.get_rank() == 0,
     )  # fmt: skip
 
 

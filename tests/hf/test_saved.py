@@ -134,6 +134,7 @@ def checked(rank: int, tmp_path: Path) -> None:
     save_pretrained(parallel, tmp_path / "wrong", verify=False)
 
 
+@pytest.mark.slow
 def test_a_folder_is_opened_again_before_it_gets_its_name(tmp_path: Path, verified: bool) -> None:
     run_ranks(checked, 2, tmp_path)
 

@@ -13,6 +13,7 @@ from .interpreted import interpret
 from .layered import choices
 
 
+@pytest.mark.slow
 def test_the_kernels_agree_with_their_references_in_tritons_interpreter():
     assert "agree" in interpret("layered")
 

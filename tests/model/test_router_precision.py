@@ -111,6 +111,7 @@ def from_bfloat16(rank: int, folder: Path, out: Path) -> list[Tensor]:
     ]
 
 
+@pytest.mark.slow
 def test_a_folder_that_stores_the_bias_in_bfloat16(tmp_path: Path) -> None:
     model = tiny_model(tiny_config("glm4_moe", vocab_size=97), torch.bfloat16)
     for layer in model.model.layers[1:]:  # type: ignore[union-attr,index]

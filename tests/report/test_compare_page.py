@@ -123,6 +123,7 @@ def look_at(page: Path, width: int, folder: Path) -> dict:
     return json.loads(html.unescape(seen[1]))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason=WITHOUT)
 @pytest.mark.parametrize("width", [390, 1280])
 def test_nothing_overflows_in_a_browser(tmp_path: Path, width: int) -> None:

@@ -53,6 +53,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_continues_to_the_same_bits(small, tmp_path):
     settings = small(keep_checkpoints=5, steps=7)
     run_ranks(_train, 2, TrainOptions(**settings))

@@ -84,6 +84,7 @@ def test_killed_and_resumed_equals_never_killed(small, as_arguments, tmp_path, c
     assert "--resume" in line and "--overwrite" in line
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_takes_the_job_down_with_its_cause(small, as_arguments):
     settings = small(ranks=2, steps=100000, checkpoint_every=0)
     process = start(as_arguments(settings))
@@ -99,6 +100,7 @@ def test_a_rank_that_dies_takes_the_job_down_with_its_cause(small, as_arguments)
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
 
+@pytest.mark.slow
 def test_being_stopped_is_one_line_and_leaves_no_rank_behind(small, as_arguments):
     settings = small(ranks=2, steps=100000, checkpoint_every=0)
     process = start(as_arguments(settings))

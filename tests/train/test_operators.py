@@ -73,6 +73,7 @@ def test_a_lost_rank_is_replaced_and_the_end_is_the_same_to_the_bit(small, as_ar
     assert losses(settings["out"]) == losses(whole["out"]) and len(losses(whole["out"])) == 40
 
 
+@pytest.mark.slow
 def test_a_rank_that_stops_is_named_in_one_line_soon_after_the_timeout(small, as_arguments):
     settings = small(ranks=2, steps=100000, checkpoint_every=0, timeout_seconds=4)
     process = start(as_arguments(settings))
@@ -176,6 +177,7 @@ def test_a_restart_continues_what_this_launch_began_and_nothing_else(small, tmp_
         assert outfolder._is_ours(out / "lock.json") is ours
 
 
+@pytest.mark.slow
 def test_fine_tuning_without_transformers_is_one_line(tmp_path):
     (tmp_path / "chats.jsonl").write_text('{"text": "a"}')
     script = (

@@ -46,6 +46,7 @@ def losses(process: subprocess.Popen[str]) -> list[float]:
     return [float(x) for x in re.findall(r"loss ([0-9.]+)", out)]
 
 
+@pytest.mark.slow
 def test_the_example_gives_the_losses_of_the_original_code(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
