@@ -16,8 +16,8 @@ from pathlib import Path
 
 import click
 import numpy as np
-from matplotlib.figure import Figure
 
+from luffy.report import style
 from luffy.train.metrics import read_metrics
 
 CASES = (("moe-gpt2-tiny", 8, 2), ("moe-gpt2-tiny", 16, 4), ("moe-llm-tiny", 16, 4), ("moe-llm-tiny", 32, 8))
@@ -49,21 +49,22 @@ def measure(model: str, experts: int, top_k: int, recipe: str, steps: int) -> di
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    figure = Figure(figsize=(7, 3.4), layout="constrained")
-    axes = figure.subplots()
-    for i, (recipe, colour) in enumerate(zip(RECIPES, ("#d95f02", "#08519c"), strict=True)):
-        mine = [r for r in rows if r["recipe"] == recipe]
-        bars = axes.bar(
-            np.arange(len(mine)) + 0.4 * i, [r["bytes_per_token"] / 1e3 for r in mine], 0.38, color=colour, label=recipe
+    with style.settings():
+        figure, axes = style.new_figure(height=3.6, width=7)
+        for i, (recipe, colour) in enumerate(zip(RECIPES, (style.GREY, style.BLUE), strict=True)):
+            mine = [r for r in rows if r["recipe"] == recipe]
+            sent = [r["bytes_per_token"] / 1e3 for r in mine]
+            bars = axes.barh(np.arange(len(mine)) + 0.4 * i, sent, 0.38, color=colour)
+            axes.bar_label(bars, [f"{kb:.1f}  {recipe}" for kb in sent], fontsize=8, padding=3)
+        names = [f"{r['model']}\n{r['experts']} experts, top-{r['top_k']}" for r in rows if r["recipe"] == RECIPES[0]]
+        axes.set_yticks(np.arange(len(names)) + 0.2, names, fontsize=8)
+        axes.invert_yaxis()
+        axes.margins(x=0.2)
+        axes.set(
+            xlabel="kB that left a rank, a token and step", title="Token traffic of 4 ranks, measured by the meter"
         )
-        axes.bar_label(bars, fmt="%.1f", fontsize=8)
-    names = [f"{r['model']}\n{r['experts']} experts, top-{r['top_k']}" for r in rows if r["recipe"] == RECIPES[0]]
-    axes.set_xticks(np.arange(len(names)) + 0.2, names, fontsize=8)
-    axes.set(ylabel="kB that left a rank, per token and step", title="Token traffic, 4 ranks, measured by the meter")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
 
 
 @click.command()

@@ -234,23 +234,25 @@ def table(results: Path) -> None:
         click.echo(f"| {' | '.join(cells)} |")
 
 
+DRAWN = ("none", "int8", "int4", "int4-sr", "aggressive", "condensed")
+
+
 @main.command()
 @click.argument("results", type=click.Path(path_type=Path, exists=True))
 @click.option("--png", required=True, type=click.Path(path_type=Path))
 def figure(results: Path, png: Path) -> None:
-    """Left: bytes against loss gap, a point a seed and the mean. Right: held-out loss above that of none, by step."""
+    """Left: bytes against loss gap, a point a seed and the mean. Right: held-out loss above that of none, by step.
+
+    Of DRAWN alone: the table has all.
+    """
     runs_of = by_scheme(results)
     base = {(pair, step): loss for pair, r in bases(runs_of).items() for step, loss in r["curve"]}
     if not base:
         raise click.ClickException("the file has no runs of scheme none to compare with")
     picture = Figure(figsize=(11, 5), layout="constrained")
     left, right = picture.subplots(1, 2)
-    seen = dict.fromkeys("o^s", 0)
-    for scheme, runs in runs_of.items():
-        # Squares move sequences, triangles condense, circles only round.
-        marker = "s" if moves(scheme) else "^" if (SCHEMES | MORE)[scheme][1] != "none" else "o"
-        colour = f"C{seen[marker]}"
-        seen[marker] += 1
+    for i, scheme in enumerate(s for s in DRAWN if s in runs_of):
+        colour, marker, runs = f"C{i}", "o", runs_of[scheme]
         found = [(share, r["valid_loss"] - base[pair_of(r), r["steps"]]) for r in runs
                  if (pair_of(r), r["steps"]) in base and (share := byte_share(r, runs_of)) is not None]  # fmt: skip
         if not found:
