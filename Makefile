@@ -21,7 +21,7 @@ WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n 
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo docs soak wheel test test-slow test-all test-multigpu check format clean bench-cpu bench-gpu bench-multigpu
+.PHONY: help venv demo docs soak wheel test test-slow test-titan test-all test-multigpu check format clean bench-cpu bench-gpu bench-multigpu
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,6 +68,16 @@ test-slow: $(STAMP)  ## run only the longer tests
 
 test-all: $(STAMP)  ## run every test that needs no GPU
 	$(PYTEST) -m "not gpu" $(PYTEST_OPTIONS)
+
+# torchtitan asks for another `datasets` than TRL does, so it has an environment of its own.
+.venv-titan/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-titan
+	.venv-titan/bin/python -m pip install --quiet $(TORCH)
+	.venv-titan/bin/python -m pip install --quiet -e '.[titan]' pytest pytest-xdist hypothesis
+	@touch $@
+
+test-titan: .venv-titan/.installed  ## run the tests of torchtitan, in an environment that has it
+	OMP_NUM_THREADS=1 .venv-titan/bin/python -m pytest -n $(WORKERS) --dist loadfile tests/titan $(PYTEST_OPTIONS)
 
 SOAK_MINUTES ?= 15
 SOAK_SEED ?= 0
