@@ -72,7 +72,7 @@ class Steps:
         if self.runtime.residency is not None:
             limit = options.fetch_limit
             self.runtime.residency.limit_num_bytes = (
-                half_of_memory(mesh.device, mesh.world_size)
+                half_of_memory(mesh.device, mesh.node_of_rank.count(mesh.node_of_rank[mesh.rank]))
                 if limit is None
                 else parse_num_bytes(limit, "--fetch-limit")
             )
