@@ -59,10 +59,6 @@ def flatten(obj: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str
             yield name, str(value)
 
 
-def _number(value: Any, digits: int = 3) -> str:
-    return f"{value:.{digits}f}" if isinstance(value, int | float) and math.isfinite(value) else DASH
-
-
 def tiles(run: Run) -> list[tuple[str, str, str]]:
     """The few numbers that a reader came for: (what, value, a quiet word beside it)."""
     summary, steps = run.summary, len(run.records)
