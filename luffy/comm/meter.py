@@ -57,11 +57,11 @@ class TrafficMeter:
     @contextlib.contextmanager
     def charging(self, direction: str) -> Iterator[None]:
         """Within, count everything under `direction`, whatever it would be called elsewhere."""
-        self._charged_to = direction
+        before, self._charged_to = self._charged_to, direction
         try:
             yield
         finally:
-            self._charged_to = None
+            self._charged_to = before
 
     def watch(self, work: Any) -> None:
         """Note how long a collective over rows is under way, whoever waits for it."""

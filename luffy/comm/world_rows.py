@@ -12,9 +12,7 @@ from luffy.comm.collectives import Comm
 
 
 @torch.no_grad()
-def all_to_all_world(
-    rows: Tensor, input_splits: Sequence[int], output_splits: Sequence[int], comm: Comm, direction: str = "control"
-) -> Tensor:
+def all_to_all_world(rows: Tensor, input_splits: Sequence[int], output_splits: Sequence[int], comm: Comm) -> Tensor:
     """[n, ...] of any dtype -> [m, ...]: `input_splits[r]` rows of mine, in their order, to world rank r, and
     `output_splits[r]` from r. Every rank calls it, with rows of one shape and dtype."""
     mesh = comm.mesh
@@ -24,7 +22,7 @@ def all_to_all_world(
     sent = (flat.unsqueeze(1) if flat.dim() == 1 else flat.flatten(1)).view(torch.uint8)
     for peer, count in enumerate(input_splits):
         if peer != mesh.rank:
-            comm.meter.send(direction, peer, count * sent.shape[1])
+            comm.meter.send("control", peer, count * sent.shape[1])
     received = sent.new_empty((sum(output_splits), sent.shape[1]))
     dist.all_to_all_single(received, sent, list(output_splits), list(input_splits), group=mesh.world_group)
     return received.view(rows.dtype).reshape(len(received), *rows.shape[1:])

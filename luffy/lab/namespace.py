@@ -81,11 +81,11 @@ def set_network_option(name: str, value: str) -> None:
         Path("/proc/sys/net", name).write_text(value)
 
 
-def die_with_parent(parent: int, signal_number: int = signal.SIGKILL) -> None:
-    """Have the kernel send this process a signal when the thread that started it ends.
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when the thread that started it ends.
 
     `parent` is the process that it expects: if that one died before this call, nobody is left to wait for.
     """
-    _libc.prctl(PR_SET_PDEATHSIG, int(signal_number), 0, 0, 0)
+    _libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)

@@ -10,7 +10,7 @@ T_att(B + 1, max(L, length_i)) - T_att(B, L): with padding, one long sequence le
 batches have no padding, and the cost is the plain sum of T_att(1, length) over the sequences.
 
 P is not read from a data sheet but fitted to measured times (`fit_attention_cost`). Operation counts are int64 and
-exact, and only they enter decisions; nanoseconds are for people and for adding to link times. P itself therefore never
+exact, and only they enter decisions; seconds are for people. P itself therefore never
 changes a plan: what it scales, all ranks share.
 
 What can change one is that a device may run the two terms at different speeds: relative positions write scores to
@@ -64,29 +64,6 @@ class AttentionCost:
     def sequence_flops(self, lengths: ArrayLike) -> np.ndarray:
         """Operations of each sequence by itself: what it adds to a packed batch."""
         return self.padded_flops(1, lengths)
-
-    def padded_growth_flops(self, num_sequences: ArrayLike, longest: ArrayLike, lengths: ArrayLike) -> np.ndarray:
-        """Operations that one more sequence of `lengths` tokens adds to a padded batch (num_sequences, longest)."""
-        B = np.asarray(num_sequences, dtype=np.int64)
-        grown = np.maximum(np.asarray(longest, dtype=np.int64), np.asarray(lengths, dtype=np.int64))
-        return self.padded_flops(B + 1, grown) - self.padded_flops(B, longest)
-
-    def nanoseconds(self, flops: ArrayLike) -> np.ndarray:
-        """Operations -> whole nanoseconds. One division and one product, correctly rounded on every processor."""
-        seconds = np.asarray(flops, dtype=np.float64) / float(self.flops_per_second)
-        return np.rint(seconds * 1e9).astype(np.int64)
-
-    def padded(self, num_sequences: ArrayLike, longest: ArrayLike) -> np.ndarray:
-        """T_att(B, L) in nanoseconds."""
-        return self.nanoseconds(self.padded_flops(num_sequences, longest))
-
-    def packed(self, lengths: ArrayLike) -> np.ndarray:
-        """Nanoseconds of a packed batch: the sum of T_att(1, length) over the last axis of lengths [..., S]."""
-        return self.nanoseconds(self.sequence_flops(lengths).sum(axis=-1))
-
-    def padded_growth(self, num_sequences: ArrayLike, longest: ArrayLike, lengths: ArrayLike) -> np.ndarray:
-        """T_att(B + 1, max(L, length)) - T_att(B, L) in nanoseconds: line 6 of Luffy's Algorithm 1."""
-        return self.nanoseconds(self.padded_growth_flops(num_sequences, longest, lengths))
 
 
 @dataclass(frozen=True)

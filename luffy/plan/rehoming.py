@@ -107,11 +107,6 @@ class RehomingPlan:
     num_moved: int
     pays: bool
 
-    @property
-    def saved_num_bytes_per_step(self) -> int:
-        """Bytes that no longer leave a rank. May be negative where bytes between nodes became bytes within one."""
-        return sum(self.present_num_bytes[1:]) - sum(self.num_bytes[1:])
-
     def check(self, problem: RehomingProblem) -> None:
         """Raise PlanError, saying what is wrong, unless this mapping may be executed for `problem`."""
         E, N = problem.owner.size, problem.topology.world_size

@@ -72,13 +72,6 @@ def first_mentions(ids: np.ndarray) -> np.ndarray:
     return first
 
 
-def membership(ids: np.ndarray, size: int) -> np.ndarray:
-    """ids [T, K] in -1..size-1 -> bool [T, size]: which of them occur. -1 is passed over."""
-    out = np.zeros((len(ids), size + 1), dtype=bool)
-    out[np.arange(len(ids))[:, None], ids] = True  # -1 lands in the last column
-    return out[:, :size]
-
-
 @dataclass(frozen=True, eq=False)
 class RoutingTrace:
     """Recorded steps of one model. `row_num_bytes`: one row of the residual stream on the wire, un-quantised.

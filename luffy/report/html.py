@@ -59,10 +59,6 @@ def flatten(obj: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str
             yield name, str(value)
 
 
-def _number(value: Any, digits: int = 3) -> str:
-    return f"{value:.{digits}f}" if isinstance(value, int | float) and math.isfinite(value) else DASH
-
-
 def tiles(run: Run) -> list[tuple[str, str, str]]:
     """The few numbers that a reader came for: (what, value, a quiet word beside it)."""
     summary, steps = run.summary, len(run.records)
@@ -125,10 +121,13 @@ def what_ran(run: Run) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in rows if value is not None and not isinstance(value, dict)]
 
 
-def write_run_report(out_dir: str | os.PathLike[str]) -> Path:
-    """Write the pictures (`loss.png`, ...) and `report.html` of the run in `out_dir`; the page's path."""
+def write_run_report(out_dir: str | os.PathLike[str], option: str = "--out") -> Path:
+    """Write the pictures (`loss.png`, ...) and `report.html` of the run in `out_dir`; the page's path.
+
+    option: see `read_run`.
+    """
     out_dir = Path(out_dir)
-    run = read_run(out_dir)
+    run = read_run(out_dir, option)
     pictures = write_pictures(run, out_dir)
     summary, steps = run.summary, len(run.records)
     split = {kind: summary["seconds"].get(kind, 0.0) for kind in SECONDS_KINDS}

@@ -31,6 +31,7 @@ METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 CONFIG_FILE = "config.json"
 REPORT_FILE = "report.html"
+WANDB_ID_FILE = "wandb-id.txt"  # of `--log wandb`
 TOPICS_FILE = "topics.npz"  # beside model.safetensors
 PICTURES = ("loss", "loss_by_time", "bytes", "condensation", "links", "traffic", "time_split", "speed", "topics",
             "expert_load")  # NAME.png  # fmt: skip
@@ -237,11 +238,17 @@ class Run:
         return None
 
 
-def read_run(out_dir: str | os.PathLike[str]) -> Run:
-    """Everything a report needs. A run that stopped before its summary is summed up from its metrics."""
+def read_run(out_dir: str | os.PathLike[str], option: str = "--out") -> Run:
+    """Everything a report needs. A run that stopped before its summary is summed up from its metrics.
+
+    option: that named the folder. UserError where it holds no run, or a damaged one.
+    """
     out_dir = Path(out_dir)
-    records = read_metrics(out_dir / METRICS_FILE)
-    if not records:
-        raise UserError(f"--out: {out_dir / METRICS_FILE} holds no step yet; train at least one step first")
-    summary = totals(records) | read_json(out_dir / SUMMARY_FILE)
-    return Run(out_dir=out_dir, records=records, summary=summary, config=read_json(out_dir / CONFIG_FILE))
+    try:
+        records = read_metrics(out_dir / METRICS_FILE)
+        if not records:
+            raise UserError(f"--out: {out_dir / METRICS_FILE} holds no step yet; train at least one step first")
+        summary = totals(records) | read_json(out_dir / SUMMARY_FILE)
+        return Run(out_dir=out_dir, records=records, summary=summary, config=read_json(out_dir / CONFIG_FILE))
+    except UserError as error:
+        raise UserError(f"{option}: {str(error).removeprefix('--out: ')}") from error

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_matrix
 
 from luffy.errors import UserError
+from luffy.plan.exact import assign
 
 ONE = 1 << 10  # a table's unit is 1 / ONE of a bit
 PRIOR = 2000  # tokens of the common distribution that each topic is given: rare tokens say little
@@ -107,10 +107,7 @@ def balanced_assignment(gains: np.ndarray, lengths: np.ndarray, slack: float) ->
     S, C = gains.shape
     if S == 0:
         return np.zeros(0, dtype=np.int64)
-    each = -(-S // C)
-    rows, slots = linear_sum_assignment(np.repeat(gains, each, axis=1), maximize=True)
-    topic = np.empty(S, dtype=np.int64)
-    topic[rows] = slots // each
+    topic = assign(gains, np.full(C, -(-S // C)))
     mean = -(-int(lengths.sum()) // C)
     budget = mean + int(mean * slack)
     for _ in range(4 * S):

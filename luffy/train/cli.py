@@ -161,7 +161,7 @@ def report(run: Path) -> None:
     from luffy.report.compare import COMPARE_FILE, write_compare_report
     from luffy.report.html import write_run_report
 
-    click.echo(write_compare_report(run) if (run / COMPARE_FILE).exists() else write_run_report(run))
+    click.echo(write_compare_report(run) if (run / COMPARE_FILE).exists() else write_run_report(run, "RUN"))
 
 
 @cli.command(

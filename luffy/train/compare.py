@@ -57,7 +57,7 @@ class Comparison:
         AT_LEAST_ONE.check("--repeats", self.repeats)
         Range(0, above=True).check("--target-loss", self.target_loss)
         entries = parse_entries(self.recipes)
-        elsewhere = [(Path(name), read_run(name)) for name in self.also]
+        elsewhere = [(Path(name), read_run(name, "--also")) for name in self.also]
         plan = [(entry, self._of(entry, r)) for r in range(self.repeats) for entry in entries]
         todo = [(entry, run) for entry, run in plan if not _finished(run)]
         for entry, run in plan:

@@ -14,12 +14,13 @@ from pathlib import Path
 import click
 import torch
 
-from luffy.config import PRESETS, ModelConfig
+from luffy.config import PRESETS
 from luffy.errors import UserError
 from luffy.lab.namespace import missing_capabilities
 from luffy.lab.probe import format_rate
 from luffy.report.units import format_bytes, format_count, format_seconds
 from luffy.train.launch import choose_device, join_world, launch
+from luffy.train.memory import count_parameters, training_need
 from luffy.version import __version__
 
 _NEEDED = ("numpy", "scipy", "tokenizers", "safetensors", "pyarrow", "matplotlib")
@@ -31,7 +32,6 @@ _OPTIONAL = {
     "pyroute2": "luffy lab",
     "tensorboard": "curves",
 }
-BYTES_A_PARAMETER = 16  # weight, gradient and AdamW's two moments, in float32
 
 
 def diagnose(ranks: int | None = None) -> None:
@@ -119,30 +119,17 @@ def _measure(target: str) -> None:
         Path(target).write_text(json.dumps(content))
 
 
-def count_parameters(config: ModelConfig) -> tuple[int, int]:
-    """(those of all experts, all others): matrices and tables; norms and biases are a hundredth of them."""
-    D, F = config.hidden_size, config.expert_hidden_size
-    wide = 3 if config.activation == "swiglu" else 2
-    experts = config.num_moe_layers * config.router.num_experts * wide * D * F
-    attention = config.num_layers * (5 if config.position == "relative" else 4) * D * D
-    dense = (config.num_layers - config.num_moe_layers) * wide * D * config.dense_hidden_size
-    dense += config.num_moe_layers * (config.num_shared_experts * wide * D * F + D * config.router.num_experts)
-    tables = config.vocab_size * D * (1 if config.tie_embeddings else 2)
-    tables += config.max_sequence_length * D if config.position == "learned" else 0
-    return experts, attention + dense + tables
-
-
 def models(ranks: int, memory: int) -> Iterator[str]:
     """Weights, gradients and optimizer against the memory of a rank; activations come on top."""
     width = max(map(len, PRESETS))
     for name, config in PRESETS.items():
-        experts, others = count_parameters(config)
+        parameters = sum(count_parameters(config, 1))
         try:
             config.check_ranks(ranks)
         except UserError:
             verdict = f"its experts cannot be divided among {ranks} ranks"
         else:
-            needed = BYTES_A_PARAMETER * (others + experts // ranks)
+            needed = training_need(config, ranks, torch.float32, 0).num_bytes
             verdict = f"{format_bytes(needed)} a rank before activations: "
             verdict += "fits" if needed < 0.8 * memory else "too large"
-        yield f"{name:<{width}}  {format_count(experts + others):>5} parameters, {verdict}"
+        yield f"{name:<{width}}  {format_count(parameters):>5} parameters, {verdict}"

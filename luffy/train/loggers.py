@@ -7,14 +7,15 @@ OUT/mlflow.db.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from luffy.errors import UserError
+from luffy.report.runs import WANDB_ID_FILE, writing_to
 
 
 class Logger(Protocol):
@@ -33,7 +34,7 @@ class WandbLogger:
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "luffy"),
             name=os.environ.get("WANDB_NAME", out.name),
-            id=hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16],
+            id=_run_id(out),
             resume="allow",
             dir=str(out),
             config=dict(config),
@@ -92,6 +93,15 @@ def open_loggers(text: str | None, out: Path, config: Mapping[str, Any]) -> list
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise UserError(f"--log {name}: it cannot be started ({lines[0][:200]})") from error
     return opened
+
+
+def _run_id(out: Path) -> str:
+    """The name of the run in `out`, kept there: a resume goes on under it, a new run takes a new one."""
+    path = out / WANDB_ID_FILE
+    if not path.exists():
+        with writing_to(path):
+            path.write_text(uuid.uuid4().hex[:16], encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()
 
 
 def _wandb_key() -> bool:

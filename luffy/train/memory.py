@@ -59,8 +59,9 @@ def count_parameters(config: ModelConfig, ep_size: int) -> tuple[int, int]:
     D, V = config.hidden_size, config.vocab_size
     matrices = 3 if config.activation == "swiglu" else 2
     dense_layers = config.num_layers - config.num_moe_layers
+    projections = 5 if config.position == "relative" else 4
     shared = config.num_shared_experts * config.expert_hidden_size
-    replicated = V * D * (1 if config.tie_embeddings else 2) + config.num_layers * 4 * D * D
+    replicated = V * D * (1 if config.tie_embeddings else 2) + config.num_layers * projections * D * D
     replicated += config.max_sequence_length * D if config.position == "learned" else 0
     replicated += dense_layers * matrices * D * config.dense_hidden_size
     replicated += config.num_moe_layers * (config.router.num_experts * D + matrices * D * shared)

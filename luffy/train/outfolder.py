@@ -18,7 +18,7 @@ from typing import Any
 
 from luffy.errors import UserError
 from luffy.lab.place import process_identity
-from luffy.report.runs import CONFIG_FILE, METRICS_FILE, PICTURES, REPORT_FILE, SUMMARY_FILE, TOPICS_FILE
+from luffy.report.runs import CONFIG_FILE, METRICS_FILE, PICTURES, REPORT_FILE, SUMMARY_FILE, TOPICS_FILE, WANDB_ID_FILE
 from luffy.train.checkpoint_files import list_checkpoints
 from luffy.train.metrics import TENSORBOARD_DIR
 from luffy.train.options import TrainOptions
@@ -27,8 +27,8 @@ from luffy.train.runfile import RUN_FILE
 
 LOCK_FILE = "lock.json"
 # What a run writes. --overwrite removes these and nothing else: the folder may hold files of its user.
-WRITTEN = (METRICS_FILE, SUMMARY_FILE, CONFIG_FILE, REPORT_FILE, RUN_FILE, TOPICS_FILE, "model.safetensors",
-           "checkpoints", "trace", TENSORBOARD_DIR, LOGS_DIR, "model", "adapter",
+WRITTEN = (METRICS_FILE, SUMMARY_FILE, CONFIG_FILE, REPORT_FILE, RUN_FILE, TOPICS_FILE, WANDB_ID_FILE,
+           "model.safetensors", "checkpoints", "trace", TENSORBOARD_DIR, LOGS_DIR, "model", "adapter",
            *(f"{name}.png" for name in PICTURES))  # fmt: skip
 _SOURCES = ("data", "model", "start_weights", "tokenizer")
 _held: dict[Path, Any] = {}

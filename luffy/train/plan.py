@@ -51,7 +51,10 @@ def load_trace(path: Path) -> RoutingTrace:
         files = sorted(folder.glob("*.npz"))[-MOST_STEPS:]
         if not files:
             raise UserError(f"--trace {path}: holds no .npz files; record some with luffy train --trace-every 10")
-        return join_traces([RoutingTrace.load(f) for f in files])
+        try:
+            return join_traces([RoutingTrace.load(f) for f in files])
+        except ValueError as error:
+            raise UserError(f"--trace {path}: {error}; name the folder of one run") from error
     if not path.exists():
         raise UserError(f"--trace {path}: no such file; record one with luffy train --trace-every 10")
     return RoutingTrace.load(path)

@@ -97,8 +97,10 @@ class StepReader:
         self._seating.clear()
 
     def close(self) -> None:
+        """End the thread that reads ahead; another `take` would begin a new one."""
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
+        self._thread, self._reading, self._seating = None, {}, {}
 
     def _begin(self, step: int) -> None:
         if self._thread is None:

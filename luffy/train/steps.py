@@ -9,6 +9,7 @@ What happens around a step are parts (luffy.train.parts); what happens around al
 from __future__ import annotations
 
 import math
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ class Steps:
         if self.runtime.residency is not None:
             limit = options.fetch_limit
             self.runtime.residency.limit_num_bytes = (
-                half_of_memory(mesh.device, mesh.world_size)
+                half_of_memory(mesh.device, mesh.node_of_rank.count(mesh.node_of_rank[mesh.rank]))
                 if limit is None
                 else parse_num_bytes(limit, "--fetch-limit")
             )
@@ -89,6 +90,7 @@ class Steps:
         self.measure = Measure(self.runtime, self.ops)
         # Micro-batches that take turns; a step that is recorded takes them one by one.
         self.turns = 2 if options.overlap else 1
+        self._reads = threading.Lock()
         self.reader = StepReader(self._read, self._seat_layout(), self.comm)
         self.parts = choose_parts(self)
 
@@ -142,7 +144,10 @@ class Steps:
     # ---------------------------------------------------------------- one step
 
     def _read(self, loader_step: int, rank: int, world_size: int) -> list[Sequence]:
-        return [self._mask(s) for s in self.loader.batch(loader_step, rank, world_size)]
+        """By one thread at a time: loaders keep the order of the epoch that they last read of, and seats are decided
+        ahead while the step may read sequences to record."""
+        with self._reads:
+            return [self._mask(s) for s in self.loader.batch(loader_step, rank, world_size)]
 
     def _mask(self, sequence: Sequence) -> Sequence:
         if self.mask_id is None:

@@ -113,6 +113,7 @@ class Trainer(Steps):
                 with stopping.at_step_ends():
                     self._loop(writer, progress)
         finally:
+            self.reader.close()
             if writer is not None:
                 writer.close()
         self._export()
@@ -188,7 +189,7 @@ class Trainer(Steps):
         if self.mesh.rank != 0:
             return None
         summary = RunSummary.from_records(
-            read_metrics(self.out / "metrics.jsonl"),
+            read_metrics(self.out / METRICS_FILE),
             recipe=self.options.recipe,
             model=self.options.model,
             world_size=self.mesh.world_size,

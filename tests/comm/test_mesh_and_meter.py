@@ -69,6 +69,16 @@ def collectives_job(rank: int) -> tuple[list[float], np.ndarray, list[np.ndarray
     return [float(total[0]), float(within)], comm.meter.read(), [comm.meter.read_to_rank()]
 
 
+def test_charging_within_charging_ends_where_it_began() -> None:
+    meter = TrafficMeter(0, [0, 0])
+    with meter.charging("experts"):
+        with meter.charging("control"):
+            meter.send("dispatch", 1, 1)
+        meter.send("dispatch", 1, 10)
+    meter.send("dispatch", 1, 100)
+    assert {d: n for d, n in by_direction(meter.read()).items() if n} == {"dispatch": 100, "experts": 10, "control": 1}
+
+
 def test_collectives_and_what_they_cost() -> None:
     for rank, ((total, within), counts, (to_rank,)) in enumerate(run_ranks(collectives_job, 4)):
         assert total == 1111 and within == (11 if rank < 2 else 1100)

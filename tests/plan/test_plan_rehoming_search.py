@@ -13,7 +13,7 @@ from luffy.plan.rehoming import RehomingProblem, predicted_num_bytes
 from luffy.plan.rehoming_search import Instance, search
 from luffy.plan.replay import by_class
 from luffy.plan.topology import Topology
-from luffy.plan.trace import TraceStep, membership
+from luffy.plan.trace import TraceStep
 from luffy.plan.traffic import sum_by_rank
 
 
@@ -130,6 +130,13 @@ def test_rows_by_class_and_the_bytes_of_a_mapping_by_their_definitions(seed: int
                 both = rows[:, e] + rows[:, f]
                 expected = expected - problem.coactivation[e, f] * both // max(1, both.sum())
     assert predicted_num_bytes(problem, owner) == tuple(6 * expected)
+
+
+def membership(ids: np.ndarray, size: int) -> np.ndarray:
+    """ids [T, K] in -1..size-1 -> bool [T, size]: which of them occur. -1 is passed over."""
+    out = np.zeros((len(ids), size + 1), dtype=bool)
+    out[np.arange(len(ids))[:, None], ids] = True  # -1 lands in the last column
+    return out[:, :size]
 
 
 @given(st.integers(0, 10**6), st.integers(1, 4))

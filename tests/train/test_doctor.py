@@ -12,7 +12,7 @@ from luffy.plan.topology import parse_topology
 from luffy.recipes import get_recipe
 from luffy.testing import run_ranks
 from luffy.train.cli import main
-from luffy.train.doctor import count_parameters
+from luffy.train.memory import count_parameters
 
 
 def count(rank: int, name: str) -> tuple[int, int]:
@@ -21,12 +21,12 @@ def count(rank: int, name: str) -> tuple[int, int]:
     model = build_model(config, Runtime.create(comm, get_recipe("vanilla_dedup"), config))
     sizes = {n: p.numel() for n, p in model.named_parameters()}
     experts = sum(size for n, size in sizes.items() if ".experts." in n and ".shared_experts." not in n)
-    return experts, sum(sizes.values()) - experts
+    return sum(sizes.values()) - experts, experts
 
 
 @pytest.mark.parametrize("name", [n for n in PRESETS if n.endswith("-tiny")])
 def test_parameters_are_counted_to_a_few_percent(name):
-    for counted, real in zip(count_parameters(PRESETS[name]), run_ranks(count, 1, name)[0], strict=True):
+    for counted, real in zip(count_parameters(PRESETS[name], 1), run_ranks(count, 1, name)[0], strict=True):
         assert counted == pytest.approx(real, rel=0.03)
 
 

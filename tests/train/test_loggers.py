@@ -12,6 +12,8 @@ import pytest
 from luffy.errors import UserError
 from luffy.train.loggers import check_log, open_loggers
 from luffy.train.metrics import MetricsWriter
+from luffy.train.options import TrainOptions
+from luffy.train.outfolder import claim_out
 
 RECORD: dict[str, Any] = {
     "step": 7, "loss": 2.5, "tokens": 100, "seconds": 0.5,
@@ -61,6 +63,10 @@ def test_every_step_reaches_both_without_a_network(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("WANDB_MODE", "online")
     open_loggers("wandb", tmp_path, {})
     assert calls[-1][1]["id"] == first["wandb.init"]["id"] and calls[-1][1]["mode"] is None
+    # A run that takes its place is another one: wandb drops steps below the last it has seen.
+    claim_out(TrainOptions(out=str(tmp_path), overwrite=True))
+    open_loggers("wandb", tmp_path, {})
+    assert calls[-1][1]["id"] != first["wandb.init"]["id"]
 
 
 def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """`luffy plan` as a user meets it: a trace, a cluster, a table, a picture, and clear refusals."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -40,6 +41,14 @@ def fails(capsys, *arguments):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     return error
+
+
+def test_traces_of_different_models_are_not_joined(tmp_path, capsys):
+    folder = save_trace(tmp_path / "run") / "trace"
+    other = RoutingTrace.load(next(folder.glob("*.npz")))
+    replace(other, owners=np.zeros((LAYERS, 2 * E), dtype=np.int64), num_experts=2 * E).save(folder / "z.npz")
+    assert "--trace" in (line := fails(capsys, "--trace", folder, "--topology", "1x2:intra=1gbit"))
+    assert "different models" in line and "folder of one run" in line
 
 
 def test_all_recipes_in_a_table_a_file_and_a_picture(tmp_path, capsys):

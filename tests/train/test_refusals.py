@@ -16,6 +16,7 @@ from luffy.hf.options import FinetuneOptions
 from luffy.hf.upcycle import upcycle
 from luffy.ranges import Range
 from luffy.testing import run_ranks
+from luffy.train.cli import main
 from luffy.train.compare import Comparison
 from luffy.train.memory import count_parameters
 from luffy.train.options import TrainOptions
@@ -93,6 +94,14 @@ def test_numbers_of_models_and_of_other_commands(tmp_path):
         with pytest.raises(UserError, match="give a"):
             FinetuneOptions(model=str(tmp_path / "m"), data=str(tmp_path / "d.jsonl"), **change)
     assert str(Range(0, 1, above=True, below=True)) == "a number above 0 and below 1"
+
+
+def test_a_folder_without_a_run_is_named_by_what_named_it(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["report", str(tmp_path)])
+    assert ended.value.code == 2 and capsys.readouterr().err.startswith("luffy: error: RUN: ")
+    with pytest.raises(UserError, match=r"^--also: .*metrics.jsonl does not exist"):
+        Comparison("vanilla,luffy", TrainOptions(out=str(tmp_path / "new")), also=(str(tmp_path),)).run()
 
 
 def _meshes(rank):

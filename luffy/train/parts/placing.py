@@ -80,7 +80,8 @@ class Placing(Stateless):
                     steps_until_next=until_next, seats=self.seats,
                 )  # fmt: skip
             elif self.seats is not None:
-                learn_seats(self.seats, recorded, current_owners(self.model), self.comm)
+                copies = self.model.runtime.recipe.copies
+                learn_seats(self.seats, recorded, current_owners(self.model), self.comm, copies)
         self.model.runtime.tally.take()  # the recording's rows are not the step's
         if self.reader is not None:
             self.reader.decide_anew()
