@@ -31,6 +31,7 @@ def test_what_needs_no_torch_does_not_import_it() -> None:
     assert all(word in done.stdout for word in ("finetune", "moe-gpt2-tiny", "vanilla_dedup", "--topology"))
 
 
+@pytest.mark.slow
 def test_ranks_are_launched_by_a_process_that_has_not_loaded_what_only_ranks_need() -> None:
     """The launcher waits; torch's compiler, checkpoints and Triton would cost it three seconds."""
     code = f"import sys, luffy.train.run; print(*(m for m in {HEAVY[1:]} + ('torch._dynamo',) if m in sys.modules))"

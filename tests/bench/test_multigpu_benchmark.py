@@ -59,6 +59,7 @@ def test_an_entry_that_ends_a_launch_is_left_out_of_the_next(tmp_path, monkeypat
     assert len(asked) == 2, "what is complete is not measured again"
 
 
+@pytest.mark.slow
 def test_a_block_that_takes_too_long_ends_its_process_and_says_where(tmp_path):
     note = tmp_path / "rank0.json"
     code = f"""

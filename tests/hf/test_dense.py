@@ -127,6 +127,7 @@ def test_two_ranks() -> None:
             check_memory(shares, 2)
 
 
+@pytest.mark.slow
 def test_four_ranks_one_of_them_empty() -> None:
     cases = [
         Case("mixtral", RANDOM, ep_size=2),

@@ -158,6 +158,7 @@ def test_every_family_on_two_ranks() -> None:
     assert_exact(2, cases)
 
 
+@pytest.mark.slow
 def test_four_ranks_one_of_them_empty_and_the_library_balance_loss() -> None:
     balance = {"output_router_logits": True, "router_aux_loss_coef": 0.3}
     cases = [

@@ -9,6 +9,7 @@ from .interpreted import interpret
 from .wired import hard_rows
 
 
+@pytest.mark.slow
 def test_the_kernels_agree_with_their_references_in_tritons_interpreter():
     assert "cases agree" in interpret("wired")
 

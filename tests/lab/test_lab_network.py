@@ -87,6 +87,7 @@ def test_the_ranks_of_a_node_share_a_card_or_have_their_own(network, nic, cards)
         assert near(rate, SLOW, cards), rate
 
 
+@pytest.mark.slow
 def test_the_probe_reports_each_class_per_link(network):
     lab = network(ranks=4, nodes=2, link=FAST, inter_link=SLOW)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -41,6 +42,8 @@ from luffy.train.rehoming import move_experts
 from luffy.train.seating import table_of
 
 TINY_PRESETS = ("moe-gpt2-tiny", "moe-bert-large-tiny", "moe-transformer-xl-tiny", "moe-llm-tiny")
+# Of four architectures two run with the fast tests, all with the slow ones.
+PRESETS = [pytest.param(name, marks=[pytest.mark.slow] if name in TINY_PRESETS[1:3] else []) for name in TINY_PRESETS]
 DECODERS = tuple(name for name in TINY_PRESETS if model_preset(name).causal)
 TOLERANCE = 1e-10  # of the largest element of a tensor; summation order alone makes about 1e-15
 

@@ -20,7 +20,7 @@ from luffy.plan.condensation import cosines, filtered, representatives, similari
 from luffy.recipes import Recipe, get_recipe
 from luffy.testing import random_sequences, run_ranks
 
-from .cases import DECODERS, TINY_PRESETS, Case, build, shrunk
+from .cases import DECODERS, PRESETS, Case, build, shrunk
 from .condensing import Threshold, assert_condensed_exact, condensed_step, in_order, switch_off, whole
 from .leaks import LENGTH, states_and_outputs
 from .placing import Trial, place
@@ -35,7 +35,7 @@ PAPER = get_recipe("luffy_paper")
 LSH, CAUSAL_LSH = (Recipe(name, "", condense=f"{name}:1") for name in ("lsh", "lsh-causal"))
 
 
-@pytest.mark.parametrize("preset", TINY_PRESETS)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_it_equals_the_oracle_that_is_told_who_stands_for_whom(preset):
     for recipe, world in ((STAY, 2), (MOVE, 4)):
         config = shrunk(preset, num_shared_experts=1)
@@ -51,6 +51,7 @@ def test_every_scheme_equals_the_oracle(preset, recipe):
     assert kept < 0.97
 
 
+@pytest.mark.slow
 def test_it_equals_the_oracle_with_more_experts_a_token_capacity_and_recomputation():
     for changes in ({"top_k": 4}, {"num_experts": 4, "capacity_factor": 0.7}, {"moe_every": 2, "num_layers": 4}):
         case = Case(shrunk("moe-llm-tiny", **changes), world=4, recipe=MOVE, batch=8, recompute=True, padded=True)

@@ -11,7 +11,7 @@ from luffy.data.loader import IGNORE_INDEX
 from luffy.data.loader import Sequence as TokenSequence
 from luffy.testing import random_sequences, relative_error
 
-from .cases import TINY_PRESETS, shrunk
+from .cases import PRESETS, shrunk
 from .placing import Trial, assert_all_exact
 
 RECIPES = ("vanilla", "vanilla_dedup")
@@ -24,7 +24,7 @@ def without_labels(sequence: TokenSequence, keep: int = 0) -> TokenSequence:
     return dataclasses.replace(sequence, labels=labels)
 
 
-@pytest.mark.parametrize("preset", TINY_PRESETS)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_any_placement_of_sequences(preset: str) -> None:
     config = shrunk(preset, num_shared_experts=1, capacity_factor=1.0 if "llm" in preset else None)
     sequences = random_sequences(6, config.vocab_size, seed=5)

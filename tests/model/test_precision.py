@@ -11,7 +11,7 @@ import torch
 from luffy.recipes import Recipe, get_recipe
 from luffy.testing import gather_full, run_ranks
 
-from .cases import TINY_PRESETS, Case, build, run_step, shrunk
+from .cases import PRESETS, Case, build, run_step, shrunk
 
 # bfloat16 keeps 8 bits, a relative error of 0.4% in each of the numbers that add up to a loss, and a near tie between
 # two experts may fall the other way.
@@ -28,7 +28,7 @@ def loss_and_gradients(rank: int, case: Case) -> Any:
     return loss, torch.cat([g.flatten() for g in gradients.values()]).numpy()
 
 
-@pytest.mark.parametrize("preset", TINY_PRESETS)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_bfloat16_is_close_to_float32(preset: str) -> None:
     narrow = Case(shrunk(preset, num_shared_experts=1), world=2, dtype=torch.bfloat16, padded=True)
     wide = dataclasses.replace(narrow, dtype=torch.float32)

@@ -23,13 +23,16 @@ SLOW = 1e6  # operations a second: shadows pay
 @pytest.mark.parametrize(
     ("preset", "recipe", "world", "changes", "how"),
     [
-        ("moe-gpt2-tiny", "janus", 4, {}, {}),
+        pytest.param("moe-gpt2-tiny", "janus", 4, {}, {}, marks=pytest.mark.slow),
         ("moe-llm-tiny", "janus", 4, {"num_experts": 12, "top_k": 3}, {"ranks_per_node": 2, "recompute": True}),
         ("moe-bert-large-tiny", "janus", 2, {}, {"padded": True, "micro_batches": 2}),
         ("moe-gpt2-tiny", "fastermoe", 4, {}, {"expert_flops": SLOW, "ranks_per_node": 2}),
         ("moe-llm-tiny", "fastermoe", 4, {"top_k": 4, "capacity_factor": 1.5}, {"expert_flops": SLOW}),
         ("moe-transformer-xl-tiny", "fastermoe", 2, {}, {"expert_flops": SLOW, "recompute": True}),
-        ("moe-gpt2-tiny", replace(get_recipe("vanilla"), residency="shadow"), 4, {}, {"expert_flops": SLOW}),
+        pytest.param(
+            "moe-gpt2-tiny", replace(get_recipe("vanilla"), residency="shadow"), 4, {}, {"expert_flops": SLOW},
+            marks=pytest.mark.slow,
+        ),
         ("moe-gpt2-tiny", replace(get_recipe("vanilla"), residency="fetch"), 4, {}, {"ep_size": 2}),
         ("moe-gpt2-tiny", replace(get_recipe("luffy"), residency="shadow"), 4, {"top_k": 3}, {"expert_flops": SLOW}),
     ],
@@ -38,7 +41,7 @@ SLOW = 1e6  # operations a second: shadows pay
 def test_exact(preset: str, recipe, world: int, changes: dict, how: dict) -> None:
     """Five steps: loss, every gradient, every weight; experts move once between steps."""
     config = shrunk(preset, **({"num_experts": 16} | changes))
-    assert_exact(Case(config, world, recipe=recipe, batch=8, steps=5, rehome_after=(2,), **how))
+    assert_exact(Case(config, world, recipe=recipe, batch=8, steps=3, rehome_after=(1,), **how))
 
 
 def count_job(rank: int, case: Case):

@@ -41,6 +41,7 @@ def test_a_page_shows_everything_that_was_recorded(tmp_path: Path) -> None:
     assert write_compare_report(tmp_path).read_bytes() == before  # the same numbers, the same page
 
 
+@pytest.mark.slow
 def test_a_comparison_of_bare_runs_has_no_empty_pictures(tmp_path: Path) -> None:
     folder = make_comparison(tmp_path)
     summaries = json.loads((folder / "compare.json").read_text())

@@ -69,6 +69,7 @@ def test_a_run_that_recorded_only_what_it_must(tmp_path: Path, steps: int) -> No
     assert "not measured" in text and "Time by stage" not in text
 
 
+@pytest.mark.slow
 def test_one_step_with_everything(tmp_path: Path) -> None:
     check_page(write_run_report(make_run(tmp_path / "one", 1)))
 
@@ -80,6 +81,7 @@ def test_a_diverged_run_still_has_a_report(tmp_path: Path) -> None:
     check_page(write_run_report(out))
 
 
+@pytest.mark.slow
 def test_a_long_run_does_not_make_a_long_file(tmp_path: Path) -> None:
     out = make_run(tmp_path / "long", 6000, full=False)
     assert write_run_report(out).stat().st_size < 1_000_000
@@ -106,6 +108,7 @@ def test_a_folder_without_a_run_is_the_users_mistake(tmp_path: Path) -> None:
         write_run_report(tmp_path)
 
 
+@pytest.mark.slow
 def test_drawing_is_repeatable_and_leaves_matplotlib_as_it_was(tmp_path: Path) -> None:
     import matplotlib as mpl
 
@@ -143,6 +146,7 @@ def test_expert_load_is_relative_to_its_layer(tmp_path: Path) -> None:
     assert expert_load(run) is None
 
 
+@pytest.mark.slow
 def test_condensation_is_drawn_by_layer_and_summed_up(tmp_path: Path) -> None:
     records = [json.loads(line) for line in (make_run(tmp_path / "a", 30) / "metrics.jsonl").read_text().splitlines()]
     for r in records[5:]:

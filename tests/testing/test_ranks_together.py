@@ -68,6 +68,7 @@ def test_each_case_has_its_own_outcome_and_those_that_pass_share_processes():
     assert "generator" in str(found["unsendable"].error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [0, 2])
 def test_a_rank_that_fails_dies_or_hangs_alone_is_named_and_the_rest_run_anew(bad):
     began = time.monotonic()

@@ -59,7 +59,8 @@ def _read(out, name):
     return json.loads(Path(out, name).read_text())
 
 
-@pytest.mark.parametrize("layout", [pytest.param("packed", marks=pytest.mark.slow), "padded"])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_a_resumed_run_plans_with_the_same_cost_and_repeats_its_losses_exactly(small, tmp_path, layout):
     settings = small(recipe="luffy_paper", layout=layout, profile_attention=True, keep_checkpoints=5)
     costs = run_ranks(_train, 2, TrainOptions(**settings))

@@ -56,6 +56,7 @@ def test_a_mistake_names_the_option_and_the_mend(capfd, tmp_path):
         assert all(word in line for word in words), line
 
 
+@pytest.mark.slow
 def test_mistakes_that_only_the_ranks_can_see_are_one_line_too(capfd, tmp_path, small, as_arguments):
     empty = tmp_path / "empty.txt"
     empty.write_text("")

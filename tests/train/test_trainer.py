@@ -83,6 +83,7 @@ def test_micro_batches_do_not_change_what_is_held_out(small, tmp_path):
     assert found[1:] == pytest.approx([found[0]] * 2, rel=1e-10)
 
 
+@pytest.mark.slow
 def test_recurrence_and_masked_models_resume_exactly(small, tmp_path):
     for model, extra in (
         (
@@ -200,6 +201,7 @@ def test_a_rehoming_records_as_many_sequences_as_it_needs_and_no_more():
     assert num_recorded(128, 64) == 6 and num_recorded(600, 64) == 2
 
 
+@pytest.mark.slow
 def test_rehoming_changes_where_experts_live_and_nothing_else(small, tmp_path):
     """Experts so small that moving pays within steps; resumed after it, before it, and at another number of ranks."""
     settings = small(recipe="luffy", rehome_every=2, expert_hidden_size=2, experts=8, steps=7, keep_checkpoints=9)

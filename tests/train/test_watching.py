@@ -122,6 +122,7 @@ def _ends_at_once(work, args, folder, launcher):
     Path(folder, "was-here").touch()
 
 
+@pytest.mark.slow
 def test_a_port_that_comes_again_is_no_matter():
     for _ in range(2):
         Attempt(_ends_at_once, None, (), 1, 0, get_scratch(), 4711, Requests()).run()
