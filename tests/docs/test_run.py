@@ -23,6 +23,8 @@ ELSEWHERE = {
     "set": "a line of the script for several nodes",
     ":": "a line of the script for several nodes",
     "export": "a line of the script for several nodes",
+    "torchrun --nproc-per-node 8 -m torchtitan.train": "asks for GPUs; tests/titan",
+    "torchrun --nproc-per-node 2 examples/torchtitan_luffy.py": "needs torchtitan; tests/titan/test_example.py",
     "torchrun --nnodes": "test_the_script_for_several_nodes_runs_on_one",
 }
 SMALL = {
