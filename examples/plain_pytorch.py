@@ -9,6 +9,7 @@ What Luffy needs is marked by `if mesh`. docs/own_model.md goes through it.
 import argparse
 import inspect
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -157,6 +158,8 @@ def main():
             sent = f", {numbers['rows_home']:.0%} of rows at home, {numbers['bytes_sent'] / 1e6:.2f} MB" if mesh else ""
             print(f"step {step}: loss {float(total):.10f}{sent}", flush=True)
         if mesh and step == STEPS // 2:  # keep it, and go on from what was kept, as after a restart
+            if rank == 0:
+                shutil.rmtree(args.out / "checkpoint", ignore_errors=True)  # of an earlier run of this script
             luffy.save_checkpoint(args.out / "checkpoint", model, optimizer)
             luffy.load_checkpoint(args.out / "checkpoint", model, optimizer)
     plain = original(model) if mesh else model

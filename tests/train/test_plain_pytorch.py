@@ -52,6 +52,8 @@ def test_the_example_gives_the_losses_of_the_original_code(tmp_path: Path) -> No
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     options = [str(SCRIPT), "--dtype", "float64", "--out", str(tmp_path)]
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "of an earlier run").touch()
     original = start(*options)
     spread = start("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, *options)
     expected, found = losses(original), losses(spread)
