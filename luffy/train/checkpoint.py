@@ -173,13 +173,17 @@ class CheckpointWriter:
                 reason = disk_error(error)
                 if reason is None:
                     raise
-                shutil.rmtree(writer.temporary, ignore_errors=True)
                 raise UserError(
                     f"--out: checkpoint of step {step} not written to {self.folder}: {reason}; earlier checkpoints "
                     "are as they were"
                 ) from error
 
-        everyone(self.mesh, action)
+        try:
+            everyone(self.mesh, action)
+        except Exception:  # of one rank, raised on all: nobody writes any more
+            if self.mesh.writes:
+                shutil.rmtree(writer.temporary, ignore_errors=True)
+            raise
         say(f"checkpoint of step {step}")
 
 
