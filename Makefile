@@ -73,7 +73,7 @@ test-all: $(STAMP)  ## run every test that needs no GPU
 .venv-titan/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-titan
 	.venv-titan/bin/python -m pip install --quiet $(TORCH)
-	.venv-titan/bin/python -m pip install --quiet -e '.[titan]' pytest pytest-xdist hypothesis
+	.venv-titan/bin/python -m pip install --quiet -e '.[titan]' triton pytest pytest-xdist hypothesis
 	@touch $@
 
 test-titan: .venv-titan/.installed  ## run the tests of torchtitan, in an environment that has it
