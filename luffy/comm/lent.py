@@ -20,7 +20,7 @@ from torch._C._distributed_c10d import _get_work_registry_size
 from torch.distributed.device_mesh import DeviceMesh
 
 from luffy.comm.collectives import Comm
-from luffy.comm.mesh import Mesh
+from luffy.comm.mesh import Mesh, current_device
 
 
 def mesh_of_group(ep_mesh: DeviceMesh) -> Mesh:
@@ -30,13 +30,11 @@ def mesh_of_group(ep_mesh: DeviceMesh) -> Mesh:
     """
     group, ranks = ep_mesh.get_group(), dist.get_process_group_ranks(ep_mesh.get_group())
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
-    device = torch.device(ep_mesh.device_type)
-    if device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device())
     rank, size = dist.get_rank(group), len(ranks)
     nobody = cast(Any, None)  # no data-parallel copies within the group
     return Mesh(
-        device=device, device_mesh=ep_mesh, world_mesh=ep_mesh, world_group=group, ep_group=group, dp_group=nobody,
+        device=current_device(ep_mesh.device_type), device_mesh=ep_mesh, world_mesh=ep_mesh,
+        world_group=group, ep_group=group, dp_group=nobody,
         rank=rank, world_size=size, ep_rank=rank, ep_size=size, dp_rank=0, dp_size=1,
         node_of_rank=tuple(r // per_node for r in ranks), writes=dist.get_rank() == 0,
     )  # fmt: skip

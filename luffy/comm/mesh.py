@@ -75,10 +75,12 @@ def mesh_of_world() -> Mesh | None:
     """Of the process group that another program has made; None where there is none yet."""
     if not dist.is_initialized():
         return None
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
-    return build_mesh(device)
+    return build_mesh(current_device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def current_device(kind: str) -> torch.device:
+    """This process's device of a kind, as a DeviceMesh names it."""
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
 
 def _world_group() -> dist.ProcessGroup:
@@ -116,10 +118,7 @@ def use_mesh(device_mesh: DeviceMesh) -> Mesh:
             f"use_mesh: {device_mesh} is not ranks in order as (data parallel, expert parallel); make one with "
             'init_device_mesh(device, (dp, ep), mesh_dim_names=("dp", "ep")), dp may be 1, or take two of a larger one'
         )
-    device = torch.device(device_mesh.device_type)
-    if device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device())
-    return _arranged(device, device_mesh, None)
+    return _arranged(current_device(device_mesh.device_type), device_mesh, None)
 
 
 def _arranged(device: torch.device, device_mesh: DeviceMesh, ranks_per_node: int | None) -> Mesh:

@@ -10,6 +10,8 @@ from torch import nn
 from luffy.comm import Mesh
 from luffy.comm.alike import check_alike, check_weights
 from luffy.comm.sharding import is_sharded
+from luffy.compose import Runtime
+from luffy.errors import UserError
 from luffy.model.moe_layer import MoELayer
 
 
@@ -26,6 +28,14 @@ def expert_parameters(model: nn.Module, remove_duplicate: bool = True) -> dict[s
         for name, p in layer.named_parameters(remove_duplicate=remove_duplicate)
         if any(p is q for q in layer.experts.parameters())
     }
+
+
+def runtimes_of(model: nn.Module, caller: str) -> list[Runtime]:
+    """Of the MoE layers of `model`, each once. UserError, which names the caller, where it has none."""
+    found = {id(m.runtime): m.runtime for m in model.modules() if isinstance(m, MoELayer)}
+    if not found:
+        raise UserError(f"{caller}: {type(model).__name__} holds no luffy.MoEBlock")
+    return list(found.values())
 
 
 def check_model(model: nn.Module, mesh: Mesh) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from luffy.comm import Comm
 from luffy.seats.features import DIM
 from luffy.seats.predictor import RowPredictor
+from luffy.seats.seater import LearntSeats
 
 EVERY = 50  # steps between refreshes
 FIRST = (10, 20, 30)  # steps before the first ones: routers move fast in the beginning
@@ -38,3 +41,21 @@ def learn_together(predictor: RowPredictor, seen: RowPredictor, comm: Comm, dire
         found = torch.from_numpy(predictor.coefficients)
     predictor.coefficients = comm.all_reduce(found.to(mesh.device), direction).cpu().numpy()
     return True
+
+
+def shared_state(seats: LearntSeats, comm: Comm) -> dict[str, Any]:
+    """The predictor, and what all ranks noted since the last refresh, added up: the same on every rank, to the bit.
+
+    Every rank calls it. What was noted are whole numbers, so that the order does not matter.
+    """
+    noted = torch.from_numpy(seats.seen.moments.copy()).to(comm.mesh.device)
+    return seats.state() | {"noted": comm.all_reduce(noted).cpu()}
+
+
+def load_shared(seats: LearntSeats, state: dict[str, Any], comm: Comm) -> bool:
+    """Take up a `shared_state`; False, and as new, where it is of another number of ranks."""
+    fits, noted = seats.predictor.load(state), state.get("noted")
+    seats.seen.forget()
+    if fits and comm.mesh.rank == 0 and noted is not None and noted.shape == seats.seen.moments.shape:
+        seats.seen.moments += noted.numpy()
+    return fits

@@ -58,8 +58,7 @@ class GradientSync:
         apart |= {n for n, p in every_name if is_sharded(p)} | set(expert_parameters(model, remove_duplicate=False))
         self._replicated = [p for n, p in model.named_parameters() if n not in apart and p.requires_grad]
         self._copied_experts = [p for _, p in experts if p.requires_grad] if mesh.dp_size > 1 else []
-        split = [p for _, p in model.named_parameters() if p.requires_grad and is_split_apart(p, comm)]
-        self._split_apart = split if mesh.world_size > 1 else []
+        self._split_apart = [p for p in model.parameters() if p.requires_grad and is_split_apart(p, comm)]
         if mesh.world_size > 1 and self._replicated:
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(apart))
             with warnings.catch_warnings():
@@ -77,7 +76,7 @@ class GradientSync:
         self._sums_of: dict[Tensor, GradientSums] = {}
         for group, ranks, parameters in (
             (mesh.dp_group, mesh.dp_ranks, self._copied_experts),
-            (mesh.world_group, list(range(mesh.world_size)), self._split_apart),
+            (mesh.world_group, list(range(mesh.world_size)), self._split_apart if mesh.world_size > 1 else []),
         ):
             if parameters:
                 self._sums_of |= dict.fromkeys(parameters, GradientSums(comm, group, ranks, form))
@@ -183,13 +182,14 @@ class GradientSync:
         experts: list[Tensor] = []
         sharded: list[Tensor] = []
         split: list[DTensor] = []
+        split_apart = set(self._split_apart)
         for name, p in self.model.named_parameters():
             if not p.requires_grad:
                 continue
             if p.grad is None:
                 raise RuntimeError(f"{name} received no gradient")
-            if isinstance(p.grad, DTensor) and is_split_apart(p, self.comm):
-                split.append(p.grad)
+            if p in split_apart:
+                split.append(cast(DTensor, p.grad))
                 continue
             (experts if name in stacked else sharded if is_sharded(p) else replicated).append(local_part(p.grad))
         squares = torch.zeros((), device=self.comm.mesh.device)

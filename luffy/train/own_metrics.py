@@ -12,9 +12,8 @@ from torch import nn
 
 from luffy.comm.meter import INTER_NODE, INTRA_NODE, by_direction
 from luffy.compose import Runtime
-from luffy.errors import UserError
 from luffy.exchange.tally import busiest_over_mean
-from luffy.model import MoELayer
+from luffy.model.ownership import runtimes_of
 
 
 def metrics(model: nn.Module) -> dict[str, float]:
@@ -28,10 +27,7 @@ def metrics(model: nn.Module) -> dict[str, float]:
 
     Counts start again from zero, also for others who `take` them from the meter. UserError for a model without experts.
     """
-    layers = [m for m in model.modules() if isinstance(m, MoELayer)]
-    if not layers:
-        raise UserError(f"metrics: {type(model).__name__} holds no luffy.MoEBlock")
-    return numbers_of(list({id(layer.runtime): layer.runtime for layer in layers}.values()))
+    return numbers_of(runtimes_of(model, "metrics"))
 
 
 def numbers_of(runtimes: Sequence[Runtime]) -> dict[str, float]:

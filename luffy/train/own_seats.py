@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from luffy.data.batch import Layout
 from luffy.errors import UserError
-from luffy.model import MoELayer
+from luffy.model.ownership import runtimes_of
 from luffy.seats.exchange import Seated, exchange
 from luffy.seats.features import features_of
 from luffy.seats.seater import LearntSeats
-from luffy.seats.sharing import OBSERVE_EVERY, learn_together, refreshes_after
+from luffy.seats.sharing import OBSERVE_EVERY, learn_together, load_shared, refreshes_after, shared_state
 
 
 class Seats:
@@ -38,10 +38,7 @@ class Seats:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        layers = [m for m in model.modules() if isinstance(m, MoELayer)]
-        if not layers:
-            raise UserError(f"Seats: {type(model).__name__} holds no luffy.MoEBlock")
-        self.runtimes = list({id(layer.runtime): layer.runtime for layer in layers}.values())
+        self.runtimes = runtimes_of(model, "Seats")
         self.comm = self.runtimes[0].comm
         for runtime in self.runtimes:
             if runtime.planner is not None:
@@ -104,17 +101,11 @@ class Seats:
 
     def state_dict(self) -> dict[str, Any]:
         """To go on to the bit: plain tensors, the same on every rank. Every rank calls it, between steps."""
-        noted = torch.from_numpy(self.seats.seen.moments.copy()).to(self.comm.mesh.device)
-        return self.seats.state() | {"noted": self.comm.all_reduce(noted).cpu(), "step": torch.tensor(self._step)}
+        return shared_state(self.seats, self.comm) | {"step": torch.tensor(self._step)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` gave. Of another number of ranks, seats are learnt from the beginning."""
-        self.seats.seen.forget()
-        self._step = 0
-        if self.seats.predictor.load({name: state[name] for name in state if name in ("moments", "coefficients")}):
-            self._step = int(state["step"])
-            if self.comm.mesh.rank == 0:
-                self.seats.seen.moments += state["noted"].numpy()
+        self._step = int(state["step"]) if load_shared(self.seats, state, self.comm) else 0
 
 
 def _of_rows(layout: Layout, counts: Tensor, longest: int, lengths: np.ndarray) -> np.ndarray | None:

@@ -16,7 +16,7 @@ from luffy.compose import Runtime
 from luffy.data.batch import Layout
 from luffy.seats.features import features_of
 from luffy.seats.seater import LearntSeats
-from luffy.seats.sharing import OBSERVE_EVERY, learn_together, refreshes_after
+from luffy.seats.sharing import OBSERVE_EVERY, learn_together, load_shared, refreshes_after, shared_state
 from luffy.train.parts import Done, Stateless
 from luffy.train.seating import StepReader
 
@@ -55,13 +55,7 @@ class SeatLearning(Stateless):
                 self.seen.observe(features_of([s.tokens for s in sequences]), np.array(layout.lengths), rows)
 
     def state(self) -> dict[str, Any]:
-        """With what ranks noted since the last refresh, added up: whole numbers, so that the order does not matter."""
-        noted = torch.from_numpy(self.seen.moments.copy()).to(self.comm.mesh.device)
-        return self.seats.state() | {"noted": self.comm.all_reduce(noted).cpu()}
+        return shared_state(self.seats, self.comm)
 
     def load(self, state: dict[str, Any]) -> None:
-        self.seats.load(state)
-        noted = state.get("noted")
-        self.seen.forget()
-        if self.comm.mesh.rank == 0 and noted is not None and noted.shape == self.seen.moments.shape:
-            self.seen.moments += noted.numpy()
+        load_shared(self.seats, state, self.comm)

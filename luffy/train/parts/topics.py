@@ -25,7 +25,7 @@ class TopicKeeping(Stateless):
     name = "topics"
 
     def __init__(self, seats: TopicSeats, reader: StepReader, comm: Comm, loader: Any, vocab_size: int, out: Path,
-                 start_weights: str | None, trained: bool = False) -> None:  # fmt: skip
+                 start_weights: str | None, trained: bool) -> None:  # fmt: skip
         self.seats, self.reader, self.comm, self.loader = seats, reader, comm, loader
         self.vocab_size, self.out, self.start_weights, self.trained = vocab_size, out, start_weights, trained
 
