@@ -47,7 +47,7 @@ def is_split_apart(parameter: Tensor, comm: Comm) -> bool:
         return False
     there = set(parameter.device_mesh.mesh.flatten().tolist())
     here = set(comm.mesh.world_mesh.mesh.flatten().tolist())
-    if here <= there:
+    if here == there or (len(here) > 1 and here <= there):  # a mesh of one rank lies in any
         return False
     if len(here & there) > 1:
         raise UserError(

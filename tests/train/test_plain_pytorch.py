@@ -215,6 +215,14 @@ def beside_tensor_parallelism(rank: int, folder: str) -> None:
     for (name, a), b in zip(net.named_parameters(), other.parameters(), strict=True):
         a, b = (t.full_tensor() if isinstance(t, DTensor) else t for t in (a.detach(), b.detach()))
         assert torch.equal(a, b), name
+    alone = init_device_mesh("cpu", (1, 1, 4), mesh_dim_names=("dp", "ep", "tp"))
+    only_split = Attending().double()
+    parallelize_module(only_split, alone["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    only_split.moe = luffy.MoEBlock.from_module(only_split.moe, luffy.use_mesh(alone["dp", "ep"]))
+    sync = luffy.GradientSync(only_split, only_split.moe.runtime.comm)
+    sync(rows()).backward()
+    sync.finish()
+    assert sync.clip(0).item() == pytest.approx(norm.item(), rel=1e-10)  # of all parts, though this mesh has one rank
     half_split = distribute_tensor(torch.ones(4, 4), theirs["tp"])
     with pytest.raises(UserError, match="some of the 4 ranks"):
         is_split_apart(half_split, Comm.create(build_mesh(torch.device("cpu"))))
